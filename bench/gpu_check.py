@@ -1,0 +1,134 @@
+"""Speed and memory on a CUDA GPU, ours and plain TRL in turn: one table for runs.md, within 8 minutes.
+
+    python bench/gpu_check.py
+
+Models of 1.6 B and 8 B are built from their configs with random weights (memory and speed do not care), so that no
+download is needed. Without a GPU it says so and exits 2.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.settings import UserError, apply_overrides, run_main
+
+MODELS = "1.6B,8B"  # of SHAPES below
+METHODS = "lora,nf4"  # lora: bf16 base; nf4: 4-bit base
+MAX_LENGTH = 1024  # tokens of a row
+STEPS = 12  # optimizer steps a run; the first two are not timed
+LORA_R = 16  # rank, on every linear layer
+
+if __name__ == "__main__":
+    apply_overrides(globals())
+
+import datetime
+import gc
+import time
+
+import torch
+from datasets import Dataset
+from sides import SIDES, train_side
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from common import gpu, runs
+
+# The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
+SHAPES = {
+    "1.6B": ("stablelm", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32,
+                              num_key_value_heads=32, vocab_size=100_352)),
+    "8B": ("llama", dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8, vocab_size=128_256)),
+    "tiny": ("llama", dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, vocab_size=640)),
+}  # fmt: skip
+
+
+def main():
+    if not torch.cuda.is_available():
+        raise UserError("this check needs a CUDA GPU, and torch sees none.")
+    peak = matrix_peak_tflops("cuda")
+    print(f"{gpu.device_name()}: bf16 matrix peak measured at {peak:.0f} TFLOP/s", flush=True)
+    print("| date | commit | check | device | tok/s | of peak | peak GiB | ratio to TRL |\n" + "|---" * 8 + "|")
+    for name in MODELS.split(","):
+        for method in METHODS.split(","):
+            results = {side: time_training(name, method, side, "cuda") for side in SIDES}
+            for side, r in results.items():
+                share = r["tokens_per_second"] * r["flop_per_token"] / (peak * 1e12)
+                ratio = r["tokens_per_second"] / results["trl"]["tokens_per_second"]
+                what = f"{datetime.date.today()} | {runs.git_commit()} | {name} {method} {MAX_LENGTH} {side}"
+                speed = f"{r['tokens_per_second']:,.0f} | {share:.0%} | {r['peak_gib']:.2f} | {ratio:.2f}"
+                print(f"| {what} | {gpu.device_name()} | {speed} |", flush=True)
+
+
+def matrix_peak_tflops(device: str, size: int = 8192, repeats: int = 20) -> float:
+    """What the device reaches on square bf16 matrix products, in TFLOP/s."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a @ b
+    started = runs.now()
+    for _ in range(repeats):
+        a @ b
+    return 2 * size**3 * repeats / (runs.now() - started) / 1e12
+
+
+def build_model(name: str, method: str, device: str):
+    """A model with random weights on the device; for nf4 its linear layers but the head quantised in place."""
+    architecture, shape = SHAPES[name]
+    config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if method == "nf4":
+        quantize_in_place(model, device)
+    return model
+
+
+def quantize_in_place(model, device: str) -> None:
+    """Replace every linear layer but the head by bitsandbytes' NF4 with double quantisation."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear and layer is not head:
+                nf4 = dict(compress_statistics=True, quant_type="nf4")
+                sizes = (layer.in_features, layer.out_features)
+                new = Linear4bit(*sizes, compute_dtype=torch.bfloat16, device="meta", **nf4)
+                new.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, module=new, **nf4)
+                new.bias = layer.bias
+                setattr(parent, name, new.to(device))
+                layer.weight = None
+    model.is_loaded_in_4bit = True  # what peft and TRL ask
+
+
+def time_training(name: str, method: str, side: str, device: str) -> dict:
+    """Train a few steps on packed random tokens; tokens/s over the median step and the peak of allocated memory."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    set_seed(0)
+    model = build_model(name, method, device)
+    weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 600, (MAX_LENGTH // 4,), generator=generator).tolist() for _ in range(4 * STEPS)]
+    train_set = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    result = train_side(side, model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, LORA_R, device)
+    # Frozen weights need no gradient: 2 FLOP a weight forward, 2 for the gradient of the activations.
+    return {**result, "flop_per_token": 4 * weights}
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The smallest tokenizer that a trainer accepts; the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>")),
+        eos_token="<end>",
+        pad_token="<end>",
+    )
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    run_main(main)
+    print(f"{time.perf_counter() - started:.0f} s in all")

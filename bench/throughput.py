@@ -1,0 +1,80 @@
+"""Time our training step against plain TRL's, on the same work, alternating in one run.
+
+    python bench/throughput.py
+    python bench/throughput.py MODEL=out/model DATA=chats.jsonl STEPS=12 ROUNDS=3
+
+Both sides get the same model, tokenised rows, adapter, length, dtype and seed; TRL gets its own best switches (bfd
+packing, SDPA, fused AdamW, bf16 autocast). Each side runs in a process of its own, so that its peak memory is its own.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.settings import apply_overrides, run_main
+
+MODEL = "smollm2-135m-instruct"  # as in qlora_train.py
+DATA = "data/brief.jsonl"  # as in qlora_train.py
+MAX_LENGTH = 1024  # tokens of a row
+LORA_R = 16  # rank, on every linear layer
+STEPS = 10  # optimizer steps a run; the first two are not timed
+ROUNDS = 2  # runs of each side, in turn
+SIDE: str | None = None  # ours or trl: only this side, one JSON line (what the rounds call)
+
+if __name__ == "__main__":
+    apply_overrides(globals())
+
+import json
+import subprocess
+
+
+def main():
+    if SIDE:
+        print(json.dumps(run_side(SIDE)))
+        return
+    runs = {side: [] for side in ("trl", "ours")}
+    for _ in range(ROUNDS):
+        for side in runs:
+            runs[side].append(run_in_process(side))
+    best = {side: max(results, key=lambda r: r["tokens_per_second"]) for side, results in runs.items()}
+    for side, results in runs.items():
+        speeds = ", ".join(f"{r['tokens_per_second']:.1f}" for r in results)
+        r = best[side]
+        print(f"{side:5} {r['tokens_per_second']:8.1f} tokens/s (of {speeds})  peak {r['peak_gib']:.2f} GiB")
+    difference = max(abs(a - b) / b for a, b in zip(best["ours"]["losses"], best["trl"]["losses"], strict=True))
+    print(
+        f"ratio {best['ours']['tokens_per_second'] / best['trl']['tokens_per_second']:.2f}   "
+        f"memory {best['ours']['peak_gib'] / best['trl']['peak_gib']:.2f}   "
+        f"largest difference of the losses {difference:.2%} over {STEPS} steps"
+    )
+
+
+def run_in_process(side: str) -> dict:
+    """Run one side in a process of its own and return its JSON line."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"SIDE={side}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_side(side: str) -> dict:
+    """Train STEPS steps; tokens/s over the median step, peak memory of the process (or the GPU), and every loss."""
+    import torch
+    from sides import train_side
+
+    from common import chat_template, data, models
+
+    source = models.locate(MODEL)
+    tokenizer = models.load_tokenizer(source)
+    chat_template.set_template(tokenizer, None)
+    train_set, _, _ = data.make_datasets(tokenizer, data.read_chats(DATA), 0, MAX_LENGTH, "assistant", seed=0)
+    attention = models.choose_attention(None, packing=True) if side == "ours" else "sdpa"
+    model = models.load_model(source, None, torch.bfloat16, attention)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return train_side(side, model, train_set, tokenizer, MAX_LENGTH, STEPS, LORA_R, device)
+
+
+if __name__ == "__main__":
+    run_main(main)

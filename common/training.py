@@ -1,0 +1,91 @@
+"""Training: TRL's SFTTrainer with our loss and learning-rate schedule."""
+
+import math
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim.lr_scheduler import LambdaLR
+from trl import SFTTrainer
+
+from common.loss import add_chunked_loss, supports_chunked_loss
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class ChatTrainer(SFTTrainer):
+    """SFTTrainer on tokenised rows; counts the tokens it trains on.
+
+    schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
+    """
+
+    def __init__(self, *args, schedule: tuple[str, float, float], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.schedule = schedule
+        self.tokens = 0  # seen in training by all processes, padding left out
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.chunked = supports_chunked_loss(base.config)
+        if self.chunked:
+            add_chunked_loss(base)
+        for module in self.model.modules():
+            # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+        for parameter in self.model.parameters():
+            # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
+            if parameter.requires_grad and isinstance(self.model, PeftModel):
+                parameter.data = parameter.data.float()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.model.training:
+            mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(()).expand_as(inputs["input_ids"]))
+            self.tokens += int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+        if not self.chunked or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        loss = model(**inputs, learn=labels, use_cache=False)
+        if num_items_in_batch is None:  # evaluation
+            return loss / learned_positions(labels)
+        # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def evaluate(self, *args, **kwargs):
+        """Mean loss over the held-out tokens; Trainer's own is a mean over batches, whatever their size."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)  # summed loss, positions
+        for inputs in self.get_eval_dataloader():
+            inputs = self._prepare_inputs(inputs)
+            count = learned_positions(inputs["labels"])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs) * count
+            total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
+        metrics = {"eval_loss": (total[0] / total[1]).item()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            name, warmup_ratio, min_lr = self.schedule
+            warmup, floor = math.ceil(warmup_ratio * num_training_steps), min_lr / self.args.learning_rate
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: learning_rate_factor(step, num_training_steps, name, warmup, floor),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def learned_positions(labels: torch.Tensor) -> torch.Tensor:
+    """How many positions of labels (B, T) are learned; at least 1."""
+    return (labels[:, 1:] != -100).sum().clamp(min=1)
+
+
+def learning_rate_factor(step: int, steps: int, name: str, warmup: int, floor: float) -> float:
+    """The learning rate at `step` (from 0) as a share of its peak: linear warm-up, then down to `floor`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[name]
+    return floor + (1 - floor) * falling

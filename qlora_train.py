@@ -1,0 +1,248 @@
+"""Fine-tune a causal language model into a chat model: LoRA or QLoRA adapters on a frozen base.
+
+    python qlora_train.py
+    python qlora_train.py MODEL=stabilityai/stablelm-2-1_6b QUANTIZATION=nf4 DATA=chats.jsonl RUN_NAME=first
+
+Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
+checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
+"""
+
+from common.settings import UserError, apply_overrides, check_choice, current, run_main
+
+# Model
+MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
+QUANTIZATION: str | None = (
+    None  # "nf4": 0.6 bytes a weight, "int8": 1; None: 2. On small models nf4 costs more than it saves
+)
+DTYPE: str | None = None  # of the base and the compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
+# Adapter
+ADAPTER: str | None = (
+    "lora"  # lora, dora, rslora, pissa, loftq, ia3; a run folder to go on with; None: train every weight
+)
+LORA_R = 16  # rank; memory and time grow with it, slowly
+LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
+LORA_DROPOUT = 0.0
+LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
+# Data
+DATA = "data/brief.jsonl"  # .jsonl file or hub dataset with rows of {"messages": [{"role", "content"}, ...]}
+EVAL_SIZE: int | float = 0.05  # chats held out, or their share below 1; 0: none
+MAX_LENGTH = 1024  # tokens of a row; activations grow with it; longer chats are cut at a turn, and counted
+PACKING = True  # fill rows with several chats that do not see each other
+TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
+CHAT_TEMPLATE: str | None = None  # None: the model's own format; chatml, llama3, zephyr, or a .jinja file with marks
+# Optimization
+NUM_TRAIN_EPOCHS: int | float = 3
+MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once; activations grow with it; keep 1 with PACKING, raise MAX_LENGTH instead
+GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
+LEARNING_RATE = 1e-3  # peak
+MIN_LR = 0.0  # where linear and cosine end
+LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
+WARMUP_RATIO = 0.1  # share of the steps
+WEIGHT_DECAY = 0.0
+MAX_GRAD_NORM = 1.0
+OPTIM = "adamw_torch_fused"  # on CUDA also adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit (less or spilled VRAM)
+NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
+GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
+TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
+SEED = 0
+# Logging and output
+LOGGING_STEPS = 1
+EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
+SAVE_STEPS: int | float | None = None  # steps between checkpoints, or their share of the run; None: none
+OUT_DIR = "out"
+RUN_NAME: str | None = None  # None: qlora_train-<time>
+RESUME: str | None = None  # "auto": go on from the newest checkpoint in the run folder
+
+if __name__ == "__main__":
+    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+
+import time
+from pathlib import Path
+
+import torch
+from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig
+
+from common import chat_template, data, gpu, models, runs, training
+
+# Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
+# direction apart), 2312.03732 (rsLoRA: scaled by the root of the rank), 2404.02948 (PiSSA: starts from the principal
+# singular vectors), 2310.08659 (LoftQ: starts from what quantisation lost); IA3 scales activations: 2205.05638.
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "loftq": {},
+    "ia3": None,
+}
+
+
+def main():
+    # Settings and data: every mistake that can be found without the model is found here
+    check_settings()
+    source = locate_model()
+    chats = data.read_chats(DATA)
+    dtype = models.choose_dtype(DTYPE)
+    refuse_untrainable(dtype)
+    tokenizer = models.load_tokenizer(source)
+    print(chat_template.set_template(tokenizer, CHAT_TEMPLATE))
+    train_set, eval_set, report = data.make_datasets(tokenizer, chats, EVAL_SIZE, MAX_LENGTH, TRAIN_ON, SEED)
+    print(report)
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
+
+    # Model
+    set_seed(SEED)
+    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING)
+    print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True)
+    base_fingerprint = models.fingerprint(model)
+    if not source.adapter and ADAPTER:
+        model = add_adapter(model, source)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{source.name}: {trainable:,} trainable parameters")
+
+    # Training
+    log = runs.RunLog(folder)
+    trainer = training.ChatTrainer(
+        model=model,
+        args=training_arguments(folder, dtype),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        callbacks=[log],
+        schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.trainer = trainer
+    started = time.perf_counter()
+    with gpu.HardwareMonitor(folder / "hardware.csv"):
+        result = trainer.train(resume_from_checkpoint=runs.newest_checkpoint(folder) if RESUME else None)
+        train_seconds = time.perf_counter() - started
+        eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
+
+    # Results
+    models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
+    runs.finish(folder, log, result.training_loss, eval_loss, train_seconds)
+
+
+def check_settings():
+    """Refuse values that no run can work with."""
+    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
+    check_choice("TRAIN_ON", TRAIN_ON, ("assistant", "all"))
+    check_choice("LR_SCHEDULER", LR_SCHEDULER, training.SCHEDULES)
+    check_choice("RESUME", RESUME, (None, "auto"))
+    for name in ("MAX_LENGTH", "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LORA_R", "LOGGING_STEPS"):
+        if globals()[name] < 1:
+            raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
+    if LEARNING_RATE <= 0 or not 0 <= MIN_LR <= LEARNING_RATE:
+        raise UserError(
+            f"LEARNING_RATE={LEARNING_RATE}, MIN_LR={MIN_LR}: the rate must be above 0, and MIN_LR below it."
+        )
+    if OPTIM.startswith("paged") and not torch.cuda.is_available():
+        raise UserError(f"OPTIM={OPTIM}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works here.")
+
+
+def locate_model() -> models.Source:
+    """MODEL, with the adapter of an earlier run on it where ADAPTER (or MODEL) names one."""
+    source = models.locate(MODEL)
+    if ADAPTER in VARIANTS or ADAPTER is None:
+        return source
+    if not Path(ADAPTER).is_dir():
+        check_choice("ADAPTER", ADAPTER, [*VARIANTS, "a run folder"])
+    return models.with_adapter(source, models.locate(ADAPTER, "ADAPTER"), "ADAPTER")
+
+
+def refuse_untrainable(dtype: torch.dtype):
+    """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
+    if ADAPTER is None and QUANTIZATION:
+        raise UserError(
+            f"ADAPTER=None QUANTIZATION={QUANTIZATION}: quantised weights cannot be trained (4-bit and 8-bit "
+            "integers have no gradient, the loss would not fall). Set QUANTIZATION=None or ADAPTER=lora."
+        )
+    if ADAPTER is None and dtype == torch.float16:
+        raise UserError(
+            "ADAPTER=None DTYPE=float16: float16 weights cannot be trained (gradients cannot be unscaled in float16). "
+            "Set DTYPE=float32 or bfloat16, or ADAPTER=lora."
+        )
+    if ADAPTER == "pissa" and QUANTIZATION:
+        raise UserError(
+            f"ADAPTER=pissa QUANTIZATION={QUANTIZATION}: PiSSA rewrites the base weights, which cannot be "
+            "done to quantised ones. Set QUANTIZATION=None, or ADAPTER=loftq, its counterpart for nf4."
+        )
+    if ADAPTER == "loftq" and QUANTIZATION != "nf4":
+        raise UserError(
+            f"ADAPTER=loftq QUANTIZATION={QUANTIZATION}: LoftQ makes up for what NF4 loses. "
+            "Set QUANTIZATION=nf4, or ADAPTER=lora."
+        )
+
+
+def add_adapter(model, source: models.Source):
+    """Freeze the model and put a new adapter on it, as ADAPTER and the LORA_ settings say."""
+    targets = "all-linear" if LORA_TARGET_MODULES == "auto" else LORA_TARGET_MODULES.replace(" ", "").split(",")
+    try:
+        if ADAPTER == "ia3":  # auto: peft's own choice, which it knows for most architectures
+            modules = None if LORA_TARGET_MODULES == "auto" else targets
+            config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=modules and [])
+        else:
+            config = LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=LORA_R,
+                lora_alpha=LORA_ALPHA,
+                lora_dropout=LORA_DROPOUT,
+                target_modules=targets,
+                **VARIANTS[ADAPTER],
+            )
+        model = get_peft_model(model, config)
+        if ADAPTER == "loftq":
+            from peft import replace_lora_weights_loftq
+
+            replace_lora_weights_loftq(model, model_path=str(Path(source.path) / "model.safetensors"))
+    except (ValueError, OSError) as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight")})
+        raise UserError(
+            f"ADAPTER={ADAPTER} LORA_TARGET_MODULES={LORA_TARGET_MODULES} does not fit {source.name}: {error} "
+            f"(its layers: {', '.join(names)})"
+        ) from error
+    return model
+
+
+def training_arguments(folder: Path, dtype: torch.dtype) -> SFTConfig:
+    """The settings in TRL's terms."""
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=NUM_TRAIN_EPOCHS,
+        max_steps=MAX_STEPS or -1,
+        per_device_train_batch_size=PER_DEVICE_TRAIN_BATCH_SIZE,
+        per_device_eval_batch_size=PER_DEVICE_TRAIN_BATCH_SIZE,
+        gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS,
+        max_length=MAX_LENGTH,
+        packing=PACKING,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        optim=OPTIM,
+        neftune_noise_alpha=NEFTUNE_NOISE_ALPHA,
+        gradient_checkpointing=GRADIENT_CHECKPOINTING,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        torch_compile=TORCH_COMPILE,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=LOGGING_STEPS,
+        eval_strategy="steps" if EVAL_STEPS and EVAL_SIZE else "no",
+        eval_steps=EVAL_STEPS,
+        save_strategy="steps" if SAVE_STEPS else "no",
+        save_steps=SAVE_STEPS or 500,
+        seed=SEED,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

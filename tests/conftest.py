@@ -1,0 +1,108 @@
+"""Tiny random models of each architecture, with a tokenizer trained on our own data: everything offline, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+ARCHITECTURES = ("llama", "stablelm", "gpt2", "mistral", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE of about 600 tokens with the two ChatML tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train([str(ROOT / "data" / "brief.jsonl")], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    """The tiny tokenizer with our ChatML template."""
+    from transformers import AutoTokenizer
+
+    from common import chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    chat_template.set_template(tokenizer, "chatml")
+    return tokenizer
+
+
+def tiny_config(architecture: str):
+    """A config of two layers, 64 wide (NF4 wants blocks of 64)."""
+    from transformers import AutoConfig
+
+    if architecture == "gpt2":
+        return AutoConfig.for_model(
+            "gpt2", vocab_size=640, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=2,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    return AutoConfig.for_model(
+        architecture, vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=architecture == "llama",
+    )  # fmt: skip
+
+
+def save_tiny(architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer_folder):
+    """tiny(architecture): the folder of a tiny random model."""
+    made = {}
+
+    def make(architecture="llama"):
+        if architecture not in made:
+            made[architecture] = save_tiny(architecture, tmp_path_factory.mktemp(architecture), tokenizer_folder)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chats_file(tmp_path_factory):
+    """24 short chats."""
+    rows = [json.loads(line) for line in open(ROOT / "data" / "brief.jsonl", encoding="utf-8")][:24]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
+
+
+def write_jsonl(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def run_script(script: str, *arguments, stdin: str | None = None, **environment) -> subprocess.CompletedProcess:
+    """Run an entry script as a user does, from the project's folder."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip

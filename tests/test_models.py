@@ -1,0 +1,103 @@
+"""Models: what MODEL may name, what is refused, the embedded weights, and results that load as they were saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+
+from common import generation, models
+from common.settings import UserError
+
+
+def test_locate_finds_each_form(tiny, tmp_path):
+    folder = tiny()
+    assert models.locate(str(folder)) == models.Source(str(folder), str(folder))
+    assert models.locate("org/name") == models.Source("org/name", "org/name")
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "settings.json").write_text("{}")
+    (run / "final" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    assert models.locate(str(run)) == models.Source(str(folder), str(folder), str(run / "final"))
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-instruc", "/no/where", "./out/x", "C:\\models\\x", "no-such.gguf", "a/b/c"]
+)
+def test_locate_names_what_is_missing(name):
+    with pytest.raises(UserError, match="no such"):
+        models.locate(name)
+
+
+def test_a_run_that_did_not_finish(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="checkpoint-N"):
+        models.locate(str(tmp_path))
+
+
+def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "HF_HOME", str(tmp_path))
+    source = models.locate("smollm2-135m-instruct")
+    assert (Path(source.path) / "model.safetensors").exists() and source.name == "smollm2-135m-instruct"
+    made = (Path(source.path) / "model.safetensors").stat().st_mtime_ns
+    assert models.locate("smollm2-135m-instruct") == source
+    assert (Path(source.path) / "model.safetensors").stat().st_mtime_ns == made
+    model, tokenizer = generation.load_for_chat("smollm2-135m-instruct")
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = "".join(generation.stream_answer(model, tokenizer, chat, max_new_tokens=24, temperature=0.0, top_p=1.0))
+    assert "Paris" in answer
+    batch = list(generation.answers(model, tokenizer, [chat, chat[:]], max_new_tokens=24, temperature=0.0, top_p=1.0))
+    assert all("Paris" in text for text in batch)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "pissa"])
+def test_a_saved_adapter_gives_the_same_logits_when_loaded_and_when_merged(variant, tiny, tmp_path, monkeypatch):
+    import qlora_train
+
+    source = models.locate(str(tiny()))
+    base = models.load_model(source, None, torch.float32, "sdpa")
+    print_of_base = models.fingerprint(base)
+    torch.manual_seed(0)
+    monkeypatch.setattr(qlora_train, "ADAPTER", variant)
+    model = qlora_train.add_adapter(base, source)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    models.save_final(model, models.load_tokenizer(source), print_of_base, tmp_path)
+    loaded = models.load_model(models.locate(str(tmp_path)), None, torch.float32, "sdpa").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded.merge_and_unload()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_other_weights_of_the_same_shape_is_told_apart(tiny, tmp_path, tokenizer_folder):
+    other = save_tiny("llama", tmp_path, tokenizer_folder, seed=3)
+    first, second = (
+        models.fingerprint(models.load_model(models.locate(str(f)), None, torch.float32, "sdpa"))
+        for f in (tiny(), other)
+    )
+    assert first != second
+    half = models.fingerprint(models.load_model(models.locate(str(tiny())), None, torch.float16, "sdpa"))
+    assert first == pytest.approx(half, rel=0.02)
+
+
+def test_nf4_and_int8_load_on_the_cpu_and_stay_close(tiny):
+    ids = torch.arange(3, 30)[None]
+    exact = models.load_model(models.locate(str(tiny())), None, torch.bfloat16, "sdpa").eval()
+    with torch.no_grad():
+        expected = exact(input_ids=ids).logits.float()
+        for quantization, share in (("nf4", 0.35), ("int8", 0.1)):
+            model = models.load_model(models.locate(str(tiny())), quantization, torch.bfloat16, "sdpa").eval()
+            error = (model(input_ids=ids).logits.float() - expected).norm() / expected.norm()
+            assert 0 < error < share, quantization
+
+
+def test_every_end_token_stops_an_answer(tiny):
+    source = models.locate(str(tiny()))
+    model, tokenizer = models.load_model(source, None, torch.float32, "sdpa"), models.load_tokenizer(source)
+    ids = generation.end_tokens(model, tokenizer)
+    assert set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])) <= set(ids)

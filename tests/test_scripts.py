@@ -1,0 +1,218 @@
+"""Every entry script as a user runs it: a subprocess, a tiny random model, real overrides; and every wrong input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
+
+SUMMARY_KEYS = """train_loss eval_loss eval_perplexity steps tokens tokens_per_second train_seconds median_step_seconds
+max_step_seconds peak_vram_gib peak_rss_gib predicted_peak_gib mean_power_w energy_wh device command commit
+verdict""".split()
+
+
+def short(model, data, out, run, *more):
+    """Arguments of a two-step run."""
+    return [f"MODEL={model}", f"DATA={data}", f"OUT_DIR={out}", f"RUN_NAME={run}", "MAX_STEPS=2", "MAX_LENGTH=256",
+            "LORA_R=4", "EVAL_SIZE=4", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny, chats_file):
+    """The run folder of a finished two-step run."""
+    out = tmp_path_factory.mktemp("out")
+    result = run_script("qlora_train.py", *short(tiny(), chats_file, out, "first", "SAVE_STEPS=1", "EVAL_STEPS=1"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    return out / "first", result
+
+
+def test_run_folder_holds_what_the_contract_says(trained):
+    folder, result = trained
+    names = "settings.json metrics.jsonl hardware.csv plot.png summary.json run_row.md final checkpoint-1 checkpoint-2"
+    assert set(names.split()) <= {p.name for p in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == SUMMARY_KEYS
+    assert summary["steps"] == 2 and summary["tokens"] > 100 and summary["eval_perplexity"] > 1
+    assert summary["peak_rss_gib"] > 0.1 and summary["mean_power_w"] is None
+    assert summary["tokens_per_second"] == pytest.approx(
+        summary["tokens"] / (2 * summary["median_step_seconds"]), rel=0.01
+    )
+    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2] and sum("eval_loss" in m for m in metrics) >= 2
+    about = json.loads((folder / "settings.json").read_text())
+    assert about["settings"]["MAX_STEPS"] == 2 and about["settings"]["LORA_R"] == 4 and about["versions"]["torch"]
+    with open(folder / "hardware.csv") as stream:
+        assert float(next(csv.DictReader(stream))["rss_gib"]) > 0.1
+    row = (folder / "run_row.md").read_text().strip()
+    assert result.stdout.rstrip().splitlines()[-1] == row and row.startswith("| 20") and row.count("|") == 12
+    assert "24 chats = 20 trained + 4 held out" in result.stdout
+    config = json.loads((folder / "final" / "adapter_config.json").read_text())
+    assert "lm_head" not in config["target_modules"] and (folder / "final" / "chat_template.jinja").exists()
+
+
+def test_chat_pipe_answers_one_line_per_prompt_and_nothing_else(trained):
+    folder, _ = trained
+    settings = [f"MODEL={folder}", "TEMPERATURE=0", "MAX_NEW_TOKENS=8"]
+    piped = run_script("chat_pipe.py", *settings, stdin="Who are you?\n\nAnd why?\n")
+    assert piped.returncode == 0, piped.stderr[-2000:]
+    assert piped.stdout.count("\n") == 2
+    again = run_script("chat_pipe.py", *settings, "PROMPT=Who are you?")
+    assert again.returncode == 0 and again.stdout.split() == piped.stdout.splitlines()[0].split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_chat_pipe_on_a_terminal(trained):
+    import pty
+
+    folder, _ = trained
+    ours, theirs = pty.openpty()
+    chat = subprocess.Popen(
+        [sys.executable, "chat_pipe.py", f"MODEL={folder}", "MAX_NEW_TOKENS=4"],
+        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(theirs)
+    os.write(ours, b"Hi\n/reset\n/what\n/quit\n")
+    text = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux reports the end of a pseudo-terminal so
+            break
+        text += piece
+    assert chat.wait() == 0
+    assert b"tokens/s]" in text and b"(forgotten)" in text and b"commands: /reset /quit" in text
+
+
+def test_evaluate_model_scores_and_compares(trained, tiny, chats_file, tmp_path):
+    folder, _ = trained
+    facts = write_jsonl(tmp_path / "facts.jsonl", [{"kind": "any", "question": "Hi?", "pattern": ""},
+                                                   {"kind": "none", "question": "Hi?", "pattern": "(?!)"}])  # fmt: skip
+    result = run_script("evaluate_model.py", f"MODEL={folder}", f"FACTS={facts}", f"CHATS={chats_file}", "MAX_CHATS=5")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "any: 1 of 1 right, 100%" in result.stdout and "none: 0 of 1 right, 0%" in result.stdout
+    assert "loss on the answers of 5 chats" in result.stdout
+    saved = json.loads((folder / "evaluation.json").read_text())[str(folder)]
+    assert saved["any"] == 1 and len(saved["chat_losses"]) == 5
+    result = run_script("evaluate_model.py", f"MODEL={folder}", f"BASE={folder}", "FACTS=None", f"CHATS={chats_file}")
+    assert "change of that loss: +0.0% (95 % interval +0.0% to +0.0%)" in result.stdout
+
+
+def test_training_goes_on_from_an_earlier_adapter(trained, tiny, chats_file, tmp_path):
+    """By MODEL and by ADAPTER, and both start from the same weights: where the first run ended."""
+    folder, _ = trained
+    first = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    firsts = []
+    for run, model in (("by-model", [f"MODEL={folder}"]), ("by-adapter", [f"ADAPTER={folder}"])):
+        result = run_script("qlora_train.py", *short(tiny(), chats_file, tmp_path, run), *model)
+        assert result.returncode == 0, result.stderr[-2000:]
+        firsts.append(json.loads(open(tmp_path / run / "metrics.jsonl").readline())["loss"])
+    assert firsts[0] == firsts[1] < first[0]["loss"]
+
+
+@pytest.mark.parametrize("quantization", ["None", "nf4"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_two_steps(architecture, quantization, tiny, chats_file, tmp_path):
+    result = run_script(
+        "qlora_train.py", *short(tiny(architecture), chats_file, tmp_path, "run", f"QUANTIZATION={quantization}")
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    expected = {"gpt2": {"c_attn", "c_proj", "c_fc"}}.get(
+        architecture, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    )
+    assert set(config["target_modules"]) == expected
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert all(5 < m["loss"] < 9 and m["grad_norm"] > 0 for m in rows if "loss" in m)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["ADAPTER=dora"], ["ADAPTER=rslora"], ["ADAPTER=pissa"], ["ADAPTER=loftq", "QUANTIZATION=nf4"], ["ADAPTER=ia3"],
+        ["QUANTIZATION=int8"], ["ADAPTER=None"], ["PACKING=False", "PER_DEVICE_TRAIN_BATCH_SIZE=2", "TRAIN_ON=all"],
+        ["GRADIENT_CHECKPOINTING=True", "NEFTUNE_NOISE_ALPHA=5", "LORA_TARGET_MODULES=q_proj,v_proj"],
+        ["CHAT_TEMPLATE=zephyr", "DTYPE=float32", "LR_SCHEDULER=linear", "MIN_LR=1e-4", "EVAL_SIZE=0"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_variants_train_and_chat_as_trained(settings, tiny, chats_file, tmp_path):
+    """A variant trains, and its saved result has the loss on reloading that it had when training ended."""
+    result = run_script("qlora_train.py", *short(tiny(), chats_file, tmp_path, "run", *settings))
+    assert result.returncode == 0, result.stderr[-2000:]
+    answer = run_script("chat_pipe.py", f"MODEL={tmp_path / 'run'}", "PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0")
+    assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+# --- wrong inputs: exit 2, one line saying what to change, no traceback ---
+
+
+def mistakes(tmp_path, tiny, trained):
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    write_jsonl(tmp_path / "good.jsonl", [good] * 8)
+    (tmp_path / "broken.jsonl").write_text(json.dumps(good) + '\n{"messages": [{"role"\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    write_jsonl(tmp_path / "silent.jsonl", [{"messages": good["messages"][:1]}])
+    write_jsonl(tmp_path / "role.jsonl", [{"messages": [{"role": "gpt", "content": "hi"}]}])
+    (tmp_path / "file").write_text("")
+    return {
+        "unknown setting": (["LEARNIN_RATE=1"], "LEARNING_RATE"),
+        "wrong type": (["MAX_STEPS=many"], "MAX_STEPS=many"),
+        "not a number": (["LEARNING_RATE=nan"], "LEARNING_RATE=nan"),
+        "unknown choice": (["QUANTIZATION=nf5"], "nf4"),
+        "missing model": (["MODEL=no-such-model"], "MODEL=no-such-model"),
+        "missing model folder": ([f"MODEL={tmp_path}/nowhere"], "nowhere"),
+        "folder without a model": ([f"MODEL={tmp_path}"], "config.json"),
+        "missing data file": (["DATA=no/such.jsonl"], "DATA=no/such.jsonl"),
+        "broken JSON line": ([f"DATA={tmp_path}/broken.jsonl"], "broken.jsonl:2: not valid JSON"),
+        "empty file": ([f"DATA={tmp_path}/empty.jsonl"], "empty"),
+        "rows without an assistant": ([f"DATA={tmp_path}/silent.jsonl"], "no assistant turn"),
+        "unknown role": ([f"DATA={tmp_path}/role.jsonl"], "'gpt'"),
+        "output folder not writable": ([f"OUT_DIR={tmp_path}/file"], "OUT_DIR"),
+        "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}"], "RUN_NAME=first"),
+        "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),
+        "quantised full fine-tune": (["ADAPTER=None", "QUANTIZATION=nf4"], "ADAPTER=lora"),
+        "float16 full fine-tune": (["ADAPTER=None", "DTYPE=float16"], "DTYPE=float32"),
+        "pissa on quantised weights": (["ADAPTER=pissa", "QUANTIZATION=int8"], "QUANTIZATION=None"),
+        "unknown target modules": (["LORA_TARGET_MODULES=attn"], "q_proj"),
+        "hub model without network": (["MODEL=org/no-such-model"], "MODEL=org/no-such-model"),
+        "hub data without network": (["DATA=org/no-such-data"], "DATA=org/no-such-data"),
+        "paged optimizer without a GPU": (["OPTIM=paged_adamw_8bit"], "OPTIM=adamw_torch_fused"),
+    }
+
+
+def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained):
+    for name, (arguments, word) in mistakes(tmp_path, tiny, trained[0]).items():
+        settings = [
+            f"MODEL={tiny()}",
+            f"DATA={tmp_path}/good.jsonl",
+            f"OUT_DIR={tmp_path}/out",
+            "EVAL_SIZE=0",
+            *arguments,
+        ]
+        result = run_script("qlora_train.py", *settings)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2, f"{name}: {result.returncode} {result.stderr[-500:]}"
+        assert len(errors) == 1 and word in errors[0], f"{name}: {result.stderr[-500:]}"
+        assert "Traceback" not in result.stderr and result.stderr.rstrip().endswith(errors[0]), name
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, tokenizer_folder):
+    folder = save_tiny("llama", tmp_path, tokenizer_folder)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(100)])
+    tokenizer.save_pretrained(folder)
+    result = run_script("chat_pipe.py", f"MODEL={folder}", "PROMPT=Hi")
+    assert result.returncode == 2 and "640 rows" in result.stderr
+
+
+def test_an_adapter_whose_base_changed_is_refused(tmp_path, tokenizer_folder, chats_file):
+    folder = save_tiny("llama", tmp_path / "base", tokenizer_folder)
+    assert run_script("qlora_train.py", *short(folder, chats_file, tmp_path, "run")).returncode == 0
+    save_tiny("llama", folder, tokenizer_folder, seed=1)
+    result = run_script("chat_pipe.py", f"MODEL={tmp_path / 'run'}", "PROMPT=Hi")
+    assert result.returncode == 2 and "other weights" in result.stderr

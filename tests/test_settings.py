@@ -1,0 +1,101 @@
+"""Settings: types, nearest names, help, and the contract that names mean the same in every script."""
+
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+from common import settings
+
+SCRIPT = textwrap.dedent('''
+    """What it does."""
+    # Model
+    MODEL = "m"  # which model
+    # Optimization
+    LEARNING_RATE = 1e-3  # peak
+    MAX_STEPS: int | None = None  # optimizer steps
+    EVAL_SIZE: int | float = 0.05
+    PACKING = True
+    if __name__ == "__main__":
+        pass
+    NOT_A_SETTING = 3
+''')
+
+
+@pytest.fixture
+def namespace(tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    namespace = {"__file__": str(file)}
+    exec(compile(SCRIPT, str(file), "exec"), namespace)
+    return namespace
+
+
+def test_overrides_take_the_type_of_the_setting(namespace, capsys):
+    settings.apply_overrides(
+        namespace, ["LEARNING_RATE=2e-4", "MAX_STEPS=7", "EVAL_SIZE=3", "PACKING=False", "MODEL=7"]
+    )
+    assert settings.current(namespace) == {
+        "MODEL": "7", "LEARNING_RATE": 2e-4, "MAX_STEPS": 7, "EVAL_SIZE": 3, "PACKING": False,
+    }  # fmt: skip
+    assert "MAX_STEPS = 7 (was None)" in capsys.readouterr().err
+    settings.apply_overrides(namespace, ["MAX_STEPS=None", "LEARNING_RATE=1", "MODEL=a=b"])
+    assert namespace["MAX_STEPS"] is None and namespace["LEARNING_RATE"] == 1.0 and namespace["MODEL"] == "a=b"
+    assert type(namespace["LEARNING_RATE"]) is float
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("LEARNIN_RATE=1", ["LEARNIN_RATE", "LEARNING_RATE"]),
+        ("learning_rate=1", ["LEARNING_RATE"]),
+        ("NOT_A_SETTING=1", ["NOT_A_SETTING", "--help"]),
+        ("--learning-rate", ["--learning-rate"]),
+        ("MAX_STEPS", ["MAX_STEPS", "needs a value"]),
+        ("MAX_STEPS=1.5", ["MAX_STEPS=1.5", "int or None"]),
+        ("LEARNING_RATE=fast", ["LEARNING_RATE=fast", "float"]),
+        ("LEARNING_RATE=None", ["LEARNING_RATE=None", "float"]),
+        ("PACKING=1", ["PACKING=1", "True or False"]),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(namespace, capsys, argument, words):
+    with pytest.raises(SystemExit) as stop:
+        settings.apply_overrides(namespace, [argument])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_wrong_type_edited_into_the_script(namespace, capsys):
+    namespace["LEARNING_RATE"] = "1e-4"
+    with pytest.raises(SystemExit):
+        settings.apply_overrides(namespace, [])
+    assert "LEARNING_RATE" in capsys.readouterr().err
+
+
+def test_help_shows_groups_values_and_comments(namespace, capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings.apply_overrides(namespace, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "What it does." in text and "NOT_A_SETTING" not in text
+    assert (
+        text.index("  Model\n") < text.index("MODEL=m") < text.index("  Optimization\n") < text.index("MAX_STEPS=None")
+    )
+    assert "optimizer steps" in text
+
+
+def test_contract_names_stand_in_the_training_script():
+    names = """MODEL QUANTIZATION ADAPTER DATA EVAL_SIZE MAX_LENGTH PACKING NUM_TRAIN_EPOCHS MAX_STEPS
+    PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO WEIGHT_DECAY
+    MAX_GRAD_NORM OPTIM LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING
+    ATTN_IMPLEMENTATION SEED LOGGING_STEPS EVAL_STEPS SAVE_STEPS RUN_NAME OUT_DIR RESUME""".split()
+    assert set(names) <= {s["name"] for s in settings.declared(ROOT / "qlora_train.py")}
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py")))
+def test_every_setting_of_every_script_is_explained(script):
+    unexplained = [s["name"] for s in settings.declared(ROOT / script) if not s["comment"] and s["name"] not in (
+        "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "LOGGING_STEPS", "OUT_DIR",
+        "MAX_NEW_TOKENS")]  # fmt: skip
+    assert not unexplained

@@ -1,0 +1,130 @@
+"""The training step: loss and attention against transformers' own, the schedule, packing, exact repeats."""
+
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, run_script, tiny_config
+from transformers import AutoModelForCausalLM
+
+from common import training
+from common.loss import add_chunked_loss, supports_chunked_loss
+
+DOCUMENTS = [5, 9, 3]  # lengths of the documents in a packed row
+
+
+def packed_row(labels_from: int = 2):
+    """A packed row as TRL's collator makes it: input_ids, position_ids, labels (1, T), offsets of the documents."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 600, (1, sum(DOCUMENTS)), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    labels = ids.masked_fill(positions < labels_from, -100)
+    offsets = torch.tensor([0, *DOCUMENTS]).cumsum(0).int()
+    return ids, positions, labels, offsets
+
+
+def random_model(architecture: str, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=attention).float()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_chunked_loss_is_the_models_own_loss(architecture, monkeypatch):
+    monkeypatch.setattr("common.loss.CHUNK", 4)  # several chunks
+    ids, _, labels, _ = packed_row()
+    model = random_model(architecture)
+    assert supports_chunked_loss(model.config)
+    own = model(input_ids=ids, labels=labels).loss
+    own.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    add_chunked_loss(model)
+    loss = model(input_ids=ids, learn=labels) / (labels[:, 1:] != -100).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert model(input_ids=ids).logits.shape == (1, ids.shape[1], 640)  # without `learn`, everything is as before
+
+
+def test_a_row_without_a_label_gives_zero_gradients():
+    model = random_model("llama")
+    add_chunked_loss(model)
+    ids, *_ = packed_row()
+    loss = model(input_ids=ids, learn=torch.full_like(ids, -100))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_models_that_change_their_logits_keep_trls_loss():
+    from transformers import AutoConfig
+
+    assert not supports_chunked_loss(AutoConfig.for_model("gemma2"))
+    assert not supports_chunked_loss(AutoConfig.for_model("granite"))
+    assert not supports_chunked_loss(AutoConfig.for_model("mixtral"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_documents"])
+def test_packed_documents_do_not_see_each_other(architecture, attention):
+    """Each document's logits in a packed row are those it has alone; changing a neighbour changes nothing."""
+    model = random_model(architecture, attention).eval()
+    ids, positions, _, offsets = packed_row()
+    inputs = dict(position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, use_cache=False)
+    with torch.no_grad():
+        packed = model(input_ids=ids, **inputs).logits
+        alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in ids.split(DOCUMENTS, 1)], 1)
+        other = ids.clone()
+        other[:, : DOCUMENTS[0]] = 7
+        changed = model(input_ids=other, **inputs).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(changed[:, DOCUMENTS[0] :], packed[:, DOCUMENTS[0] :])
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    def rates(name):
+        return [training.learning_rate_factor(s, 10, name, 2, 0.1) for s in range(11)]
+
+    for name in training.SCHEDULES:
+        assert rates(name)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates("constant")[2:] == [1.0] * 9
+    assert rates("linear")[6] == pytest.approx(0.55) and rates("linear")[10] == pytest.approx(0.1)
+    assert rates("cosine")[6] == pytest.approx(0.55) and rates("cosine")[10] == pytest.approx(0.1)
+    assert all(a >= b for name in training.SCHEDULES for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
+
+
+def losses(out, run):
+    rows = [json.loads(line) for line in open(out / run / "metrics.jsonl")]
+    return [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("eval_loss")) for m in rows]
+
+
+def train(out, run, model, data, *more):
+    common = ("MAX_LENGTH=256", "MAX_STEPS=4", "EVAL_SIZE=4", "ADAPTER=lora", "LORA_R=4")
+    result = run_script(
+        "qlora_train.py", f"MODEL={model}", f"DATA={data}", f"OUT_DIR={out}", f"RUN_NAME={run}", *common, *more
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(tmp_path, tiny, chats_file):
+    for run in ("first", "second"):
+        train(tmp_path, run, tiny(), chats_file, "LORA_DROPOUT=0.1")
+    assert losses(tmp_path, "first") == losses(tmp_path, "second")
+    first, second = (
+        (tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("first", "second")
+    )
+    assert first == second
+
+
+def test_accumulation_means_one_larger_batch(tmp_path, tiny, chats_file):
+    """Two micro steps of one row are one step of two rows, weighted by learned tokens and not by row."""
+    same = ("PACKING=False", "DTYPE=float32", "MAX_GRAD_NORM=1e9")
+    train(tmp_path, "micro", tiny(), chats_file, *same, "GRADIENT_ACCUMULATION_STEPS=4")
+    train(tmp_path, "batch", tiny(), chats_file, *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4")
+    for (_, a, norm_a, _), (_, b, norm_b, _) in zip(losses(tmp_path, "micro"), losses(tmp_path, "batch"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
+
+
+def test_every_training_script_stays_readable():
+    assert len((ROOT / "qlora_train.py").read_text().splitlines()) <= 260
