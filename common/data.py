@@ -31,7 +31,7 @@ def read_chats(data: str, setting: str = "DATA") -> list[list[dict]]:
         if problem:
             errors.append(f"{data}:{number}: {problem}")
         else:
-            chats.append([{"role": m["role"], "content": m["content"]} for m in row["messages"]])
+            chats.append([{key: m[key] for key in ("role", "content", "weight") if key in m} for m in row["messages"]])
     if errors:
         more = [f"... and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
         raise UserError("\n".join(errors[:MAX_ERRORS] + more))
@@ -79,19 +79,28 @@ def fault(row) -> str | None:
             return f"messages[{i}].role: {message.get('role')!r} is none of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return f"messages[{i}].content: must be a text that is not empty"
+        if message.get("weight", 1) not in (0, 1):
+            return f"messages[{i}].weight: {message['weight']!r} is neither 0 (not learned) nor 1"
     if not any(m["role"] == "assistant" for m in messages):
         return "messages: no assistant turn, so there is nothing to learn"
     return None
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "assistant") -> dict:
-    """Tokens of a chat and their labels: lists of the same length, labels IGNORE_INDEX where nothing is learned."""
+    """Tokens of a chat and their labels: lists of the same length, labels IGNORE_INDEX where nothing is learned.
+
+    Answers with "weight": 0 (as in OpenAI's format) are not learned.
+    """
     rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids = rendered["input_ids"]
     if train_on == "all":
         return {"input_ids": ids, "labels": list(ids)}
-    masked = zip(ids, rendered["assistant_masks"], strict=True)
-    return {"input_ids": ids, "labels": [token if learned else IGNORE_INDEX for token, learned in masked]}
+    weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
+    labels, answer = [], -1
+    for i, (token, marked) in enumerate(zip(ids, rendered["assistant_masks"], strict=True)):
+        answer += marked and not (i and rendered["assistant_masks"][i - 1])  # a new run of marks is the next answer
+        labels.append(token if marked and weights[answer] else IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels}
 
 
 def encode_unmarked(tokenizer, messages: list[dict]) -> dict:

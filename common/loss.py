@@ -1,4 +1,5 @@
-"""The training loss: an ordinary cross-entropy over the learned positions, in checkpointed chunks.
+"""The training loss: an ordinary cross-entropy over the learned positions, in checkpointed chunks; and, against
+forgetting, the divergence from what the frozen base predicts.
 
 TRL's fused head also computes entropy and accuracy over every position with a Triton kernel that does not exist on the
 CPU. Here only positions with a label meet the head, 256 at a time, and their logits (256 x vocabulary, in float32) are
@@ -8,13 +9,20 @@ computed again in the backward pass instead of being kept.
 import functools
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # positions whose logits exist at the same time
-# Config entries by which a model changes its logits after the head; such models keep TRL's loss, which knows them.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
-                 "num_experts", "num_local_experts")  # fmt: skip
+# Config entries by which a model changes its logits after the head, or adds a router loss; such models keep TRL's loss.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "num_experts",
+    "num_local_experts",
+)
 
 
 def supports_chunked_loss(config) -> bool:
@@ -22,11 +30,13 @@ def supports_chunked_loss(config) -> bool:
     return all(getattr(config.get_text_config(), name, None) is None for name in LOGIT_CHANGES)
 
 
-def add_chunked_loss(model) -> None:
-    """Let a causal language model be called with `learn=labels`; it then returns the summed loss, a scalar tensor.
+def add_chunked_loss(model, without_adapter=None) -> None:
+    """Let a causal language model be called with `learn=labels`; it then returns (loss, divergence), both scalars.
 
-    labels: (B, T), -100 where nothing is learned; position t is learned from the hidden state at t - 1. The head is
-    called inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
+    labels: (B, T), -100 where nothing is learned; position t is learned from the hidden state at t - 1.
+    loss: summed cross-entropy in nats. divergence: mean KL(base || model) in nats over up to CHUNK random positions
+    that are not learned, where the base is the model inside `with without_adapter():`; 0 where that is None.
+    All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
     """
     original = model.forward
 
@@ -34,17 +44,27 @@ def add_chunked_loss(model) -> None:
     def forward(*args, learn=None, **kwargs):
         if learn is None:
             return original(*args, **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]  # (B, T - 1, hidden)
-        targets = learn[:, 1:]
-        learned = targets != -100
-        hidden, targets = hidden[learned], targets[learned]  # (N, hidden), (N,)
         head = model.get_output_embeddings()
-        if not len(targets):  # a device batch without a learned position still takes part in the backward pass
-            return hidden.sum()
-        return sum(
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]  # (B, T - 1, hidden)
+        learned = learn[:, 1:] != -100
+        # The empty sum lets a device batch without a learned position take part in the backward pass.
+        loss = hidden[learned].sum() * 0 + sum(
             checkpoint(head_loss, head, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+            for h, t in zip(hidden[learned].split(CHUNK), learn[:, 1:][learned].split(CHUNK), strict=True)
         )
+        if without_adapter is None or not model.training:
+            return loss, loss.new_zeros(())
+        with torch.no_grad(), without_adapter():
+            model.base_model.eval()  # no dropout, no NEFTune noise
+            reference = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+            model.base_model.train()
+        held = ~learned
+        if "attention_mask" in kwargs:
+            held &= kwargs["attention_mask"][:, 1:].bool()
+        sample = torch.randperm(int(held.sum()))[:CHUNK].to(hidden.device)
+        if not len(sample):
+            return loss, loss.new_zeros(())
+        return loss, checkpoint(head_kl, head, hidden[held][sample], reference[held][sample], use_reentrant=False)
 
     model.forward = forward
 
@@ -52,3 +72,9 @@ def add_chunked_loss(model) -> None:
 def head_loss(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy of a chunk: hidden (N, hidden), targets (N,)."""
     return cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def head_kl(head, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Mean KL(reference || model) over positions, in nats: hidden and reference (N, hidden)."""
+    ours, base = (log_softmax(head(h).float(), dim=-1) for h in (hidden, reference))
+    return kl_div(ours, base, reduction="batchmean", log_target=True)

@@ -110,7 +110,7 @@ class RunLog(TrainerCallback):
         if not ("loss" in logs or "eval_loss" in logs):
             return
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        entry |= {k: logs[k] for k in ("loss", "grad_norm", "learning_rate", "eval_loss") if k in logs}
+        entry |= {k: logs[k] for k in ("loss", "kl", "grad_norm", "learning_rate", "eval_loss") if k in logs}
         if "eval_loss" in logs:
             entry["eval_perplexity"] = math.exp(logs["eval_loss"])
         entry["tokens"] = self.trainer.tokens

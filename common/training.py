@@ -1,6 +1,7 @@
 """Training: TRL's SFTTrainer with our loss and learning-rate schedule."""
 
 import math
+import statistics
 
 import torch
 from peft import PeftModel
@@ -17,16 +18,21 @@ class ChatTrainer(SFTTrainer):
     """SFTTrainer on tokenised rows; counts the tokens it trains on.
 
     schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
+    kl_weight: adds kl_weight * KL(base || model), measured where nothing is learned, to the loss; the base is the model
+    without its adapter. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
     """
 
-    def __init__(self, *args, schedule: tuple[str, float, float], **kwargs):
+    def __init__(self, *args, schedule: tuple[str, float, float], kl_weight: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.schedule = schedule
+        self.kl_weight = kl_weight
+        self.divergences: list[float] = []  # KL of each micro step, in nats
+        self.logged_divergences = 0
         self.tokens = 0  # seen in training by all processes, padding left out
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.chunked = supports_chunked_loss(base.config)
         if self.chunked:
-            add_chunked_loss(base)
+            add_chunked_loss(base, self.model.disable_adapter if kl_weight else None)
         for module in self.model.modules():
             # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
             if isinstance(module, BaseTunerLayer):
@@ -44,11 +50,24 @@ class ChatTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        loss = model(**inputs, learn=labels, use_cache=False)
+        loss, divergence = model(**inputs, learn=labels, use_cache=False)
         if num_items_in_batch is None:  # evaluation
             return loss / learned_positions(labels)
         # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
-        return loss / num_items_in_batch * self.accelerator.num_processes
+        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        if self.kl_weight:
+            self.divergences.append(divergence.item())
+            loss = loss + self.kl_weight * divergence / self.current_gradient_accumulation_steps
+        return loss
+
+    def log(self, logs, start_time=None):
+        if self.kl_weight and "loss" in logs:
+            logs["kl"] = statistics.mean(self.divergences[self.logged_divergences :])
+            logs["loss"] -= self.kl_weight * logs["kl"]
+            self.logged_divergences = len(self.divergences)
+        if self.kl_weight and "train_loss" in logs:
+            logs["train_loss"] -= self.kl_weight * statistics.mean(self.divergences)
+        super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
         """Mean loss over the held-out tokens; Trainer's own is a mean over batches, whatever their size."""

@@ -106,3 +106,24 @@ def run_script(script: str, *arguments, stdin: str | None = None, **environment)
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(module, "NAME=value", ...): a script's real overrides and main in this process; exit code, out, err."""
+    from common import settings
+
+    def run(module, *arguments):
+        for name, value in settings.current(vars(module)).items():
+            monkeypatch.setattr(module, name, value)  # put back after the test
+        code = 0
+        try:
+            settings.apply_overrides(vars(module), list(map(str, arguments)))
+            settings.run_main(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            monkeypatch.undo()
+        return code, *capsys.readouterr()
+
+    return run

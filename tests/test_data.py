@@ -34,6 +34,14 @@ def test_exactly_the_answers_and_their_end_token_are_learned(tokenizer):
     assert data.encode(tokenizer, CHAT, train_on="all")["labels"] == row["input_ids"]
 
 
+def test_answers_of_weight_0_are_not_learned(tokenizer):
+    chat = [dict(m) for m in CHAT]
+    chat[2]["weight"] = 0
+    row = data.encode(tokenizer, chat)
+    assert row["input_ids"] == data.encode(tokenizer, CHAT)["input_ids"]
+    assert tokenizer.decode([x for x in row["labels"] if x != data.IGNORE_INDEX]) == "Brief.<|im_end|>"
+
+
 @pytest.mark.parametrize("name", chat_template.MARKER_TOKENS)
 def test_chat_sees_the_prompt_that_training_used(tokenizer_folder, name):
     """The generation prompt is a prefix of what training saw, in every template of ours; the end token is learned."""
@@ -92,6 +100,7 @@ def test_templates_that_do_not_fit_are_refused(tokenizer_folder):
         ('{"messages": [{"role": "human", "content": "hi"}]}', "'human'"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
         ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content"),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "messages[0].weight"),
         (
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}',
             "messages[1].content",

@@ -9,6 +9,11 @@ import sys
 import pytest
 from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
 
+import chat_pipe
+import qlora_train
+from common import models
+from common.models import load_model
+
 SUMMARY_KEYS = """train_loss eval_loss eval_perplexity steps tokens tokens_per_second train_seconds median_step_seconds
 max_step_seconds peak_vram_gib peak_rss_gib predicted_peak_gib mean_power_w energy_wh device command commit
 verdict""".split()
@@ -100,50 +105,58 @@ def test_evaluate_model_scores_and_compares(trained, tiny, chats_file, tmp_path)
     assert "change of that loss: +0.0% (95 % interval +0.0% to +0.0%)" in result.stdout
 
 
-def test_training_goes_on_from_an_earlier_adapter(trained, tiny, chats_file, tmp_path):
+def test_training_goes_on_from_an_earlier_adapter(trained, tiny, chats_file, tmp_path, run_here):
     """By MODEL and by ADAPTER, and both start from the same weights: where the first run ended."""
     folder, _ = trained
     first = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     firsts = []
-    for run, model in (("by-model", [f"MODEL={folder}"]), ("by-adapter", [f"ADAPTER={folder}"])):
-        result = run_script("qlora_train.py", *short(tiny(), chats_file, tmp_path, run), *model)
-        assert result.returncode == 0, result.stderr[-2000:]
+    for run, model in (("by-model", f"MODEL={folder}"), ("by-adapter", f"ADAPTER={folder}")):
+        code, _, error = run_here(qlora_train, *short(tiny(), chats_file, tmp_path, run), model)
+        assert code == 0, error
         firsts.append(json.loads(open(tmp_path / run / "metrics.jsonl").readline())["loss"])
     assert firsts[0] == firsts[1] < first[0]["loss"]
 
 
 @pytest.mark.parametrize("quantization", ["None", "nf4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_trains_two_steps(architecture, quantization, tiny, chats_file, tmp_path):
-    result = run_script(
-        "qlora_train.py", *short(tiny(architecture), chats_file, tmp_path, "run", f"QUANTIZATION={quantization}")
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_every_architecture_trains_two_steps(architecture, quantization, tiny, chats_file, tmp_path, run_here):
+    arguments = short(tiny(architecture), chats_file, tmp_path, "run", f"QUANTIZATION={quantization}")
+    code, _, error = run_here(qlora_train, *arguments)
+    assert code == 0, error
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
-    expected = {"gpt2": {"c_attn", "c_proj", "c_fc"}}.get(
-        architecture, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    )
-    assert set(config["target_modules"]) == expected
+    llama_like = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(config["target_modules"]) == ({"c_attn", "c_proj", "c_fc"} if architecture == "gpt2" else llama_like)
+    assert config["fan_in_fan_out"] == (architecture == "gpt2")
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert all(5 < m["loss"] < 9 and m["grad_norm"] > 0 for m in rows if "loss" in m)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["ADAPTER=dora"], ["ADAPTER=rslora"], ["ADAPTER=pissa"], ["ADAPTER=loftq", "QUANTIZATION=nf4"], ["ADAPTER=ia3"],
-        ["QUANTIZATION=int8"], ["ADAPTER=None"], ["PACKING=False", "PER_DEVICE_TRAIN_BATCH_SIZE=2", "TRAIN_ON=all"],
-        ["GRADIENT_CHECKPOINTING=True", "NEFTUNE_NOISE_ALPHA=5", "LORA_TARGET_MODULES=q_proj,v_proj"],
-        ["CHAT_TEMPLATE=zephyr", "DTYPE=float32", "LR_SCHEDULER=linear", "MIN_LR=1e-4", "EVAL_SIZE=0"],
-    ],
-    ids=" ".join,
-)  # fmt: skip
-def test_variants_train_and_chat_as_trained(settings, tiny, chats_file, tmp_path):
-    """A variant trains, and its saved result has the loss on reloading that it had when training ended."""
-    result = run_script("qlora_train.py", *short(tiny(), chats_file, tmp_path, "run", *settings))
-    assert result.returncode == 0, result.stderr[-2000:]
-    answer = run_script("chat_pipe.py", f"MODEL={tmp_path / 'run'}", "PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0")
-    assert answer.returncode == 0, answer.stderr[-2000:]
+VARIANTS = (
+    "ADAPTER=dora",
+    "ADAPTER=rslora",
+    "ADAPTER=pissa",
+    "ADAPTER=loftq QUANTIZATION=nf4",
+    "ADAPTER=ia3",
+    "ADAPTER=None",
+    "QUANTIZATION=int8",
+    "QUANTIZATION=nf4 ADAPTER=dora",
+    "PACKING=False PER_DEVICE_TRAIN_BATCH_SIZE=2 TRAIN_ON=all",
+    "GRADIENT_CHECKPOINTING=True NEFTUNE_NOISE_ALPHA=5 LORA_TARGET_MODULES=q_proj,v_proj KL_WEIGHT=1",
+    "CHAT_TEMPLATE=zephyr DTYPE=float32 LR_SCHEDULER=linear MIN_LR=1e-4 EVAL_SIZE=0",
+)
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_variants_train_and_load_again(settings, tiny, chats_file, tmp_path, run_here):
+    """A variant trains, its parameters move, and its result loads and answers."""
+    arguments = short(tiny(), chats_file, tmp_path, "run", "LEARNING_RATE=1e-2", *settings.split())
+    code, _, error = run_here(qlora_train, *arguments)
+    assert code == 0, error
+    losses = [json.loads(line)["loss"] for line in list(open(tmp_path / "run" / "metrics.jsonl"))[:2]]
+    assert losses[1] < losses[0]
+    answer = ["PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0"]
+    code, _, error = run_here(chat_pipe, f"MODEL={tmp_path / 'run'}", *answer)
+    assert code == 0, error
 
 
 # --- wrong inputs: exit 2, one line saying what to change, no traceback ---
@@ -183,36 +196,45 @@ def mistakes(tmp_path, tiny, trained):
     }
 
 
-def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained):
+def check_mistake(name, word, code, error):
+    errors = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert code == 2, f"{name}: {code} {error[-500:]}"
+    assert len(errors) == 1 and word in errors[0], f"{name}: {error[-500:]}"
+    assert "Traceback" not in error and error.rstrip().endswith(errors[0]), name
+
+
+def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here, monkeypatch):
+    loaded = []
     for name, (arguments, word) in mistakes(tmp_path, tiny, trained[0]).items():
-        settings = [
-            f"MODEL={tiny()}",
-            f"DATA={tmp_path}/good.jsonl",
-            f"OUT_DIR={tmp_path}/out",
-            "EVAL_SIZE=0",
-            *arguments,
-        ]
-        result = run_script("qlora_train.py", *settings)
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert result.returncode == 2, f"{name}: {result.returncode} {result.stderr[-500:]}"
-        assert len(errors) == 1 and word in errors[0], f"{name}: {result.stderr[-500:]}"
-        assert "Traceback" not in result.stderr and result.stderr.rstrip().endswith(errors[0]), name
+        monkeypatch.setattr(models, "load_model", lambda *a, name=name, **k: loaded.append(name) or load_model(*a, **k))
+        defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0"]
+        code, _, error = run_here(qlora_train, *defaults, *arguments)
+        check_mistake(name, word, code, error)
+    assert loaded == ["unknown target modules"]  # the only mistake that needs the model
 
 
-def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, tokenizer_folder):
+@pytest.mark.parametrize("name", ["wrong type", "broken JSON line", "hub model without network", "run exists"])
+def test_wrong_inputs_in_a_process_of_their_own(name, tmp_path, tiny, trained):
+    arguments, word = mistakes(tmp_path, tiny, trained[0])[name]
+    defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0"]
+    result = run_script("qlora_train.py", *defaults, *arguments)
+    check_mistake(name, word, result.returncode, result.stderr)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, tokenizer_folder, run_here):
     folder = save_tiny("llama", tmp_path, tokenizer_folder)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(100)])
     tokenizer.save_pretrained(folder)
-    result = run_script("chat_pipe.py", f"MODEL={folder}", "PROMPT=Hi")
-    assert result.returncode == 2 and "640 rows" in result.stderr
+    code, _, error = run_here(chat_pipe, f"MODEL={folder}", "PROMPT=Hi")
+    assert code == 2 and "640 rows" in error
 
 
-def test_an_adapter_whose_base_changed_is_refused(tmp_path, tokenizer_folder, chats_file):
+def test_an_adapter_whose_base_changed_is_refused(tmp_path, tokenizer_folder, chats_file, run_here):
     folder = save_tiny("llama", tmp_path / "base", tokenizer_folder)
-    assert run_script("qlora_train.py", *short(folder, chats_file, tmp_path, "run")).returncode == 0
+    assert run_here(qlora_train, *short(folder, chats_file, tmp_path, "run"))[0] == 0
     save_tiny("llama", folder, tokenizer_folder, seed=1)
-    result = run_script("chat_pipe.py", f"MODEL={tmp_path / 'run'}", "PROMPT=Hi")
-    assert result.returncode == 2 and "other weights" in result.stderr
+    code, _, error = run_here(chat_pipe, f"MODEL={tmp_path / 'run'}", "PROMPT=Hi")
+    assert code == 2 and "other weights" in error

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, run_script, tiny_config
+from conftest import ARCHITECTURES, ROOT, tiny_config
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import qlora_train
 from common import training
 from common.loss import add_chunked_loss, supports_chunked_loss
 
@@ -39,7 +41,7 @@ def test_chunked_loss_is_the_models_own_loss(architecture, monkeypatch):
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     add_chunked_loss(model)
-    loss = model(input_ids=ids, learn=labels) / (labels[:, 1:] != -100).sum()
+    loss = model(input_ids=ids, learn=labels)[0] / (labels[:, 1:] != -100).sum()
     loss.backward()
     torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
@@ -51,9 +53,31 @@ def test_a_row_without_a_label_gives_zero_gradients():
     model = random_model("llama")
     add_chunked_loss(model)
     ids, *_ = packed_row()
-    loss = model(input_ids=ids, learn=torch.full_like(ids, -100))
+    loss, _ = model(input_ids=ids, learn=torch.full_like(ids, -100))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_divergence_is_measured_against_the_model_without_its_adapter():
+    """0 for a fresh adapter; KL(base || model) where nothing is learned for one that is not; none in evaluation."""
+    model = get_peft_model(random_model("llama"), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    ids, _, labels, _ = packed_row()
+    inputs = dict(input_ids=ids, use_cache=False)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**inputs).logits[0, :-1].log_softmax(-1)
+    add_chunked_loss(model.get_base_model(), model.disable_adapter)
+    model.train()
+    assert model(**inputs, learn=labels)[1].item() == pytest.approx(0, abs=1e-6)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    loss, divergence = model(**inputs, learn=labels)
+    ours = model(**inputs).logits[0, :-1].log_softmax(-1)
+    held = labels[0, 1:] == -100
+    assert divergence.item() == pytest.approx((base.exp() * (base - ours)).sum(-1)[held].mean().item(), rel=1e-4)
+    divergence.backward()
+    assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    assert model.training and model.eval()(**inputs, learn=labels)[1].item() == 0
 
 
 def test_models_that_change_their_logits_keep_trls_loss():
@@ -93,36 +117,50 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert all(a >= b for name in training.SCHEDULES for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
 
 
-def losses(out, run):
-    rows = [json.loads(line) for line in open(out / run / "metrics.jsonl")]
+def losses(folder):
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     return [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("eval_loss")) for m in rows]
 
 
-def train(out, run, model, data, *more):
-    common = ("MAX_LENGTH=256", "MAX_STEPS=4", "EVAL_SIZE=4", "ADAPTER=lora", "LORA_R=4")
-    result = run_script(
-        "qlora_train.py", f"MODEL={model}", f"DATA={data}", f"OUT_DIR={out}", f"RUN_NAME={run}", *common, *more
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result
+@pytest.fixture
+def train(tmp_path, tiny, chats_file, run_here):
+    """train(run, "NAME=value", ...): four steps on the tiny model; the run's folder."""
+
+    def run(name, *more):
+        common = (f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", f"RUN_NAME={name}")
+        sizes = ("MAX_LENGTH=256", "MAX_STEPS=4", "EVAL_SIZE=4", "LORA_R=4")
+        code, _, error = run_here(qlora_train, *common, *sizes, *more)
+        assert code == 0, error
+        return tmp_path / name
+
+    return run
 
 
-def test_the_same_seed_gives_the_same_losses_bit_for_bit(tmp_path, tiny, chats_file):
-    for run in ("first", "second"):
-        train(tmp_path, run, tiny(), chats_file, "LORA_DROPOUT=0.1")
-    assert losses(tmp_path, "first") == losses(tmp_path, "second")
-    first, second = (
-        (tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("first", "second")
-    )
-    assert first == second
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(train):
+    first, second = (train(name, "LORA_DROPOUT=0.1", "KL_WEIGHT=0.5") for name in ("first", "second"))
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(train("other", "LORA_DROPOUT=0.1", "KL_WEIGHT=0.5", "SEED=1"))
+    weights = [(folder / "final" / "adapter_model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
 
 
-def test_accumulation_means_one_larger_batch(tmp_path, tiny, chats_file):
-    """Two micro steps of one row are one step of two rows, weighted by learned tokens and not by row."""
+def test_the_pull_towards_the_base_is_logged_apart_and_holds(train):
+    """With the pull the model stays nearer to its base; the logged loss is the cross-entropy in both runs."""
+    settings = ("LEARNING_RATE=2e-2", "PACKING=False", "WARMUP_RATIO=0")
+    folders = train("free", *settings, "KL_WEIGHT=1e-9"), train("held", *settings, "KL_WEIGHT=5")
+    free, held = ([json.loads(line) for line in open(folder / "metrics.jsonl")][:4] for folder in folders)
+    assert free[0]["loss"] == pytest.approx(held[0]["loss"], rel=1e-6)
+    assert held[3]["kl"] < 0.7 * free[3]["kl"]
+
+
+def test_accumulation_means_one_larger_batch(train):
+    """Four micro steps of one row are one step of four rows, weighted by learned tokens and not by row."""
     same = ("PACKING=False", "DTYPE=float32", "MAX_GRAD_NORM=1e9")
-    train(tmp_path, "micro", tiny(), chats_file, *same, "GRADIENT_ACCUMULATION_STEPS=4")
-    train(tmp_path, "batch", tiny(), chats_file, *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4")
-    for (_, a, norm_a, _), (_, b, norm_b, _) in zip(losses(tmp_path, "micro"), losses(tmp_path, "batch"), strict=True):
+    micro, batch = (
+        train("micro", *same, "GRADIENT_ACCUMULATION_STEPS=4"),
+        train("batch", *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4"),
+    )
+    for (_, a, norm_a, _), (_, b, norm_b, _) in zip(losses(micro), losses(batch), strict=True):
         assert a == pytest.approx(b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-3)
 
 
