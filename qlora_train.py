@@ -22,13 +22,13 @@ LORA_DROPOUT = 0.0
 LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
 # Data
 DATA = "data/brief.jsonl"  # .jsonl file or hub dataset with rows of {"messages": [{"role", "content"}, ...]}
-EVAL_SIZE: int | float = 0.05  # chats held out, or their share below 1; 0: none
+EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 MAX_LENGTH = 1024  # tokens of a row; activations grow with it; longer chats are cut at a turn, and counted
 PACKING = True  # fill rows with several chats that do not see each other
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 CHAT_TEMPLATE: str | None = None  # None: the model's own format; chatml, llama3, zephyr, or a .jinja file with marks
 # Optimization
-NUM_TRAIN_EPOCHS: int | float = 3
+NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once; activations grow with it; keep 1 with PACKING, raise MAX_LENGTH instead
 GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
@@ -39,9 +39,7 @@ WARMUP_RATIO = 0.1  # share of the steps
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 OPTIM = "adamw_torch_fused"  # on CUDA also adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit (less or spilled VRAM)
-KL_WEIGHT: float | None = (
-    None  # hold the base's predictions where nothing is learned: less forgetting, a quarter slower
-)
+KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a quarter slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
@@ -66,7 +64,6 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
 from common import chat_template, data, gpu, models, runs, training
-from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
 # direction apart), 2312.03732 (rsLoRA: scaled by the root of the rank), 2404.02948 (PiSSA: starts from the principal
@@ -101,7 +98,6 @@ def main():
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
     model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True)
     base_fingerprint = models.fingerprint(model)
-    kl_weight = choose_kl_weight(model.config, is_chat_model)
     if not source.adapter and ADAPTER:
         model = add_adapter(model, source)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -117,7 +113,7 @@ def main():
         processing_class=tokenizer,
         callbacks=[log],
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
-        kl_weight=kl_weight,
+        kl_weight=choose_kl_weight(is_chat_model),
     )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
@@ -161,37 +157,35 @@ def locate_model() -> models.Source:
 
 def refuse_untrainable(dtype: torch.dtype):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
-    if ADAPTER is None and QUANTIZATION:
-        raise UserError(
-            f"ADAPTER=None QUANTIZATION={QUANTIZATION}: quantised weights cannot be trained (4-bit and 8-bit "
-            "integers have no gradient, the loss would not fall). Set QUANTIZATION=None or ADAPTER=lora."
-        )
-    if ADAPTER is None and dtype == torch.float16:
-        raise UserError(
-            "ADAPTER=None DTYPE=float16: float16 weights cannot be trained (gradients cannot be unscaled in float16). "
-            "Set DTYPE=float32 or bfloat16, or ADAPTER=lora."
-        )
-    if ADAPTER == "pissa" and QUANTIZATION:
-        raise UserError(
-            f"ADAPTER=pissa QUANTIZATION={QUANTIZATION}: PiSSA rewrites the base weights, which cannot be "
-            "done to quantised ones. Set QUANTIZATION=None, or ADAPTER=loftq, its counterpart for nf4."
-        )
-    if ADAPTER == "loftq" and QUANTIZATION != "nf4":
-        raise UserError(
-            f"ADAPTER=loftq QUANTIZATION={QUANTIZATION}: LoftQ makes up for what NF4 loses. "
-            "Set QUANTIZATION=nf4, or ADAPTER=lora."
-        )
+    quantised, half = QUANTIZATION is not None, dtype == torch.float16
+    for wrong, reason in (
+        (
+            ADAPTER is None and quantised,
+            "quantised weights cannot be trained (they have no gradient, the loss would not fall). "
+            "Set QUANTIZATION=None or ADAPTER=lora.",
+        ),
+        (
+            ADAPTER is None and half,
+            "float16 weights cannot be trained (gradients in it cannot be unscaled). Set DTYPE=float32 or ADAPTER=lora.",
+        ),
+        (
+            ADAPTER == "pissa" and quantised,
+            "PiSSA rewrites the base weights, and quantised ones are fixed. Set QUANTIZATION=None or ADAPTER=loftq.",
+        ),
+        (
+            ADAPTER == "loftq" and not (QUANTIZATION == "nf4" and torch.cuda.is_available()),
+            "LoftQ makes up for what NF4 loses, computed on a GPU. Set QUANTIZATION=nf4 there, or ADAPTER=lora.",
+        ),
+        (ADAPTER is None and KL_WEIGHT, "KL_WEIGHT holds to a frozen base, and here is none. Set KL_WEIGHT=0."),
+    ):
+        if wrong:
+            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
 
 
-def choose_kl_weight(config, is_chat_model: bool) -> float:
-    """KL_WEIGHT; for None, 1 where there is a chat model to keep (it came with a template), 0 for a base model."""
-    possible = ADAPTER is not None and supports_chunked_loss(config)
-    if KL_WEIGHT and not possible:
-        raise UserError(
-            f"KL_WEIGHT={KL_WEIGHT}: needs an adapter and a model whose logits are its head's. Set it to 0."
-        )
-    weight = KL_WEIGHT if KL_WEIGHT is not None else 1.0 if is_chat_model and possible else 0.0
-    print(f"weight of the pull towards the base model: {weight}")
+def choose_kl_weight(is_chat_model: bool) -> float:
+    """KL_WEIGHT; for None, 1 where there is a chat model to keep (it came with a template), else 0."""
+    weight = KL_WEIGHT if KL_WEIGHT is not None else float(is_chat_model and ADAPTER is not None)
+    print(f"weight of holding the base's predictions: {weight}")
     return weight
 
 

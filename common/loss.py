@@ -59,7 +59,7 @@ def add_chunked_loss(model, without_adapter=None) -> None:
             reference = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
             model.base_model.train()
         held = ~learned
-        if "attention_mask" in kwargs:
+        if kwargs.get("attention_mask") is not None:
             held &= kwargs["attention_mask"][:, 1:].bool()
         sample = torch.randperm(int(held.sum()))[:CHUNK].to(hidden.device)
         if not len(sample):

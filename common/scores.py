@@ -47,8 +47,11 @@ def mean_loss(losses: list[tuple[float, int]]) -> float:
 
 def bootstrap_change(before: list, after: list, resamples: int = 10_000) -> tuple[float, float]:
     """95 % interval of mean_loss(after) / mean_loss(before) - 1 on the same chats, resampling whole chats in pairs."""
-    pairs = numpy.array([(b, a, tokens) for (b, tokens), (a, _) in zip(before, after, strict=True)])
+    pairs = numpy.array(
+        [(*b, *a) for b, a in zip(before, after, strict=True)]
+    )  # loss, tokens before; loss, tokens after
     picks = numpy.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
-    sums = pairs[picks].sum(axis=1)  # (resamples, 3)
-    low, high = numpy.percentile(sums[:, 1] / sums[:, 0] - 1, (2.5, 97.5))
+    sums = pairs[picks].sum(axis=1)  # (resamples, 4)
+    changes = (sums[:, 2] / sums[:, 3]) / (sums[:, 0] / sums[:, 1]) - 1
+    low, high = numpy.percentile(changes, (2.5, 97.5))
     return float(low), float(high)

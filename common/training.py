@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
 from common.loss import add_chunked_loss, supports_chunked_loss
+from common.settings import UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -33,6 +34,8 @@ class ChatTrainer(SFTTrainer):
         self.chunked = supports_chunked_loss(base.config)
         if self.chunked:
             add_chunked_loss(base, self.model.disable_adapter if kl_weight else None)
+        elif kl_weight:
+            raise UserError(f"KL_WEIGHT={kl_weight}: {base.config.model_type} scales its logits. Set KL_WEIGHT=0.")
         for module in self.model.modules():
             # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
             if isinstance(module, BaseTunerLayer):

@@ -125,8 +125,8 @@ def test_every_architecture_trains_two_steps(architecture, quantization, tiny, c
     assert code == 0, error
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     llama_like = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert set(config["target_modules"]) == ({"c_attn", "c_proj", "c_fc"} if architecture == "gpt2" else llama_like)
-    assert config["fan_in_fan_out"] == (architecture == "gpt2")
+    targets = {name.rsplit(".", 1)[-1] for name in config["target_modules"]}
+    assert targets == ({"c_attn", "c_proj", "c_fc"} if architecture == "gpt2" else llama_like)
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert all(5 < m["loss"] < 9 and m["grad_norm"] > 0 for m in rows if "loss" in m)
 
@@ -135,7 +135,6 @@ VARIANTS = (
     "ADAPTER=dora",
     "ADAPTER=rslora",
     "ADAPTER=pissa",
-    "ADAPTER=loftq QUANTIZATION=nf4",
     "ADAPTER=ia3",
     "ADAPTER=None",
     "QUANTIZATION=int8",
@@ -149,11 +148,11 @@ VARIANTS = (
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_variants_train_and_load_again(settings, tiny, chats_file, tmp_path, run_here):
     """A variant trains, its parameters move, and its result loads and answers."""
-    arguments = short(tiny(), chats_file, tmp_path, "run", "LEARNING_RATE=1e-2", *settings.split())
+    arguments = short(tiny(), chats_file, tmp_path, "run", "LEARNING_RATE=1e-2", "MAX_STEPS=8", *settings.split())
     code, _, error = run_here(qlora_train, *arguments)
     assert code == 0, error
-    losses = [json.loads(line)["loss"] for line in list(open(tmp_path / "run" / "metrics.jsonl"))[:2]]
-    assert losses[1] < losses[0]
+    losses = [json.loads(line)["loss"] for line in list(open(tmp_path / "run" / "metrics.jsonl"))[:8]]
+    assert sum(losses[4:]) < sum(losses[:4])
     answer = ["PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0"]
     code, _, error = run_here(chat_pipe, f"MODEL={tmp_path / 'run'}", *answer)
     assert code == 0, error
@@ -188,6 +187,8 @@ def mistakes(tmp_path, tiny, trained):
         "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),
         "quantised full fine-tune": (["ADAPTER=None", "QUANTIZATION=nf4"], "ADAPTER=lora"),
         "float16 full fine-tune": (["ADAPTER=None", "DTYPE=float16"], "DTYPE=float32"),
+        "loftq without a GPU": (["ADAPTER=loftq", "QUANTIZATION=nf4"], "ADAPTER=lora"),
+        "pull towards no base": (["ADAPTER=None", "KL_WEIGHT=1"], "KL_WEIGHT=0"),
         "pissa on quantised weights": (["ADAPTER=pissa", "QUANTIZATION=int8"], "QUANTIZATION=None"),
         "unknown target modules": (["LORA_TARGET_MODULES=attn"], "q_proj"),
         "hub model without network": (["MODEL=org/no-such-model"], "MODEL=org/no-such-model"),
