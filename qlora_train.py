@@ -61,6 +61,7 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from common import chat_template, data, gpu, models, runs, training
@@ -84,9 +85,9 @@ def main():
     source = locate_model()
     chats = data.read_chats(DATA)
     dtype = models.choose_dtype(DTYPE)
-    refuse_untrainable(dtype)
+    refuse_untrainable(source, dtype)
     tokenizer = models.load_tokenizer(source)
-    is_chat_model = bool(tokenizer.chat_template)
+    kl_weight = choose_kl_weight(source)
     print(chat_template.set_template(tokenizer, CHAT_TEMPLATE))
     train_set, eval_set, report = data.make_datasets(tokenizer, chats, EVAL_SIZE, MAX_LENGTH, TRAIN_ON, SEED)
     print(report)
@@ -113,7 +114,7 @@ def main():
         processing_class=tokenizer,
         callbacks=[log],
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
-        kl_weight=choose_kl_weight(is_chat_model),
+        kl_weight=kl_weight,
     )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
@@ -134,13 +135,12 @@ def check_settings():
     check_choice("TRAIN_ON", TRAIN_ON, ("assistant", "all"))
     check_choice("LR_SCHEDULER", LR_SCHEDULER, training.SCHEDULES)
     check_choice("RESUME", RESUME, (None, "auto"))
-    for name in ("MAX_LENGTH", "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LORA_R", "LOGGING_STEPS"):
-        if globals()[name] < 1:
+    check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])
+    for name in ("MAX_LENGTH", "MAX_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LORA_R"):
+        if globals()[name] is not None and globals()[name] < 1:
             raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
     if LEARNING_RATE <= 0 or not 0 <= MIN_LR <= LEARNING_RATE:
-        raise UserError(
-            f"LEARNING_RATE={LEARNING_RATE}, MIN_LR={MIN_LR}: the rate must be above 0, and MIN_LR below it."
-        )
+        raise UserError(f"LEARNING_RATE={LEARNING_RATE}, MIN_LR={MIN_LR}: MIN_LR lies between 0 and the rate.")
     if OPTIM.startswith("paged") and not torch.cuda.is_available():
         raise UserError(f"OPTIM={OPTIM}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works here.")
 
@@ -155,36 +155,30 @@ def locate_model() -> models.Source:
     return models.with_adapter(source, models.locate(ADAPTER, "ADAPTER"), "ADAPTER")
 
 
-def refuse_untrainable(dtype: torch.dtype):
+def refuse_untrainable(source: models.Source, dtype: torch.dtype):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
-    quantised, half = QUANTIZATION is not None, dtype == torch.float16
+    full, quantised, half = ADAPTER is None, QUANTIZATION is not None, dtype == torch.float16
+    on_gpu = torch.cuda.is_available()
     for wrong, reason in (
-        (
-            ADAPTER is None and quantised,
-            "quantised weights cannot be trained (they have no gradient, the loss would not fall). "
-            "Set QUANTIZATION=None or ADAPTER=lora.",
-        ),
-        (
-            ADAPTER is None and half,
-            "float16 weights cannot be trained (gradients in it cannot be unscaled). Set DTYPE=float32 or ADAPTER=lora.",
-        ),
-        (
-            ADAPTER == "pissa" and quantised,
-            "PiSSA rewrites the base weights, and quantised ones are fixed. Set QUANTIZATION=None or ADAPTER=loftq.",
-        ),
-        (
-            ADAPTER == "loftq" and not (QUANTIZATION == "nf4" and torch.cuda.is_available()),
-            "LoftQ makes up for what NF4 loses, computed on a GPU. Set QUANTIZATION=nf4 there, or ADAPTER=lora.",
-        ),
-        (ADAPTER is None and KL_WEIGHT, "KL_WEIGHT holds to a frozen base, and here is none. Set KL_WEIGHT=0."),
+        (full and quantised, "quantised weights have no gradient to train by. Set QUANTIZATION=None or ADAPTER=lora."),
+        (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
+        (full and KL_WEIGHT, "KL_WEIGHT holds to a frozen base, and here is none. Set KL_WEIGHT=0."),
+        (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to go on with it."),
+        (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
+        (ADAPTER == "pissa" and quantised, "PiSSA rewrites the base weights. Set QUANTIZATION=None or ADAPTER=lora."),
+        (ADAPTER == "loftq" and QUANTIZATION != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
+        (ADAPTER == "loftq" and not on_gpu, "peft computes LoftQ on a GPU only. Set ADAPTER=lora."),
     ):
         if wrong:
             raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
 
 
-def choose_kl_weight(is_chat_model: bool) -> float:
-    """KL_WEIGHT; for None, 1 where there is a chat model to keep (it came with a template), else 0."""
-    weight = KL_WEIGHT if KL_WEIGHT is not None else float(is_chat_model and ADAPTER is not None)
+def choose_kl_weight(source: models.Source) -> float:
+    """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
+    weight = KL_WEIGHT
+    if weight is None:
+        base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
+        weight = 1.0 if base_tokenizer.chat_template and ADAPTER else 0.0
     print(f"weight of holding the base's predictions: {weight}")
     return weight
 

@@ -109,7 +109,7 @@ def from_hub(load, source: Source, **kwargs):
     """Call a from_pretrained on the source; what hub and file system raise becomes a UserError of one line."""
     try:
         return load(source.path, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         remedy = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error

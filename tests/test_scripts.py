@@ -188,6 +188,11 @@ def mistakes(tmp_path, tiny, trained):
         "quantised full fine-tune": (["ADAPTER=None", "QUANTIZATION=nf4"], "ADAPTER=lora"),
         "float16 full fine-tune": (["ADAPTER=None", "DTYPE=float16"], "DTYPE=float32"),
         "loftq without a GPU": (["ADAPTER=loftq", "QUANTIZATION=nf4"], "ADAPTER=lora"),
+        "full fine-tune of an adapter": (["ADAPTER=None", f"MODEL={trained}"], "ADAPTER=lora"),
+        "float16 without a GPU": (["DTYPE=float16"], "DTYPE=None"),
+        "unknown optimizer": (["OPTIM=adamw_torch_fuse"], "adamw_torch_fused"),
+        "no steps": (["MAX_STEPS=0"], "MAX_STEPS=0"),
+        "attention that is not installed": (["ATTN_IMPLEMENTATION=flash_attention_2"], "FlashAttention"),
         "pull towards no base": (["ADAPTER=None", "KL_WEIGHT=1"], "KL_WEIGHT=0"),
         "pissa on quantised weights": (["ADAPTER=pissa", "QUANTIZATION=int8"], "QUANTIZATION=None"),
         "unknown target modules": (["LORA_TARGET_MODULES=attn"], "q_proj"),
@@ -211,7 +216,7 @@ def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here,
         defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0"]
         code, _, error = run_here(qlora_train, *defaults, *arguments)
         check_mistake(name, word, code, error)
-    assert loaded == ["unknown target modules"]  # the only mistake that needs the model
+    assert loaded == ["unknown target modules", "attention that is not installed"]  # these need the model
 
 
 @pytest.mark.parametrize("name", ["wrong type", "broken JSON line", "hub model without network", "run exists"])

@@ -1,0 +1,50 @@
+"""The comparisons: both sides do the same work, and a machine without a GPU is told so."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+
+@pytest.mark.parametrize("method", ["lora", "nf4"])
+def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "MAX_LENGTH", 64)
+    monkeypatch.setattr(gpu_check, "STEPS", 4)
+    ours, trl = (gpu_check.time_training("tiny", method, side, "cpu") for side in ("ours", "trl"))
+    assert ours["losses"] == pytest.approx(trl["losses"], rel=0.01)
+    assert ours["flop_per_token"] == trl["flop_per_token"] == 4 * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
+    assert ours["tokens_per_second"] > 0
+
+
+def test_matrix_peak_is_a_positive_number():
+    import gpu_check
+
+    assert gpu_check.matrix_peak_tflops("cpu", size=64, repeats=2) > 0
+
+
+def test_gpu_check_without_a_gpu():
+    result = run_script("bench/gpu_check.py")
+    assert result.returncode == 2 and result.stderr.startswith("error: this check needs a CUDA GPU")
+
+
+def test_throughput_prints_both_sides_and_the_ratio(tiny, chats_file):
+    result = run_script(
+        "bench/throughput.py",
+        f"MODEL={tiny()}",
+        f"DATA={chats_file}",
+        "MAX_LENGTH=64",
+        "STEPS=4",
+        "ROUNDS=1",
+        "LORA_R=4",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"^trl +[\d.]+ tokens/s .* peak [\d.]+ GiB$", result.stdout, re.M)
+    found = re.search(
+        r"ratio [\d.]+ +memory [\d.]+ +largest difference of the losses ([\d.]+)% over 4 steps", result.stdout
+    )
+    assert float(found[1]) < 1
