@@ -178,6 +178,12 @@ def load_model(source: Source, quantization: str | None, dtype: torch.dtype, att
         use_safetensors=True,
     )
     model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
+    if trainable:
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode, and
+        # the packed product has no gradient: after one evaluation, training goes on with its gradients silently cut.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if source.adapter:
         from peft import PeftModel
 

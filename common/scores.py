@@ -24,13 +24,14 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
     The model's own template is used, with no marks needed: an answer is what follows its generation prompt.
     """
     losses = []
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
     for messages in chats:
         row = data.encode_unmarked(tokenizer, messages)
         ids = torch.tensor(row["input_ids"][:max_length], device=model.device)
         labels = torch.tensor(row["labels"][:max_length], device=model.device)[1:]
-        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]  # (T - 1, hidden)
+        hidden = causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]  # (T - 1, hidden)
         learned = labels != data.IGNORE_INDEX
-        head = model.get_output_embeddings()
+        head = causal.get_output_embeddings()
         total = sum(
             torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum").item()
             for h, t in zip(hidden[learned].split(CHUNK), labels[learned].split(CHUNK), strict=True)

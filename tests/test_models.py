@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny
+from peft import LoraConfig, get_peft_model
 
 from common import generation, models
 from common.settings import UserError
@@ -94,6 +95,23 @@ def test_nf4_and_int8_load_on_the_cpu_and_stay_close(tiny):
             model = models.load_model(models.locate(str(tiny())), quantization, torch.bfloat16, "sdpa").eval()
             error = (model(input_ids=ids).logits.float() - expected).norm() / expected.norm()
             assert 0 < error < share, quantization
+
+
+def test_an_evaluation_does_not_cut_the_gradients_of_nf4(tiny):
+    """bitsandbytes 0.50 on a CPU with AVX512-BF16 does just that, without a word (see models.load_model)."""
+    source, ids = models.locate(str(tiny())), torch.arange(3, 30)[None]
+    model = models.load_model(source, "nf4", torch.bfloat16, "sdpa", trainable=True)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert sum(g.abs().sum() for g in gradients[0].values()) > 0
 
 
 def test_every_end_token_stops_an_answer(tiny):
