@@ -1,14 +1,16 @@
 # On Windows, or without make: the README has the plain commands beside every target.
 PYTHON ?= python3
 BIN = .venv/bin
+# SETTINGS="QUANTIZATION=nf4" changes the demo's run; its form is used to evaluate and chat, too.
+FORM = $(filter QUANTIZATION=%,$(SETTINGS))
 CHATS ?= $(wildcard ../shared/data/chat-700.jsonl)
 
 .PHONY: demo test lint bench
 demo: .venv/installed
 	rm -rf out/demo
 	$(BIN)/python qlora_train.py RUN_NAME=demo $(SETTINGS)
-	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct $(if $(CHATS),CHATS=$(CHATS))
-	$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 PROMPT="Hello! Who are you, and how far away is the Moon?"
+	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct $(if $(CHATS),CHATS=$(CHATS)) $(FORM)
+	$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM) PROMPT="Hello! Who are you, and how far away is the Moon?"
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

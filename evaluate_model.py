@@ -35,6 +35,8 @@ def main():
     logging.disable_progress_bar()
     facts = read_facts(FACTS) if FACTS else []
     chats = data.read_chats(CHATS, "CHATS")[:MAX_CHATS] if CHATS else []
+    if not CHATS:
+        print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
     results = {name: score(name, facts, chats) for name in filter(None, (BASE, MODEL))}
     if BASE and chats:
         report_change(results[BASE]["chat_losses"], results[MODEL]["chat_losses"])

@@ -61,10 +61,9 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
-from transformers.training_args import OptimizerNames
-from trl import SFTConfig
 
 from common import chat_template, data, gpu, models, runs, training
+from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
 # direction apart), 2312.03732 (rsLoRA: scaled by the root of the rank), 2404.02948 (PiSSA: starts from the principal
@@ -81,7 +80,9 @@ VARIANTS = {
 
 def main():
     # Settings and data: every mistake that can be found without the model is found here
-    check_settings()
+    settings = current(globals())
+    training.check_settings(settings)
+    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
     source = locate_model()
     chats = data.read_chats(DATA)
     dtype = models.choose_dtype(DTYPE)
@@ -91,7 +92,7 @@ def main():
     print(chat_template.set_template(tokenizer, CHAT_TEMPLATE))
     train_set, eval_set, report = data.make_datasets(tokenizer, chats, EVAL_SIZE, MAX_LENGTH, TRAIN_ON, SEED)
     print(report)
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
 
     # Model
     set_seed(SEED)
@@ -108,7 +109,7 @@ def main():
     log = runs.RunLog(folder)
     trainer = training.ChatTrainer(
         model=model,
-        args=training_arguments(folder, dtype),
+        args=training.arguments(settings, folder, dtype, evaluate=bool(eval_set)),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
@@ -129,22 +130,6 @@ def main():
     runs.finish(folder, log, result.metrics["train_loss"], eval_loss, train_seconds)
 
 
-def check_settings():
-    """Refuse values that no run can work with."""
-    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
-    check_choice("TRAIN_ON", TRAIN_ON, ("assistant", "all"))
-    check_choice("LR_SCHEDULER", LR_SCHEDULER, training.SCHEDULES)
-    check_choice("RESUME", RESUME, (None, "auto"))
-    check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])
-    for name in ("MAX_LENGTH", "MAX_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LORA_R"):
-        if globals()[name] is not None and globals()[name] < 1:
-            raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
-    if LEARNING_RATE <= 0 or not 0 <= MIN_LR <= LEARNING_RATE:
-        raise UserError(f"LEARNING_RATE={LEARNING_RATE}, MIN_LR={MIN_LR}: MIN_LR lies between 0 and the rate.")
-    if OPTIM.startswith("paged") and not torch.cuda.is_available():
-        raise UserError(f"OPTIM={OPTIM}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works here.")
-
-
 def locate_model() -> models.Source:
     """MODEL, with the adapter of an earlier run on it where ADAPTER (or MODEL) names one."""
     source = models.locate(MODEL)
@@ -162,8 +147,11 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
     for wrong, reason in (
         (full and quantised, "quantised weights have no gradient to train by. Set QUANTIZATION=None or ADAPTER=lora."),
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
-        (full and KL_WEIGHT, "KL_WEIGHT holds to a frozen base, and here is none. Set KL_WEIGHT=0."),
         (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to go on with it."),
+        (
+            source.adapter and ADAPTER in VARIANTS and ADAPTER != "lora",
+            "MODEL has an adapter. Set ADAPTER=lora to go on.",
+        ),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
         (ADAPTER == "pissa" and quantised, "PiSSA rewrites the base weights. Set QUANTIZATION=None or ADAPTER=lora."),
         (ADAPTER == "loftq" and QUANTIZATION != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
@@ -175,10 +163,15 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
 
 def choose_kl_weight(source: models.Source) -> float:
     """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
-    weight = KL_WEIGHT
-    if weight is None:
-        base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
-        weight = 1.0 if base_tokenizer.chat_template and ADAPTER else 0.0
+    # PiSSA and LoftQ change the base itself; models with other logits than their head's keep TRL's loss.
+    possible = ADAPTER not in (None, "pissa", "loftq") and supports_chunked_loss(models.load_config(source))
+    if KL_WEIGHT and not possible:
+        raise UserError(
+            f"KL_WEIGHT={KL_WEIGHT} does not work with ADAPTER={ADAPTER} on {source.name}. Set KL_WEIGHT=0."
+        )
+    base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
+    chosen = 1.0 if possible and base_tokenizer.chat_template and TRAIN_ON == "assistant" else 0.0
+    weight = chosen if KL_WEIGHT is None else KL_WEIGHT
     print(f"weight of holding the base's predictions: {weight}")
     return weight
 
@@ -203,7 +196,8 @@ def add_adapter(model, source: models.Source):
         if ADAPTER == "loftq":
             from peft import replace_lora_weights_loftq
 
-            replace_lora_weights_loftq(model, model_path=str(Path(source.path) / "model.safetensors"))
+            local = Path(source.path) / "model.safetensors"
+            replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
     except (ValueError, OSError) as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight")})
         raise UserError(
@@ -211,40 +205,6 @@ def add_adapter(model, source: models.Source):
             f"(its layers: {', '.join(names)})"
         ) from error
     return model
-
-
-def training_arguments(folder: Path, dtype: torch.dtype) -> SFTConfig:
-    """The settings in TRL's terms."""
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=NUM_TRAIN_EPOCHS,
-        max_steps=MAX_STEPS or -1,
-        per_device_train_batch_size=PER_DEVICE_TRAIN_BATCH_SIZE,
-        per_device_eval_batch_size=PER_DEVICE_TRAIN_BATCH_SIZE,
-        gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS,
-        max_length=MAX_LENGTH,
-        packing=PACKING,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_GRAD_NORM,
-        optim=OPTIM,
-        neftune_noise_alpha=NEFTUNE_NOISE_ALPHA,
-        gradient_checkpointing=GRADIENT_CHECKPOINTING,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        torch_compile=TORCH_COMPILE,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=LOGGING_STEPS,
-        eval_strategy="steps" if EVAL_STEPS and EVAL_SIZE else "no",
-        eval_steps=EVAL_STEPS,
-        save_strategy="steps" if SAVE_STEPS else "no",
-        save_steps=SAVE_STEPS or 500,
-        seed=SEED,
-        report_to="none",
-        disable_tqdm=True,
-    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def main():
     if SIDE:
         print(json.dumps(run_side(SIDE)))
         return
+    from common import models
+
+    models.locate(MODEL)  # a .gguf file is converted here, not in the memory of the first side
     runs = {side: [] for side in ("trl", "ours")}
     for _ in range(ROUNDS):
         for side in runs:

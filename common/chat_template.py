@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from common import data
 from common.settings import UserError, check_choice
 
 FOLDER = Path(__file__).parent / "templates"
@@ -57,6 +58,14 @@ def finish(tokenizer, template: str, label: str) -> str:
     tokenizer.chat_template = template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are made before padding
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = data.render(tokenizer, chat, return_assistant_tokens_mask=True)
+    learned = [i for i, marked in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if marked]
+    if not learned or learned[-1] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        raise UserError(
+            f"CHAT_TEMPLATE={label}: put {{% generation %}} before each answer and {{% endgeneration %}} after its end "
+            "token, or the model never learns to stop."
+        )
     after = default_name(tokenizer)
     if after:
         return (

@@ -1,7 +1,10 @@
 """Answers: load a model for chatting, stream one answer, or answer many prompts in batches."""
 
+import json
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import TextIteratorStreamer
@@ -16,6 +19,8 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     tokenizer = models.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
+    if source.adapter:
+        note_quantization(Path(source.adapter).parent / "settings.json", quantization)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -23,6 +28,16 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if source.adapter and not quantization:
         model = model.merge_and_unload()
     return model.eval(), tokenizer
+
+
+def note_quantization(run_settings: Path, quantization: str | None) -> None:
+    """Say so when an adapter is loaded on a base in another form than it was trained on."""
+    if run_settings.is_file():
+        trained = json.loads(run_settings.read_text(encoding="utf-8"))["settings"]["QUANTIZATION"]
+        if trained != quantization:
+            print(
+                f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}", file=sys.stderr
+            )
 
 
 def end_tokens(model, tokenizer) -> list[int]:

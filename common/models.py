@@ -84,8 +84,8 @@ def embedded_gguf(name: str) -> Path:
 
 def convert_gguf(file: Path) -> Path:
     """Dequantise a GGUF file to a bf16 folder in Hugging Face format; cached beside the hub's cache."""
-    with open(file, "rb") as stream:  # header, metadata and the first tensors tell files apart
-        digest = hashlib.sha256(stream.read(2**22) + str(file.stat().st_size).encode()).hexdigest()[:12]
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]  # a second per GB
     folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
     if not folder.is_dir():
         print(f"converting {file.name} once, to {folder}", file=sys.stderr)

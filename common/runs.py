@@ -38,6 +38,8 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
     folder = Path(out_dir).expanduser() / name
     if (folder / "metrics.jsonl").exists() and not settings.get("RESUME"):
         raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder.")
+    if settings.get("RESUME"):
+        refuse_changes(folder, settings)
     about = dict(
         script=stem,
         command=command(),
@@ -52,6 +54,17 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
     except OSError as error:
         raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
     return folder
+
+
+def refuse_changes(folder: Path, settings: dict) -> None:
+    """Exit code 3 when a resume would go on with other settings than the run began with."""
+    if newest_checkpoint(folder) is None:
+        raise UserError(f"RESUME=auto: {folder} holds no checkpoint. Set RUN_NAME to a run that had SAVE_STEPS set.")
+    before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+    changed = [k for k, v in settings.items() if k not in ("RESUME", "OUT_DIR") and before.get(k) != v]
+    if changed:
+        difference = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in changed)
+        raise UserError(f"RESUME=auto would change the run: {difference}. Set it back, or start a new run.", code=3)
 
 
 def command() -> str:
@@ -90,6 +103,7 @@ class RunLog(TrainerCallback):
         self.progress = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.file.touch()
         if sys.stderr.isatty():
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
@@ -229,5 +243,5 @@ def plot(folder: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The checkpoint-N with the highest N in a run folder, or None."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
     return str(checkpoints[-1]) if checkpoints else None

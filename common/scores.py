@@ -6,7 +6,6 @@ import numpy
 import torch
 
 from common import data
-from common.loss import CHUNK
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -24,19 +23,14 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
     The model's own template is used, with no marks needed: an answer is what follows its generation prompt.
     """
     losses = []
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
     for messages in chats:
         row = data.encode_unmarked(tokenizer, messages)
         ids = torch.tensor(row["input_ids"][:max_length], device=model.device)
         labels = torch.tensor(row["labels"][:max_length], device=model.device)[1:]
-        hidden = causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]  # (T - 1, hidden)
-        learned = labels != data.IGNORE_INDEX
-        head = causal.get_output_embeddings()
-        total = sum(
-            torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum").item()
-            for h, t in zip(hidden[learned].split(CHUNK), labels[learned].split(CHUNK), strict=True)
-        )
-        losses.append((total, int(learned.sum())))
+        learned = (labels != data.IGNORE_INDEX).nonzero().flatten()  # (N,) positions that predict an answer's token
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=learned).logits[0]  # (N, vocabulary)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        losses.append((loss.item(), len(learned)))
     return losses
 
 

@@ -15,7 +15,14 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None
 
 
 class UserError(Exception):
-    """A mistake of the user's, as one line: the setting, its value and the remedy. Ends with exit code 2."""
+    """A mistake of the user's, as one line: the setting, its value and the remedy.
+
+    code: the exit code; 2, or 3 for a resume that would change the run.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(name: str, names) -> str:
@@ -132,13 +139,16 @@ def current(namespace: dict) -> dict:
 
 
 def exit_with(error: UserError):
-    """Print the error to stderr and end with exit code 2."""
+    """Print the error to stderr and end with its exit code."""
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(error.code)
 
 
 def run_main(main) -> None:
-    """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's main; a UserError becomes one line and its exit code, Ctrl-C exit code 130."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
     try:
         main()
     except UserError as error:

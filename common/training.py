@@ -1,18 +1,80 @@
-"""Training: TRL's SFTTrainer with our loss and learning-rate schedule."""
+"""Training: settings checked and put into TRL's terms, and its SFTTrainer with our loss and learning-rate schedule."""
 
 import math
+import os
 import statistics
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.lr_scheduler import LambdaLR
-from trl import SFTTrainer
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig, SFTTrainer
 
 from common.loss import add_chunked_loss, supports_chunked_loss
-from common.settings import UserError
+from common.settings import UserError, check_choice
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+# Settings whose names are the libraries' own in capitals.
+PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_LENGTH PACKING LEARNING_RATE
+WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
+AT_LEAST_1 = """MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_LENGTH LOGGING_STEPS""".split()
+
+
+def check_settings(settings: dict) -> None:
+    """Refuse values that no run can work with: UserError naming the setting."""
+    check_choice("TRAIN_ON", settings["TRAIN_ON"], ("assistant", "all"))
+    check_choice("LR_SCHEDULER", settings["LR_SCHEDULER"], SCHEDULES)
+    check_choice("OPTIM", settings["OPTIM"], [name.value for name in OptimizerNames])
+    check_choice("RESUME", settings["RESUME"], (None, "auto"))
+    for name in AT_LEAST_1:
+        if settings[name] is not None and settings[name] < 1:
+            raise UserError(f"{name}={settings[name]}: it must be at least 1.")
+    for name in ("LEARNING_RATE", "NUM_TRAIN_EPOCHS"):
+        if settings[name] <= 0:
+            raise UserError(f"{name}={settings[name]}: it must be above 0.")
+    if not 0 <= settings["MIN_LR"] <= settings["LEARNING_RATE"]:
+        raise UserError(
+            f"MIN_LR={settings['MIN_LR']}: it lies between 0 and LEARNING_RATE={settings['LEARNING_RATE']}."
+        )
+    for name in ("EVAL_STEPS", "SAVE_STEPS"):
+        if settings[name] and (settings[name] < 0 or settings[name] > 1 and settings[name] % 1):
+            raise UserError(f"{name}={settings[name]}: a whole number of steps, or a share of the run below 1.")
+    if settings["OPTIM"].startswith("paged") and not torch.cuda.is_available():
+        raise UserError(
+            f"OPTIM={settings['OPTIM']}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process only, so far. Start it with plain python.")
+
+
+def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
+    """A run's settings in TRL's terms; `evaluate`: whether there are held-out rows."""
+    on_gpu = torch.cuda.is_available()
+    config = SFTConfig(
+        **{name.lower(): settings[name] for name in PASSED_ON},
+        output_dir=str(folder),
+        # Unpacked rows are taken as they are; TRL would drop those without a label, which hold the base's predictions.
+        dataset_kwargs={"skip_prepare_dataset": not settings["PACKING"]},
+        max_steps=settings["MAX_STEPS"] or -1,
+        per_device_eval_batch_size=settings["PER_DEVICE_TRAIN_BATCH_SIZE"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        eval_strategy="steps" if settings["EVAL_STEPS"] and evaluate else "no",
+        eval_steps=settings["EVAL_STEPS"],
+        save_strategy="steps" if settings["SAVE_STEPS"] else "no",
+        save_steps=settings["SAVE_STEPS"] or 500,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
+    return config
 
 
 class ChatTrainer(SFTTrainer):
@@ -34,8 +96,6 @@ class ChatTrainer(SFTTrainer):
         self.chunked = supports_chunked_loss(base.config)
         if self.chunked:
             add_chunked_loss(base, self.model.disable_adapter if kl_weight else None)
-        elif kl_weight:
-            raise UserError(f"KL_WEIGHT={kl_weight}: {base.config.model_type} scales its logits. Set KL_WEIGHT=0.")
         for module in self.model.modules():
             # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
             if isinstance(module, BaseTunerLayer):
@@ -48,7 +108,7 @@ class ChatTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
             mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(()).expand_as(inputs["input_ids"]))
-            self.tokens += int(self.accelerator.gather_for_metrics(mask.sum()).sum())
+            self.tokens += int(self.accelerator.gather(mask.sum()[None]).sum())
         if not self.chunked or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -57,7 +117,8 @@ class ChatTrainer(SFTTrainer):
         if num_items_in_batch is None:  # evaluation
             return loss / learned_positions(labels)
         # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
-        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
+        loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
         if self.kl_weight:
             self.divergences.append(divergence.item())
             loss = loss + self.kl_weight * divergence / self.current_gradient_accumulation_steps

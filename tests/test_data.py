@@ -1,5 +1,6 @@
 """Data: the exact tokens that are learned, faults found line by line, rows in = rows out, and our own chat set."""
 
+import copy
 import json
 import re
 
@@ -69,8 +70,8 @@ def test_a_template_that_names_another_assistant_draws_a_warning(tokenizer_folde
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a bot named Zelda<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% generation %}{{ m['content'] }}<|im_end|>"
-        "{% endgeneration %}\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     )
     assert "WARNING" in chat_template.set_template(tokenizer, None) and "{% generation" in tokenizer.chat_template
     assert "without the model's own first line 'You are a bot named Zelda'" in chat_template.set_template(
@@ -78,14 +79,22 @@ def test_a_template_that_names_another_assistant_draws_a_warning(tokenizer_folde
     )
 
 
-def test_templates_that_do_not_fit_are_refused(tokenizer_folder):
+def test_templates_that_do_not_fit_are_refused(tokenizer_folder, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     for choice, word in (("llama3", "zephyr"), ("chatlm", "chatml"), ("no/such.jinja", "no such file")):
         with pytest.raises(UserError, match=word):
             chat_template.set_template(tokenizer, choice)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    unmarked = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    endless = unmarked.replace(
+        "{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}"
+    )
+    for text in (unmarked, endless):
+        (tmp_path / "own.jinja").write_text(text)
+        with pytest.raises(UserError, match="never learns to stop"):
+            chat_template.set_template(tokenizer, str(tmp_path / "own.jinja"))
+    tokenizer.chat_template = unmarked
     with pytest.raises(UserError, match="generation"):
         chat_template.set_template(tokenizer, None)
 
@@ -132,6 +141,27 @@ def test_bytes_that_are_not_utf8_and_a_byte_order_mark(tmp_path):
     latin.write_bytes(row.replace("kind", "ki\u00f1d").encode("latin-1"))
     with pytest.raises(UserError, match="latin.jsonl:1: not UTF-8"):
         data.read_chats(str(latin))
+
+
+def test_marks_around_more_than_the_answers_are_refused(tokenizer, tmp_path):
+    text = "{% for m in messages %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '|' }}{% endfor %}"
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = text
+    with pytest.raises(UserError, match="marks 5 passages in a chat of 2 answers"):
+        data.encode(other, CHAT)
+
+
+def test_a_template_that_refuses_a_chat_is_named(tokenizer_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    text = (ROOT / "common" / "templates" / "chatml.jinja").read_text()
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + text
+    )
+    chat_template.set_template(tokenizer, str(tmp_path / "strict.jinja"))
+    with pytest.raises(UserError, match="System role not supported"):
+        data.make_datasets(tokenizer, [CHAT], 0, 128, "assistant", seed=0)
 
 
 def test_rows_in_are_rows_out(tokenizer):
