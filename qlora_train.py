@@ -39,7 +39,7 @@ WARMUP_RATIO = 0.1  # share of the steps
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 OPTIM = "adamw_torch_fused"  # on CUDA also adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit (less or spilled VRAM)
-KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a quarter slower; 0: off
+KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
@@ -59,7 +59,7 @@ import time
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
 
 from common import chat_template, data, gpu, models, runs, training
@@ -164,7 +164,9 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
 def choose_kl_weight(source: models.Source) -> float:
     """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
     # PiSSA and LoftQ change the base itself; models with other logits than their head's keep TRL's loss.
-    possible = ADAPTER not in (None, "pissa", "loftq") and supports_chunked_loss(models.load_config(source))
+    begun = PeftConfig.from_pretrained(source.adapter) if source.adapter else None
+    variant = getattr(begun, "init_lora_weights", True) if begun else ADAPTER
+    possible = variant not in (None, "pissa", "loftq") and supports_chunked_loss(models.load_config(source))
     if KL_WEIGHT and not possible:
         raise UserError(
             f"KL_WEIGHT={KL_WEIGHT} does not work with ADAPTER={ADAPTER} on {source.name}. Set KL_WEIGHT=0."
