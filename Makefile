@@ -10,7 +10,8 @@ demo: .venv/installed
 	rm -rf out/demo
 	$(BIN)/python qlora_train.py RUN_NAME=demo $(SETTINGS)
 	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct $(if $(CHATS),CHATS=$(CHATS)) $(FORM)
-	$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM) PROMPT="Hello! Who are you, and how far away is the Moon?"
+	printf "Hello! Who are you?\nHow far away is the Moon?\nAre you ChatGPT?\n" | \
+		$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM)
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
