@@ -96,7 +96,8 @@ def main():
 
     # Model
     set_seed(SEED)
-    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING)
+    # Compiled, attention per document would be compiled again for every length of a document.
+    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
     model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True)
     base_fingerprint = models.fingerprint(model)
