@@ -107,15 +107,16 @@ class ChatTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
-            mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(()).expand_as(inputs["input_ids"]))
-            self.tokens += int(self.accelerator.gather(mask.sum()[None]).sum())
+            ids = inputs["input_ids"]
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else ids.new_tensor(ids.numel())
+            self.tokens += int(self.accelerator.gather(seen[None]).sum())
         if not self.chunked or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         loss, divergence = model(**inputs, learn=labels, use_cache=False)
         if num_items_in_batch is None:  # evaluation
-            return loss / learned_positions(labels)
+            return loss / learned_positions(labels).clamp(min=1)
         # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
@@ -143,7 +144,7 @@ class ChatTrainer(SFTTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs) * count
             total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
-        metrics = {"eval_loss": (total[0] / total[1]).item()}
+        metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -161,8 +162,8 @@ class ChatTrainer(SFTTrainer):
 
 
 def learned_positions(labels: torch.Tensor) -> torch.Tensor:
-    """How many positions of labels (B, T) are learned; at least 1."""
-    return (labels[:, 1:] != -100).sum().clamp(min=1)
+    """How many positions of labels (B, T) are learned."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def learning_rate_factor(step: int, steps: int, name: str, warmup: int, floor: float) -> float:

@@ -32,6 +32,7 @@ def test_gpu_check_without_a_gpu():
     assert result.returncode == 2 and result.stderr.startswith("error: this check needs a CUDA GPU")
 
 
+@pytest.mark.slow
 def test_throughput_prints_both_sides_and_the_ratio(tiny, chats_file):
     result = run_script(
         "bench/throughput.py",

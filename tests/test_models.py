@@ -37,6 +37,7 @@ def test_a_run_that_did_not_finish(tmp_path):
         models.locate(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "HF_HOME", str(tmp_path))
     source = models.locate("smollm2-135m-instruct")

@@ -247,6 +247,20 @@ def test_a_row_with_nothing_to_learn_does_no_harm(tiny, tmp_path, run_here):
     assert all(m["grad_norm"] < 1e3 for m in metrics) and metrics[-1]["kl"] > 0
 
 
+def test_held_out_rows_with_nothing_to_learn_do_not_dilute_the_loss(tiny, tmp_path, run_here):
+    """One row a batch or packed, the held-out loss is the mean over the same learned tokens."""
+    chats = [json.loads(line) for line in open(ROOT / "data" / "brief.jsonl")]
+    held = [c for c in chats if all(m.get("weight") == 0 for m in c["messages"] if m["role"] == "assistant")]
+    file = write_jsonl(tmp_path / "chats.jsonl", chats[:6] + held[:6])
+    losses = []
+    for packing in (True, False):
+        settings = (f"PACKING={packing}", "EVAL_SIZE=10", "MAX_STEPS=1", "LEARNING_RATE=1e-9", "DTYPE=float32")
+        code, _, error = run_here(qlora_train, *short(tiny(), file, tmp_path, f"run-{packing}", *settings))
+        assert code == 0, error
+        losses.append(json.loads((tmp_path / f"run-{packing}" / "summary.json").read_text())["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, tokenizer_folder, run_here):
     folder = save_tiny("llama", tmp_path, tokenizer_folder)
     from transformers import AutoTokenizer
