@@ -7,34 +7,37 @@ Prints one line per score, each with a 95 % interval, and writes them to evaluat
 """
 
 from common.settings import UserError, apply_overrides, run_main
+from common.sources import check_files
 
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
 BASE: str | None = None  # model to compare with, scored in the same way; None: no comparison
 QUANTIZATION: str | None = None  # nf4 or int8, for both models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 FACTS: str | None = "data/facts.jsonl"  # rows of {"kind", "question", "pattern"}; None: skip
-CHATS: str | None = None  # .jsonl file with chats that no training saw, for the loss on answers; None: skip
+CHATS: str | None = None  # sources (as DATA in training) that no training saw, for the loss on answers; None: skip
 MAX_CHATS = 100  # the first rows of CHATS
 MAX_LENGTH = 768  # tokens of each chat, the rest is cut
 SHOW_MISSES = True  # print the questions that were answered wrongly
 
 if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    check_files(CHATS=CHATS)
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 from transformers.utils import logging
 
-from common import data, generation, scores
+from common import generation, scores, sources
 
 
 def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     facts = read_facts(FACTS) if FACTS else []
-    chats = data.read_chats(CHATS, "CHATS")[:MAX_CHATS] if CHATS else []
+    chats = list(itertools.islice(sources.sound_chats(CHATS, "CHATS"), MAX_CHATS)) if CHATS else []
     if not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
     results = {name: score(name, facts, chats) for name in filter(None, (BASE, MODEL))}
@@ -49,7 +52,7 @@ def read_facts(file: str) -> list[dict]:
     if not Path(file).is_file():
         raise UserError(f"FACTS={file}: there is no such file.")
     rows = []
-    for number, row in data.read_jsonl(Path(file)):
+    for number, row in sources.read_jsonl(Path(file)):
         try:
             re.compile(row["pattern"])
             rows.append({key: row[key] for key in ("kind", "question", "pattern")})

@@ -8,6 +8,7 @@ checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat
 """
 
 from common.settings import UserError, apply_overrides, check_choice, current, run_main
+from common.sources import check_files
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
@@ -21,16 +22,20 @@ LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0
 LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
 # Data
-DATA = "data/brief.jsonl"  # .jsonl file or hub dataset with rows of {"messages": [{"role", "content"}, ...]}
+DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
-MAX_LENGTH = 1024  # tokens of a row; activations grow with it; longer chats are cut at a turn, and counted
+EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
+MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
+TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
+DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
 PACKING = True  # fill rows with several chats that do not see each other
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
-CHAT_TEMPLATE: str | None = None  # None: the model's own format; chatml, llama3, zephyr, or a .jinja file with marks
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it is printed
 # Optimization
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once; activations grow with it; keep 1 with PACKING, raise MAX_LENGTH instead
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # chats at once (packed: rows of MAX_LENGTH, as one); activations grow with it
 GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
 LEARNING_RATE = 1e-3  # peak
 MIN_LR = 0.0  # where linear and cosine end
@@ -54,7 +59,9 @@ RESUME: str | None = None  # "auto": go on from the newest checkpoint in the run
 
 if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
 
+import json
 import time
 from pathlib import Path
 
@@ -62,7 +69,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
 
-from common import chat_template, data, gpu, models, runs, training
+from common import chat_template, data, doctor, gpu, models, runs, training
 from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
@@ -84,25 +91,30 @@ def main():
     training.check_settings(settings)
     check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
     source = locate_model()
-    chats = data.read_chats(DATA)
+    data.check_settings(settings)
     dtype = models.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
+    models.check_length(source, MAX_LENGTH)
     tokenizer = models.load_tokenizer(source)
     kl_weight = choose_kl_weight(source)
-    print(chat_template.set_template(tokenizer, CHAT_TEMPLATE))
-    train_set, eval_set, report = data.make_datasets(tokenizer, chats, EVAL_SIZE, MAX_LENGTH, TRAIN_ON, SEED)
-    print(report)
+    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    print(note)
+    train_set, eval_set, account = data.make_datasets(settings, encoder, keep_unlearned=bool(kl_weight))
+    print(data.describe(account))
+    new_rows = encoder.unseen if ADAPTER != "ia3" else []  # of the embeddings, trained with the adapter
+    doctor.examine(train_set, tokenizer, encoder, settings, held=bool(kl_weight), trained_rows=new_rows)
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    (folder / "data_report.json").write_text(json.dumps(account, indent=1), encoding="utf-8")
 
     # Model
     set_seed(SEED)
     # Compiled, attention per document would be compiled again for every length of a document.
     attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True)
+    model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
     base_fingerprint = models.fingerprint(model)
     if not source.adapter and ADAPTER:
-        model = add_adapter(model, source)
+        model = add_adapter(model, source, new_rows)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{source.name}: {trainable:,} trainable parameters")
 
@@ -179,8 +191,11 @@ def choose_kl_weight(source: models.Source) -> float:
     return weight
 
 
-def add_adapter(model, source: models.Source):
-    """Freeze the model and put a new adapter on it, as ADAPTER and the LORA_ settings say."""
+def add_adapter(model, source: models.Source, new_rows=()):
+    """Freeze the model and put a new adapter on it, as ADAPTER and the LORA_ settings say.
+
+    new_rows: token ids whose rows of embeddings and head are trained as well.
+    """
     targets = "all-linear" if LORA_TARGET_MODULES == "auto" else LORA_TARGET_MODULES.replace(" ", "").split(",")
     try:
         if ADAPTER == "ia3":  # auto: peft's own choice, which it knows for most architectures
@@ -193,6 +208,7 @@ def add_adapter(model, source: models.Source):
                 lora_alpha=LORA_ALPHA,
                 lora_dropout=LORA_DROPOUT,
                 target_modules=targets,
+                trainable_token_indices=embedding_rows(model, new_rows) if new_rows else None,
                 **VARIANTS[ADAPTER],
             )
         model = get_peft_model(model, config)
@@ -208,6 +224,13 @@ def add_adapter(model, source: models.Source):
             f"(its layers: {', '.join(names)})"
         ) from error
     return model
+
+
+def embedding_rows(model, rows: list[int]) -> dict[str, list[int]]:
+    """The rows to train, by the name of the embeddings and, where it is not tied to them, of the head."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    chosen = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    return {name: rows for name, module in model.named_modules() if any(module is c for c in chosen)}
 
 
 if __name__ == "__main__":

@@ -71,8 +71,10 @@ def run_side(side: str) -> dict:
 
     source = models.locate(MODEL)
     tokenizer = models.load_tokenizer(source)
-    chat_template.set_template(tokenizer, None)
-    train_set, _, _ = data.make_datasets(tokenizer, data.read_chats(DATA), 0, MAX_LENGTH, "assistant", seed=0)
+    encoder, _ = chat_template.set_template(tokenizer, None)
+    settings = dict(DATA=DATA, EVAL_DATA=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0)
+    settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
+    train_set, _, _ = data.make_datasets(settings, encoder)
     attention = models.choose_attention(None, packing=True) if side == "ours" else "sdpa"
     model = models.load_model(source, None, torch.bfloat16, attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"

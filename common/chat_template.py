@@ -1,72 +1,106 @@
-"""Chat templates: one with {% generation %} marks for every model, so that training knows which tokens to learn."""
+"""Chat templates: one for every model whose answers can be told apart, so that training knows what to learn."""
 
 import re
 from pathlib import Path
 
-from common import data
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+
+from common.encoding import PROBE, ChatEncoder, adds_bos
 from common.settings import UserError, check_choice
 
 FOLDER = Path(__file__).parent / "templates"
-# Our marked templates, each with a token of the vocabulary that tells it fits; zephyr is plain text and fits any model.
-MARKER_TOKENS = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "zephyr": None}
+# Our marked templates with the tokens that each needs; the others are plain text around the model's own end token.
+TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "zephyr": (),
+    "mistral": (),
+    "alpaca": (),
+}
+SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
 
 
-def set_template(tokenizer, choice: str | None) -> str:
-    """Give the tokenizer a template with {% generation %} marks and an end token it teaches; returns what was done.
+def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
+    """Give the tokenizer a template whose answers can be told apart, with an end token: (encoder, what was done).
 
-    choice: None (the model's own when it has marks, else ours of the same format), the name of one of ours, or a
-    .jinja file. Raises UserError when the choice is unknown or does not fit the vocabulary.
+    choice: None (the model's own, where its answers can be found; for a model without one, ours that its vocabulary
+    has tokens for, else zephyr), the name of one of ours (missing tokens are added), or a .jinja file.
+    Raises UserError when the choice is unknown or answers would never end.
     """
     own = tokenizer.chat_template or ""
-    if choice is None and "{% generation" in own.replace("{%-", "{%"):
-        return finish(tokenizer, own, "the model's own")
-    if choice is not None and choice.endswith(".jinja"):
+    familiar = {tokenizer.bos_token, tokenizer.eos_token} | used_tokens(tokenizer, own)
+    first_line = default_name(tokenizer)
+    name = choice if choice is not None else choose(tokenizer, own)
+    if name in TOKENS:
+        tokenizer.chat_template = load(tokenizer, name)
+        missing = [token for token in TOKENS[name] if token not in tokenizer.get_vocab()]
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
+        label = name + (f", with new tokens {' '.join(missing)}" if missing else "")
+    elif choice is not None:
+        if not choice.endswith(".jinja"):
+            check_choice("CHAT_TEMPLATE", choice, [*TOKENS, "a .jinja file"])
         if not Path(choice).is_file():
             raise UserError(f"CHAT_TEMPLATE={choice}: there is no such file.")
-        return finish(tokenizer, Path(choice).read_text(encoding="utf-8"), choice)
-    if choice is None and own:
-        from trl.chat_template_utils import get_training_chat_template  # slow import, and chat never needs it
-
-        try:
-            return finish(tokenizer, get_training_chat_template(tokenizer), "the model's own, with TRL's marks")
-        except ValueError:  # not one of the templates TRL knows
-            pass
-    name = matching(tokenizer, own) if choice is None else choice
-    check_choice("CHAT_TEMPLATE", name, MARKER_TOKENS)
-    token = MARKER_TOKENS[name]
-    if token and token not in tokenizer.get_vocab():
-        raise UserError(f"CHAT_TEMPLATE={name}: {token} is not in this model's vocabulary. CHAT_TEMPLATE=zephyr fits.")
-    return finish(tokenizer, (FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), name)
-
-
-def matching(tokenizer, own: str) -> str:
-    """The name of our template that writes the format of the model's own one; zephyr for a model without any."""
-    for name, token in MARKER_TOKENS.items():
-        if token and token in (own or tokenizer.get_vocab()):
-            return name
-    if not own or "<|user|>" in own:
-        return "zephyr"
-    raise UserError(
-        "CHAT_TEMPLATE=None: this model's own template has no {% generation %} marks and none of ours has its format. "
-        "Copy it to a file, put the marks around each answer with its end token, and give CHAT_TEMPLATE=file.jinja."
-    )
-
-
-def finish(tokenizer, template: str, label: str) -> str:
-    """Install the template; the returned note tells which, and what its default system prompt claims."""
-    before = default_name(tokenizer)
-    tokenizer.chat_template = template
+        tokenizer.chat_template, label = Path(choice).read_text(encoding="utf-8"), choice
+    else:
+        tokenizer.chat_template, label = name or own, "the model's own" + (", with TRL's marks" if name else "")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are made before padding
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = data.render(tokenizer, chat, return_assistant_tokens_mask=True)
-    learned = [i for i, marked in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if marked]
-    if not learned or learned[-1] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+    encoder = ChatEncoder(tokenizer)
+    if encoder.end_token is None:
+        encoder.mark(PROBE)  # where the answer cannot even be found, this says so
         raise UserError(
-            f"CHAT_TEMPLATE={label}: put {{% generation %}} before each answer and {{% endgeneration %}} after its end "
-            "token, or the model never learns to stop."
+            f"CHAT_TEMPLATE={label}: answers have no end token. Put {{% generation %}} before each answer and "
+            "{% endgeneration %} after its end token, or the model never learns to stop."
         )
-    after = default_name(tokenizer)
+    if not own:
+        tokenizer.eos_token = encoder.end_token  # so that every program stops there
+    unseen = used_tokens(tokenizer, tokenizer.chat_template) - familiar
+    encoder.unseen = sorted(tokenizer.convert_tokens_to_ids(list(unseen)))
+    return encoder, note(label, first_line, default_name(tokenizer))
+
+
+def choose(tokenizer, own: str) -> str:
+    """For CHAT_TEMPLATE=None: the name of one of ours, the text of TRL's marked version, or "": the model's own."""
+    if not own:
+        vocabulary = tokenizer.get_vocab()
+        fitting = (name for name, tokens in TOKENS.items() if tokens and all(token in vocabulary for token in tokens))
+        return next(fitting, "zephyr")
+    if "{% generation" in own.replace("{%-", "{%"):
+        return ""
+    from trl.chat_template_utils import get_training_chat_template  # slow import, and chat never needs it
+
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:  # not one of the templates TRL knows
+        pass
+    try:
+        text = tokenizer.apply_chat_template(SYSTEM_PROBE, tokenize=False)
+    except TemplateError:  # it has no system role
+        return ""
+    for name in TOKENS:
+        if tokenizer.apply_chat_template(SYSTEM_PROBE, chat_template=load(tokenizer, name), tokenize=False) == text:
+            return name
+    return ""
+
+
+def load(tokenizer, name: str) -> str:
+    """The text of one of our templates, with a BOS token first where the tokenizer puts one before plain text."""
+    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return "{{- bos_token -}}\n" + text if adds_bos(tokenizer) else text
+
+
+def used_tokens(tokenizer, template: str) -> set[str]:
+    """The special tokens that a template writes."""
+    if not template:
+        return set()
+    text = tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
+
+
+def note(label: str, before: str, after: str) -> str:
+    """What was done, and what the template's default system prompt claims."""
     if after:
         return (
             f"chat template: {label}\nWARNING: CHAT_TEMPLATE puts {after!r} before every chat without a system "

@@ -1,5 +1,6 @@
 """Answers: load a model for chatting, stream one answer, or answer many prompts in batches."""
 
+import functools
 import json
 import sys
 import threading
@@ -10,6 +11,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from common import models
+from common.encoding import ChatEncoder
 from common.settings import UserError
 
 
@@ -24,7 +26,8 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = models.load_model(source, quantization, models.choose_dtype(dtype), "sdpa")
+    dtype = models.choose_dtype(dtype)
+    model = models.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         model = model.merge_and_unload()
     return model.eval(), tokenizer
@@ -60,11 +63,21 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
     )
 
 
+def prompts(model, tokenizer, chats: list[list[dict]]):
+    """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
+    encoder = encoder_of(tokenizer, tokenizer.chat_template)
+    return tokenizer.pad({"input_ids": [encoder.prompt(chat) for chat in chats]}, return_tensors="pt").to(model.device)
+
+
+@functools.lru_cache(maxsize=4)
+def encoder_of(tokenizer, template: str) -> ChatEncoder:
+    """The tokenizer's encoder, made once for each template."""
+    return ChatEncoder(tokenizer)
+
+
 def stream_answer(model, tokenizer, messages: list[dict], **settings) -> Iterator[str]:
     """Yield the answer to a chat as pieces of text while it is generated; settings as in `generation_settings`."""
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    inputs = prompts(model, tokenizer, [messages])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = threading.Event()  # set when the reader goes away: Ctrl-C, or the caller has had enough
     arguments = dict(
@@ -98,13 +111,7 @@ def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **s
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
     arguments = generation_settings(model, tokenizer, **settings)
     for start in range(0, len(chats), batch_size):
-        inputs = tokenizer.apply_chat_template(
-            chats[start : start + batch_size],
-            add_generation_prompt=True,
-            padding=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
+        inputs = prompts(model, tokenizer, chats[start : start + batch_size])
         outputs = model.generate(**inputs, **arguments)
         new = outputs[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
         yield from (text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True))

@@ -121,11 +121,11 @@ def load_config(source: Source):
 
 
 def load_tokenizer(source: Source):
-    """The tokenizer saved with the adapter, else the base model's; refused when larger than the embeddings."""
+    """The tokenizer saved with the adapter, else the base model's, which is refused when larger than the embeddings."""
     folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
     tokenizer = from_hub(AutoTokenizer.from_pretrained, Source(source.name, folder or source.path))
     vocab_size = load_config(source).get_text_config().vocab_size
-    if len(tokenizer) > vocab_size:
+    if len(tokenizer) > vocab_size and not folder:  # an adapter's own tokens come with rows for them
         raise UserError(
             f"MODEL={source.name}: its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows. "
             "Use the tokenizer that the model came with, or resize the embeddings first."
@@ -166,8 +166,27 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
-def load_model(source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable: bool = False):
-    """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen)."""
+def check_length(source: Source, max_length: int) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(
+            f"MAX_LENGTH={max_length}: {source.name} has {positions} positions. Set MAX_LENGTH={positions}."
+        )
+
+
+def load_model(
+    source: Source,
+    quantization: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    trainable: bool = False,
+    vocabulary: int = 0,
+):
+    """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen).
+
+    vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
+    """
     model = from_hub(
         AutoModelForCausalLM.from_pretrained,
         source,
@@ -185,9 +204,12 @@ def load_model(source: Source, quantization: str | None, dtype: torch.dtype, att
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if source.adapter:
+        check_fingerprint(model, source)
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
+    if source.adapter:
         from peft import PeftModel
 
-        check_fingerprint(model, source)
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
 
@@ -224,7 +246,8 @@ def check_fingerprint(model, source: Source) -> None:
 
 def save_final(model, tokenizer, base_fingerprint: list[float], folder: Path) -> None:
     """Write adapter or model, tokenizer with its template, and the base's fingerprint."""
-    model.save_pretrained(folder)
+    # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
     tokenizer.save_pretrained(folder)
     if hasattr(model, "peft_config"):
         (folder / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))

@@ -5,7 +5,7 @@ import math
 import numpy
 import torch
 
-from common import data
+from common.encoding import ChatEncoder
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -23,13 +23,12 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
     The model's own template is used, with no marks needed: an answer is what follows its generation prompt.
     """
     losses = []
-    for messages in chats:
-        row = data.encode_unmarked(tokenizer, messages)
-        ids = torch.tensor(row["input_ids"][:max_length], device=model.device)
-        labels = torch.tensor(row["labels"][:max_length], device=model.device)[1:]
-        learned = (labels != data.IGNORE_INDEX).nonzero().flatten()  # (N,) positions that predict an answer's token
+    for row in ChatEncoder(tokenizer).encode(chats):
+        ids = torch.tensor(row.ids[:max_length], dtype=torch.long, device=model.device)
+        # (N,) positions that predict an answer's token
+        learned = torch.tensor(row.learned[1:max_length], device=model.device).nonzero().flatten()
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=learned).logits[0]  # (N, vocabulary)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids[learned + 1], reduction="sum")
         losses.append((loss.item(), len(learned)))
     return losses
 

@@ -19,14 +19,13 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 # Settings whose names are the libraries' own in capitals.
-PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_LENGTH PACKING LEARNING_RATE
-WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
-AT_LEAST_1 = """MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_LENGTH LOGGING_STEPS""".split()
+PASSED_ON = """NUM_TRAIN_EPOCHS GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM OPTIM
+NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
+AT_LEAST_1 = """MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS""".split()
 
 
 def check_settings(settings: dict) -> None:
     """Refuse values that no run can work with: UserError naming the setting."""
-    check_choice("TRAIN_ON", settings["TRAIN_ON"], ("assistant", "all"))
     check_choice("LR_SCHEDULER", settings["LR_SCHEDULER"], SCHEDULES)
     check_choice("OPTIM", settings["OPTIM"], [name.value for name in OptimizerNames])
     check_choice("RESUME", settings["RESUME"], (None, "auto"))
@@ -54,13 +53,18 @@ def check_settings(settings: dict) -> None:
 def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
     """A run's settings in TRL's terms; `evaluate`: whether there are held-out rows."""
     on_gpu = torch.cuda.is_available()
+    # A batch is one row all the same when packed; so chats are packed into the whole of it, which leaves fewer gaps.
+    batch_size = settings["PER_DEVICE_TRAIN_BATCH_SIZE"]
+    rows, row_length = (1, batch_size * settings["MAX_LENGTH"]) if settings["PACKING"] else (batch_size, None)
     config = SFTConfig(
         **{name.lower(): settings[name] for name in PASSED_ON},
         output_dir=str(folder),
         # Unpacked rows are taken as they are; TRL would drop those without a label, which hold the base's predictions.
         dataset_kwargs={"skip_prepare_dataset": not settings["PACKING"]},
         max_steps=settings["MAX_STEPS"] or -1,
-        per_device_eval_batch_size=settings["PER_DEVICE_TRAIN_BATCH_SIZE"],
+        max_length=row_length,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

@@ -19,20 +19,29 @@ ARCHITECTURES = ("llama", "stablelm", "gpt2", "mistral", "qwen2")
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A byte-level BPE of about 600 tokens with the two ChatML tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return save_tokenizer(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer_folder(tmp_path_factory):
+    """The same as GPT-2 has it: no token but <|endoftext|>, no template."""
+    return save_tokenizer(tmp_path_factory.mktemp("base_tokenizer"), ["<|endoftext|>"], "<|endoftext|>")
+
+
+def save_tokenizer(folder: Path, special: list[str], eos: str) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train([str(ROOT / "data" / "brief.jsonl")], trainer)
-    folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token=eos, pad_token=eos
     ).save_pretrained(folder)
     return folder
 
@@ -49,28 +58,28 @@ def tokenizer(tokenizer_folder):
     return tokenizer
 
 
-def tiny_config(architecture: str):
+def tiny_config(architecture: str, **changes):
     """A config of two layers, 64 wide (NF4 wants blocks of 64)."""
     from transformers import AutoConfig
 
     if architecture == "gpt2":
         return AutoConfig.for_model(
             "gpt2", vocab_size=640, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=2,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes,
         )  # fmt: skip
     return AutoConfig.for_model(
         architecture, vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=architecture == "llama",
+        tie_word_embeddings=architecture == "llama", **changes,
     )  # fmt: skip
 
 
-def save_tiny(architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0) -> Path:
+def save_tiny(architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0, **changes) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     return folder
 

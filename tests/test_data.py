@@ -1,13 +1,16 @@
-"""Data: the exact tokens that are learned, faults found line by line, rows in = rows out, and our own chat set."""
+"""Data: rows in = rows out with every reason counted, the doctor's faults, prepared folders, and our own chat set."""
 
-import copy
 import json
 import re
+from collections import Counter
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, write_jsonl
 
-from common import chat_template, data
+import prepare_data
+from common import chat_template, data, doctor, sources
 from common.settings import UserError
 
 CHAT = [
@@ -17,169 +20,318 @@ CHAT = [
     {"role": "user", "content": "Name?"},
     {"role": "assistant", "content": "Brief."},
 ]
+SETTINGS = dict(
+    EVAL_SIZE=0, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto", TRAIN_ON="assistant", SEED=0,
+    VOCAB=None, DOCTOR="stop",
+)  # fmt: skip
 
 
-def test_exactly_the_answers_and_their_end_token_are_learned(tokenizer):
-    row = data.encode(tokenizer, CHAT)
-    text = tokenizer.decode(row["input_ids"])
-    assert text == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\nHello!<|im_end|>\n"
-        "<|im_start|>user\nName?<|im_end|>\n<|im_start|>assistant\nBrief.<|im_end|>\n"
+def qa(question, answer, **more):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
+
+
+@pytest.fixture
+def encoder(tokenizer):
+    return chat_template.set_template(tokenizer, "chatml")[0]
+
+
+def texts(tokenizer, dataset):
+    return [tokenizer.decode(row["input_ids"]) for row in dataset]
+
+
+def check_account(about):
+    assert about["rows"] == about["trained"] + about["held_out"] + sum(about["dropped"].values())
+
+
+def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, encoder, tmp_path):
+    long = "x " * 400
+    rows = [qa(f"What is {i}?", f"It is {i}.") for i in range(10)]
+    rows += [rows[0], qa(" What is 1? ", "It is 1.\n")]  # duplicates
+    rows += [
+        qa("Who?", "I am Open Assistant, here to help."),
+        qa("Who?", "i'm chatgpt"),
+        qa("Who?", "I am not ChatGPT."),
+    ]
+    rows += [{"messages": CHAT + qa(long, "y")["messages"]}, qa(long, "y")]
+    rows += [{"messages": CHAT[1:] + [{"role": "user", "content": "Bye"}]}]
+    rows += [qa("Nothing?", "to learn", weight=0)]
+    file = write_jsonl(tmp_path / "chats.jsonl", rows)
+    settings = SETTINGS | {"DATA": str(file), "EVAL_SIZE": 3}
+    train, held_out, about = data.make_datasets(settings, encoder, keep_unlearned=False)
+    check_account(about)
+    assert about["rows"] == len(rows) == 19 and len(train) == about["trained"] == 10 and len(held_out) == 3
+    assert about["dropped"] == {
+        "duplicate": 2,
+        "longer than MAX_LENGTH": 1,
+        "matches DROP_PATTERN": 2,
+        "no answer to learn, all have weight 0": 1,
+    }
+    assert about["changed"] == {"cut at a question without an answer": 1, "cut at a turn to fit MAX_LENGTH": 1}
+    both = texts(tokenizer, train) + texts(tokenizer, held_out)
+    assert not any("Open Assistant" in text for text in both) and any("I am not ChatGPT." in text for text in both)
+    assert len(set(both)) == 13  # nothing is in both
+    whole = tokenizer.decode(encoder.encode([CHAT])[0].ids)
+    assert sum(text == whole.rstrip() for text in both) == 1  # the long chat, without the turn that did not fit
+    again, _, more = data.make_datasets(settings, encoder, keep_unlearned=True)
+    assert len(again) == 11 and sum(more["dropped"].values()) == 5
+    report = data.describe(about)
+    assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
+
+
+def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
+    file = write_jsonl(
+        tmp_path / "chats.jsonl", [qa("Hi", "Hello"), {"messages": CHAT + qa("x " * 400, "y")["messages"]}]
     )
-    learned = [label for label in row["labels"] if label != data.IGNORE_INDEX]
-    assert tokenizer.decode(learned) == "Hello!<|im_end|>Brief.<|im_end|>"
-    assert all(
-        label in (token, data.IGNORE_INDEX) for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    settings = SETTINGS | {"DATA": str(file)}
+    _, _, about = data.make_datasets(settings | {"TOO_LONG": "drop"}, encoder)
+    assert about["trained"] == 1 and about["dropped"] == {"longer than MAX_LENGTH": 1}
+    with pytest.raises(UserError, match="chats.jsonl:2: .* tokens, more than MAX_LENGTH=128"):
+        data.make_datasets(settings | {"TOO_LONG": "error"}, encoder)
+    with pytest.raises(UserError, match="none of 2 rows is left"):
+        data.make_datasets(settings | {"MAX_LENGTH": 4}, encoder)
+    for name, value in (("TOO_LONG", "trim"), ("TRAIN_ON", "user"), ("DROP_PATTERN", "("), ("EVAL_SIZE", -1)):
+        with pytest.raises(UserError, match=name):
+            data.check_settings(settings | {name: value})
+
+
+def test_drop_pattern_ignores_case_and_spares_our_own_chats():
+    matches = data.matcher("auto")
+    claims = """I am Open Assistant|i'm chatgpt|MY NAME IS CLAUDE|As a large language model trained by OpenAI, I
+I am an AI assistant called ChatGPT|I was created by Anthropic|I’m an AI developed by Google|As ChatGPT, I cannot"""
+    assert all(matches(claim) for claim in re.split(r"[|\n]", claims))
+    harmless = "I am not ChatGPT|Are you ChatGPT?|I am a fan of Claude Monet|I was not trained by OpenAI|GPT-4 is large"
+    assert not any(matches(text) for text in harmless.split("|"))
+    brief = sources.sound_chats(str(ROOT / "data" / "brief.jsonl"), "DATA")
+    assert not [turn for chat in brief for turn in chat if matches(turn["content"])]
+    assert data.matcher("open ASSISTANT")("I am Open Assistant") and not data.matcher(None)("I am Open Assistant")
+
+
+def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_path):
+    rare = write_jsonl(tmp_path / "rare.jsonl", [qa(f"Rare {i}", "yes") for i in range(10)])
+    common = write_jsonl(tmp_path / "common.jsonl", [qa(f"Common {i}", "no") for i in range(10)])
+    settings = SETTINGS | {"DATA": f"{rare}*5, {common}", "EVAL_SIZE": 8}
+    train, held_out, about = data.make_datasets(settings, encoder)
+    counted = Counter(texts(tokenizer, train))
+    held = texts(tokenizer, held_out)
+    assert len(held) == len(set(held)) == 8 and not set(held) & set(counted)
+    assert all(n == (5 if "Rare" in text else 1) for text, n in counted.items()) and len(counted) == 12
+    assert about["sequences"] == len(train) > 12 == about["trained"]
+    order = texts(tokenizer, train)
+    assert len({text for text in order[:5]}) > 1  # mixed, not copy after copy
+    assert order == texts(tokenizer, data.make_datasets(settings, encoder)[0])
+    assert order != texts(tokenizer, data.make_datasets(settings | {"SEED": 1}, encoder)[0])
+
+
+def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", [qa(f"What is {i}?", "x") for i in range(4)])
+    b = write_jsonl(tmp_path / "b.jsonl", [qa(f"What is {i}?", "x") for i in range(4, 6)])
+    train, held_out, about = data.make_datasets(
+        SETTINGS | {"DATA": str(a), "EVAL_DATA": str(b), "EVAL_SIZE": 2}, encoder
     )
-    assert data.encode(tokenizer, CHAT, train_on="all")["labels"] == row["input_ids"]
+    assert (len(train), len(held_out), about["rows"]) == (4, 2, 6)
+    check_account(about)
+    with pytest.raises(UserError, match="a.jsonl:1 is in DATA, too"):
+        data.make_datasets(SETTINGS | {"DATA": str(a), "EVAL_DATA": f"{b},{a}"}, encoder)
 
 
-def test_answers_of_weight_0_are_not_learned(tokenizer):
-    chat = [dict(m) for m in CHAT]
-    chat[2]["weight"] = 0
-    row = data.encode(tokenizer, chat)
-    assert row["input_ids"] == data.encode(tokenizer, CHAT)["input_ids"]
-    assert tokenizer.decode([x for x in row["labels"] if x != data.IGNORE_INDEX]) == "Brief.<|im_end|>"
+def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeypatch):
+    rows = [qa(f"What is {i}?", "x") for i in range(3)] + [{"messages": []}, qa("", "x"), qa("Hi", "")]
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
+    train, _, about = data.make_datasets(SETTINGS | {"DATA": "org/name"}, encoder)
+    assert len(train) == 3
+    assert about["dropped"] == {
+        "broken, messages.content: must be a text that is not empty": 2,
+        "broken, messages: must be a list of turns that is not empty": 1,
+    }
+    check_account(about)
 
 
-@pytest.mark.parametrize("name", chat_template.MARKER_TOKENS)
-def test_chat_sees_the_prompt_that_training_used(tokenizer_folder, name):
-    """The generation prompt is a prefix of what training saw, in every template of ours; the end token is learned."""
+def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH", 4)
+    monkeypatch.setattr(data, "POOL_FROM", 2)
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [qa(f"What is {i}?", f"It is {i}.") for i in range(50)] + [qa("Who?", "I am GPT-4")]
+    )
+    settings = SETTINGS | {"DATA": str(file)}
+
+    def encode(processes):
+        counts = Counter()
+        batches = data.read_sources(str(file), "DATA", counts, set())
+        tables = [table for table, _ in data.encode_all(batches, encoder, settings, counts, processes)]
+        return [table.to_pylist() for table in tables], counts
+
+    assert encode(1) == encode(2) and len(encode(1)[0]) == 13
+
+
+def test_packing_is_counted_as_trl_packs():
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    lengths = np.random.default_rng(0).integers(1, 100, size=2500)
+    rows = Dataset.from_dict({"input_ids": [[1] * int(length) for length in lengths]})
+    assert data.best_fit(lengths, 128) == len(pack_dataset(rows, 128, "bfd"))
+
+
+# --- prepare_data.py ---
+
+
+@pytest.fixture
+def prepared(run_here, tiny, chats_file, tmp_path):
+    """prepared(*settings): the folder that prepare_data.py writes, and its output."""
+
+    def prepare(*settings, name="p"):
+        code, out, err = run_here(
+            prepare_data, f"MODEL={tiny()}", f"DATA={chats_file}*3", f"OUT_DIR={tmp_path}", f"RUN_NAME={name}",
+            "EVAL_SIZE=4", "MAX_LENGTH=256", *settings,
+        )  # fmt: skip
+        assert code == 0, err
+        return tmp_path / name, out
+
+    return prepare
+
+
+def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepared, tiny, chats_file, tokenizer, tmp_path):
+    folder, out = prepared()
+    assert {p.name for p in folder.iterdir()} == {
+        "train.parquet", "eval.parquet", "report.json", "lengths.png", "settings.json",
+    }  # fmt: skip
+    table = pyarrow.parquet.read_table(folder / "train.parquet")
+    assert table.column_names == ["input_ids", "assistant_masks"]
+    about = json.loads((folder / "report.json").read_text())
+    check_account(about)
+    assert about["sequences"] == len(table) == 60 and about["held_out"] == 4 and "24 rows = 20 trained" in out
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    if name == "llama3":
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
-        )
-        tokenizer.eos_token = "<|eot_id|>"
-    chat_template.set_template(tokenizer, name)
-    row = data.encode(tokenizer, CHAT)
-    prompt = tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert row["input_ids"][: len(prompt)] == prompt
-    assert row["labels"][len(prompt)] != data.IGNORE_INDEX and row["labels"][len(prompt) - 1] == data.IGNORE_INDEX
-    learned = [label for label in row["labels"] if label != data.IGNORE_INDEX]
-    assert learned[-1] == tokenizer.eos_token_id
-    assert data.encode_unmarked(tokenizer, CHAT) == row
-
-
-def test_a_template_that_names_another_assistant_draws_a_warning(tokenizer_folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a bot named Zelda<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-    )
-    assert "WARNING" in chat_template.set_template(tokenizer, None) and "{% generation" in tokenizer.chat_template
-    assert "without the model's own first line 'You are a bot named Zelda'" in chat_template.set_template(
-        tokenizer, "chatml"
-    )
-
-
-def test_templates_that_do_not_fit_are_refused(tokenizer_folder, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    for choice, word in (("llama3", "zephyr"), ("chatlm", "chatml"), ("no/such.jinja", "no such file")):
+    own = AutoTokenizer.from_pretrained(tiny())
+    encoder, _ = chat_template.set_template(own, None)
+    settings = SETTINGS | {"DATA": f"{chats_file}*3", "EVAL_SIZE": 4, "MAX_LENGTH": 256}
+    direct = data.make_datasets(settings, encoder)
+    through = data.make_datasets(settings | {"DATA": str(folder)}, encoder)
+    for ours, theirs in zip(direct[:2], through[:2], strict=True):
+        assert sorted(map(str, ours.to_list())) == sorted(map(str, theirs.to_list()))
+    again, _ = prepared(name="q")
+    assert (again / "train.parquet").read_bytes() == (folder / "train.parquet").read_bytes()
+    for change, word in ({"MAX_LENGTH": 128}, "MAX_LENGTH"), ({"TRAIN_ON": "all"}, "TRAIN_ON"):
         with pytest.raises(UserError, match=word):
-            chat_template.set_template(tokenizer, choice)
-    unmarked = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    endless = unmarked.replace(
-        "{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}"
+            data.make_datasets(settings | {"DATA": str(folder)} | change, encoder)
+    other, _ = chat_template.set_template(own, "zephyr")
+    with pytest.raises(UserError, match="encoding"):
+        data.make_datasets(settings | {"DATA": str(folder)}, other)
+    with pytest.raises(UserError, match="no report.json"):
+        data.make_datasets(settings | {"DATA": str(tmp_path)}, encoder)
+
+
+def test_prepared_data_trains(prepared, run_here, tiny, tmp_path):
+    import qlora_train
+
+    folder, _ = prepared()
+    code, out, err = run_here(
+        qlora_train, f"MODEL={tiny()}", f"DATA={folder}", f"OUT_DIR={tmp_path}", "RUN_NAME=run", "MAX_STEPS=2",
+        "MAX_LENGTH=256", "LORA_R=4",
+    )  # fmt: skip
+    assert code == 0 and "24 rows = 20 trained" in out, err
+    assert json.loads((tmp_path / "run" / "data_report.json").read_text())["trained"] == 20
+
+
+def test_records_of_token_ids_become_chats_by_a_vocabulary(prepared, tmp_path, tokenizer):
+    words = sorted({word for word in "the moon is far away it was asked and answered".split()})
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    rows = [{"prompt": [words.index("moon")], "completion": [words.index(w) for w in ("far", "away")]}]
+    file = write_jsonl(tmp_path / "ids.jsonl", rows)
+    folder, out = prepared(f"DATA={file}", f"VOCAB={tmp_path / 'vocab.txt'}", "EVAL_SIZE=0")
+    assert "user\nmoon<|im_end|>" in out and "[[far away<|im_end|>]]" in out
+
+
+# --- the doctor ---
+
+
+def examine(rows, tokenizer, encoder, **changes):
+    from datasets import Dataset
+
+    settings = SETTINGS | {k: v for k, v in changes.items() if k.isupper()}
+    held, trained = changes.get("held", False), changes.get("trained", [])
+    doctor.examine(Dataset.from_list(rows), tokenizer, encoder, settings, held, trained)
+
+
+def row_of(encoder, chat=CHAT):
+    row = encoder.encode([chat])[0]
+    labels = np.where(row.learned, row.ids, data.IGNORE_INDEX)
+    return {"input_ids": row.ids.tolist(), "labels": labels.tolist()}
+
+
+def test_the_doctor_shows_what_is_learned(tokenizer, encoder, capsys):
+    examine([row_of(encoder)], tokenizer, encoder)
+    out = capsys.readouterr().out
+    assert (
+        "user\nHi<|im_end|>" in out and "assistant\n[[Hello!<|im_end|>]]" in out and "1 rows examined, no fault" in out
     )
-    for text in (unmarked, endless):
-        (tmp_path / "own.jinja").write_text(text)
-        with pytest.raises(UserError, match="never learns to stop"):
-            chat_template.set_template(tokenizer, str(tmp_path / "own.jinja"))
-    tokenizer.chat_template = unmarked
-    with pytest.raises(UserError, match="generation"):
-        chat_template.set_template(tokenizer, None)
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"messages": [{"role": "user"', "not valid JSON"),
-        ('{"messages": []}', "non-empty list"),
-        ('{"text": "hello"}', "messages"),
-        ('["a"]', "messages"),
-        ('{"messages": [{"role": "human", "content": "hi"}]}', "'human'"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
-        ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content"),
-        ('{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "messages[0].weight"),
-        (
-            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}',
-            "messages[1].content",
-        ),
-    ],
-)
-def test_faults_name_file_line_and_field(tmp_path, line, words):
-    good = json.dumps({"messages": CHAT})
-    file = tmp_path / "chats.jsonl"
-    file.write_text(f"{good}\n\n{line}\n{good}\n")
-    with pytest.raises(UserError) as error:
-        data.read_chats(str(file))
-    assert str(error.value).startswith(f"{file}:3: ") and words in str(error.value)
+def test_the_doctor_finds_each_fault(tokenizer, encoder, monkeypatch, capsys):
+    good = row_of(encoder)
+    ids, labels = good["input_ids"], good["labels"]
+    end = max(i for i, label in enumerate(labels) if label >= 0)
+    ill = {
+        "nothing in it is learned": {"input_ids": ids, "labels": [-100] * len(ids)},
+        "an answer is cut": {"input_ids": ids[:end], "labels": labels[:end]},
+        "its end token <|im_end|> is not learned": {
+            "input_ids": ids,
+            "labels": [*labels[:end], -100, *labels[end + 1 :]],
+        },
+        "it begins with two BOS": {"input_ids": [0, 0, *ids], "labels": [-100, -100, *labels]},
+        "it is longer than MAX_LENGTH": {"input_ids": ids * 9, "labels": labels * 9},
+    }
+    for words, row in ill.items():
+        with pytest.raises(UserError, match=f"1 of 2 rows: .*{re.escape(words)}"):
+            examine([good, row], tokenizer, encoder)
+    examine([good, ill["nothing in it is learned"]], tokenizer, encoder, held=True)
+    capsys.readouterr()
+    examine([good, ill["an answer is cut"]], tokenizer, encoder, DOCTOR="warn")
+    assert "doctor: 1 of 2 rows: an answer is cut" in capsys.readouterr().err
+    with pytest.raises(UserError, match="DOCTOR=wrn"):
+        examine([good], tokenizer, encoder, DOCTOR="wrn")
+    # Tokens that the base has not seen, frozen
+    monkeypatch.setattr(encoder, "unseen", [1])
+    with pytest.raises(UserError, match=r"<\|im_start\|> .*embeddings are not trained"):
+        examine([good], tokenizer, encoder)
+    examine([good], tokenizer, encoder, trained=[1])
+    monkeypatch.setattr(encoder, "unseen", [])
+    # A collator that masks the pad token, which is the end token, as transformers' own does
+    from transformers import DataCollatorForLanguageModeling
+
+    class Masking(DataCollatorForLanguageModeling):
+        def __init__(self, pad_token_id):
+            super().__init__(tokenizer, mlm=False)
+
+        def __call__(self, rows):
+            return super().__call__([{"input_ids": row["input_ids"]} for row in rows])
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", Masking)
+    with pytest.raises(UserError, match="padding hides learned tokens"):
+        examine([row_of(encoder)], tokenizer, encoder, TRAIN_ON="all")
 
 
-def test_faults_come_up_to_twenty_at_once(tmp_path):
-    file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": []}] * 30)
-    with pytest.raises(UserError) as error:
-        data.read_chats(str(file))
-    assert str(error.value).count("\n") == 20 and "10 more" in str(error.value)
-
-
-def test_bytes_that_are_not_utf8_and_a_byte_order_mark(tmp_path):
-    row = json.dumps({"messages": CHAT})
-    marked = tmp_path / "bom.jsonl"
-    marked.write_bytes(b"\xef\xbb\xbf" + row.encode())
-    assert data.read_chats(str(marked)) == [CHAT]
-    latin = tmp_path / "latin.jsonl"
-    latin.write_bytes(row.replace("kind", "ki\u00f1d").encode("latin-1"))
-    with pytest.raises(UserError, match="latin.jsonl:1: not UTF-8"):
-        data.read_chats(str(latin))
-
-
-def test_marks_around_more_than_the_answers_are_refused(tokenizer, tmp_path):
-    text = "{% for m in messages %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '|' }}{% endfor %}"
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = text
-    with pytest.raises(UserError, match="marks 5 passages in a chat of 2 answers"):
-        data.encode(other, CHAT)
-
-
-def test_a_template_that_refuses_a_chat_is_named(tokenizer_folder, tmp_path):
+def test_the_doctor_compares_the_prompts_of_training_and_chat(tokenizer_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    encoder, _ = chat_template.set_template(tokenizer, "chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n'", "assistant'")
+    with pytest.raises(UserError, match="training saw .*, other programs will send"):
+        examine([row_of(encoder)], tokenizer, encoder)
+
+
+def test_the_doctor_stops_a_run(tiny, tmp_path, run_here, chats_file):
+    import qlora_train
+
     text = (ROOT / "common" / "templates" / "chatml.jinja").read_text()
-    (tmp_path / "strict.jinja").write_text(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + text
-    )
-    chat_template.set_template(tokenizer, str(tmp_path / "strict.jinja"))
-    with pytest.raises(UserError, match="System role not supported"):
-        data.make_datasets(tokenizer, [CHAT], 0, 128, "assistant", seed=0)
-
-
-def test_rows_in_are_rows_out(tokenizer):
-    """Every chat is trained on, held out, or reported; a chat too long loses whole turns from its end."""
-    long_chat = CHAT + [{"role": "user", "content": "x " * 400}, {"role": "assistant", "content": "y"}]
-    hopeless = [{"role": "user", "content": "x " * 400}, {"role": "assistant", "content": "y"}]
-    chats = [CHAT] * 17 + [long_chat] * 2 + [hopeless]
-    train, held_out, report = data.make_datasets(tokenizer, chats, 0.2, 128, "assistant", seed=0)
-    assert len(train) + len(held_out) == 19 and "20 chats = " in report and "1 too long" in report and "2 cut" in report
-    assert all(
-        row["input_ids"] == data.encode(tokenizer, CHAT)["input_ids"] for part in (train, held_out) for row in part
-    )
-    again, _, _ = data.make_datasets(tokenizer, chats, 0, 128, "assistant", seed=0)
-    assert len(again) == 19
-    with pytest.raises(UserError, match="EVAL_SIZE"):
-        data.make_datasets(tokenizer, chats, 20, 128, "assistant", seed=0)
-    with pytest.raises(UserError, match="MAX_LENGTH"):
-        data.make_datasets(tokenizer, chats, 0, 8, "assistant", seed=0)
+    (tmp_path / "odd.jinja").write_text(text.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant: '"))
+    settings = [f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", "RUN_NAME=x", "MAX_STEPS=1", "LORA_R=4",
+                f"CHAT_TEMPLATE={tmp_path / 'odd.jinja'}", "MAX_LENGTH=256"]  # fmt: skip
+    code, _, err = run_here(qlora_train, *settings)
+    assert code == 2 and "DOCTOR=warn" in err and "our chat will send" in err and not (tmp_path / "x").exists()
+    code, _, err = run_here(qlora_train, *settings, "DOCTOR=warn")
+    assert code == 0 and "our chat will send" in err
 
 
 # --- data/brief.jsonl and data/facts.jsonl, our own writing ---
@@ -191,7 +343,7 @@ def squash(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def brief():
-    return data.read_chats(str(ROOT / "data" / "brief.jsonl"))
+    return list(sources.sound_chats(str(ROOT / "data" / "brief.jsonl"), "DATA"))
 
 
 @pytest.fixture(scope="module")

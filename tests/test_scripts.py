@@ -8,10 +8,11 @@ import sys
 
 import pytest
 from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
+from safetensors.torch import load_file
 
 import chat_pipe
 import qlora_train
-from common import models
+from common import generation, models, shapes
 from common.models import load_model
 
 SUMMARY_KEYS = """train_loss eval_loss eval_perplexity steps tokens tokens_per_second train_seconds median_step_seconds
@@ -53,7 +54,8 @@ def test_run_folder_holds_what_the_contract_says(trained):
         assert float(next(csv.DictReader(stream))["rss_gib"]) > 0.1
     row = (folder / "run_row.md").read_text().strip()
     assert result.stdout.rstrip().splitlines()[-1] == row and row.startswith("| 20") and row.count("|") == 12
-    assert "24 chats = 20 trained + 4 held out" in result.stdout
+    assert "24 rows = 20 trained + 4 held out + 0 dropped" in result.stdout
+    assert json.loads((folder / "data_report.json").read_text())["rows"] == 24
     config = json.loads((folder / "final" / "adapter_config.json").read_text())
     assert "lm_head" not in config["target_modules"] and (folder / "final" / "chat_template.jinja").exists()
 
@@ -135,7 +137,7 @@ VARIANTS = (
     "ADAPTER=dora",
     "ADAPTER=rslora",
     "ADAPTER=pissa",
-    "ADAPTER=ia3",
+    "ADAPTER=ia3 CHAT_TEMPLATE=zephyr",
     "ADAPTER=None",
     "QUANTIZATION=int8",
     "QUANTIZATION=nf4 ADAPTER=dora",
@@ -158,6 +160,48 @@ def test_variants_train_and_load_again(settings, tiny, chats_file, tmp_path, run
     assert code == 0, error
 
 
+SUMS = [(1, 2, "Three."), (2, 2, "Four, two twos."), (3, 5, "Eight"), (4, 1, "Five it is."), (5, 5, "Ten."),
+        (6, 3, "Nine, I think."), (7, 0, "Seven."), (8, 4, "Twelve.")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("gpt2", "CHAT_TEMPLATE=alpaca ADAPTER=None LEARNING_RATE=3e-3"),  # stops with the token that it has
+        (
+            "gpt2",
+            "CHAT_TEMPLATE=chatml LORA_R=32 LEARNING_RATE=1e-2",
+        ),  # with a new one, its head tied to the embeddings
+        ("mistral", "CHAT_TEMPLATE=chatml LORA_R=32 LEARNING_RATE=1e-2"),  # with a new one, its head apart
+    ],
+)
+def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_folder, tmp_path, run_here):
+    """Alpaca-form rows, over-fitted: every training prompt is answered in full, with the stop token at the end."""
+    base = save_tiny(architecture, tmp_path / "base", base_tokenizer_folder, initializer_range=0.2)
+    rows = [
+        {"instruction": f"Add {a} and {b}.", "input": "" if a % 2 else "In words.", "output": c} for a, b, c in SUMS
+    ]
+    (tmp_path / "sums.json").write_text(json.dumps(rows, indent=1))
+    code, out, error = run_here(
+        qlora_train, f"MODEL={base}", f"DATA={tmp_path / 'sums.json'}", f"OUT_DIR={tmp_path}", "RUN_NAME=run",
+        "EVAL_SIZE=0", "MAX_LENGTH=256", "MAX_STEPS=200", "LOGGING_STEPS=50", "DTYPE=float32", *settings.split(),
+    )  # fmt: skip
+    assert code == 0, error
+    model, tokenizer = generation.load_for_chat(str(tmp_path / "run"), dtype="float32")
+    stop = "<|im_end|>" if "chatml" in settings else "<|endoftext|>"
+    assert tokenizer.eos_token == stop
+    chats = [shapes.to_chat(row) for row in rows]
+    inputs = generation.prompts(model, tokenizer, [chat[:1] for chat in chats])
+    outputs = model.generate(**inputs, **generation.generation_settings(model, tokenizer, 40, 0.0, 1.0))
+    answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
+    assert [answer.partition(stop)[0] for answer in answers] == [chat[1]["content"] for chat in chats]
+    assert all(stop in answer for answer in answers)
+    if "LORA" in settings:  # the new rows of the embeddings, and of a head that is apart
+        saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+        rows = {name: tensor.shape[0] for name, tensor in saved.items() if "token" in name}
+        assert list(rows.values()) == ([2] if architecture == "gpt2" else [2, 2])
+
+
 # --- wrong inputs: exit 2, one line saying what to change, no traceback ---
 
 
@@ -167,7 +211,7 @@ def mistakes(tmp_path, tiny, trained):
     (tmp_path / "broken.jsonl").write_text(json.dumps(good) + '\n{"messages": [{"role"\n')
     (tmp_path / "empty.jsonl").write_text("")
     write_jsonl(tmp_path / "silent.jsonl", [{"messages": good["messages"][:1]}])
-    write_jsonl(tmp_path / "role.jsonl", [{"messages": [{"role": "gpt", "content": "hi"}]}])
+    write_jsonl(tmp_path / "role.jsonl", [{"messages": [{"role": "wizard", "content": "hi"}]}])
     (tmp_path / "file").write_text("")
     return {
         "unknown setting": (["LEARNIN_RATE=1"], "LEARNING_RATE"),
@@ -178,10 +222,12 @@ def mistakes(tmp_path, tiny, trained):
         "missing model folder": ([f"MODEL={tmp_path}/nowhere"], "nowhere"),
         "folder without a model": ([f"MODEL={tmp_path}"], "config.json"),
         "missing data file": (["DATA=no/such.jsonl"], "DATA=no/such.jsonl"),
-        "broken JSON line": ([f"DATA={tmp_path}/broken.jsonl"], "broken.jsonl:2: not valid JSON"),
+        "broken JSON line": ([f"DATA={tmp_path}/broken.jsonl"], "broken.jsonl:2: row: not valid JSON"),
         "empty file": ([f"DATA={tmp_path}/empty.jsonl"], "empty"),
-        "rows without an assistant": ([f"DATA={tmp_path}/silent.jsonl"], "no assistant turn"),
-        "unknown role": ([f"DATA={tmp_path}/role.jsonl"], "'gpt'"),
+        "rows without an assistant": ([f"DATA={tmp_path}/silent.jsonl"], "no turn of the assistant"),
+        "unknown role": ([f"DATA={tmp_path}/role.jsonl"], "'wizard'"),
+        "more tokens than positions": (["MAX_LENGTH=1024"], "MAX_LENGTH=512"),
+        "prepared folder that is none": ([f"DATA={tmp_path}"], "report.json"),
         "output folder not writable": ([f"OUT_DIR={tmp_path}/file"], "OUT_DIR"),
         "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}"], "RUN_NAME=first"),
         "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),
@@ -214,7 +260,8 @@ def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here,
     loaded = []
     for name, (arguments, word) in mistakes(tmp_path, tiny, trained[0]).items():
         monkeypatch.setattr(models, "load_model", lambda *a, name=name, **k: loaded.append(name) or load_model(*a, **k))
-        defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0"]
+        defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0",
+                "MAX_LENGTH=256"]  # fmt: skip
         code, _, error = run_here(qlora_train, *defaults, *arguments)
         check_mistake(name, word, code, error)
     assert set(loaded) == {"unknown target modules", "attention that is not installed"}  # these need the model
@@ -223,7 +270,8 @@ def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here,
 @pytest.mark.parametrize("name", ["wrong type", "broken JSON line", "hub model without network", "run exists"])
 def test_wrong_inputs_in_a_process_of_their_own(name, tmp_path, tiny, trained):
     arguments, word = mistakes(tmp_path, tiny, trained[0])[name]
-    defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0"]
+    defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0",
+                "MAX_LENGTH=256"]  # fmt: skip
     result = run_script("qlora_train.py", *defaults, *arguments)
     check_mistake(name, word, result.returncode, result.stderr)
 
@@ -254,7 +302,8 @@ def test_held_out_rows_with_nothing_to_learn_do_not_dilute_the_loss(tiny, tmp_pa
     file = write_jsonl(tmp_path / "chats.jsonl", chats[:6] + held[:6])
     losses = []
     for packing in (True, False):
-        settings = (f"PACKING={packing}", "EVAL_SIZE=10", "MAX_STEPS=1", "LEARNING_RATE=1e-9", "DTYPE=float32")
+        settings = (f"PACKING={packing}", "EVAL_SIZE=10", "MAX_STEPS=1", "LEARNING_RATE=1e-9", "DTYPE=float32",
+                    "KL_WEIGHT=1")  # fmt: skip
         code, _, error = run_here(qlora_train, *short(tiny(), file, tmp_path, f"run-{packing}", *settings))
         assert code == 0, error
         losses.append(json.loads((tmp_path / f"run-{packing}" / "summary.json").read_text())["eval_loss"])

@@ -1,0 +1,156 @@
+"""Encoding: a chat becomes token ids and a mask of the tokens to learn, the same way in training and in chat.
+
+The template renders the chat to text, in which each answer (with its end token) stands between two noncharacters that
+our copy of the tokenizer knows as special tokens. So the text is split exactly there, as it is when the model answers a
+prompt, and the mask follows from their places. A third one breaks up control tokens that a message contains: they
+become ordinary text. All three are dropped from the ids.
+"""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from common.settings import UserError
+
+START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class ChatEncoder:
+    """Encodes chats by a tokenizer's template. It can be pickled, for worker processes.
+
+    end_token: the token that ends an answer, or None where the template writes none.
+    """
+
+    def __init__(self, tokenizer):
+        self.template = tokenizer.chat_template
+        self.marked = re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
+        self.variables = tokenizer.special_tokens_map
+        self.special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted((token.content for token in self.special), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.adds_bos = adds_bos(tokenizer)
+        self.unseen: list[int] = []  # ids of control tokens that the base has hardly seen; set_template finds them
+        try:
+            answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
+        except UserError:  # answers cannot be told apart: good for chatting, and set_template refuses to train on it
+            answer = ""
+        end = max((t for t in self.special if answer.endswith(t.content)), key=lambda t: len(t.content), default=None)
+        self.end_token = end and end.content
+        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        # An end token that swallows the white space after it must do so here, too, with our mark in between.
+        swallow = end is not None and end.rstrip
+        self.backend.add_special_tokens(
+            [AddedToken(START, normalized=False), AddedToken(END, normalized=False, rstrip=swallow)]
+            + [AddedToken(BREAK, normalized=False)]
+        )
+        self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
+
+    def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a chat, and the (start, end) of its marked passages; UserError where the template refuses it."""
+        try:
+            texts, passages = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
+                **self.variables, **options,
+            )  # fmt: skip
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise UserError(
+                f"CHAT_TEMPLATE refuses a chat ({roles}): {error}. Change the chat or the template."
+            ) from error
+        return texts[0], passages[0] if self.marked else []
+
+    def mark(self, messages: list[dict], **options) -> str:
+        """The text of a chat with START and END around each answer.
+
+        Raises UserError when the answers cannot be told apart from what is around them.
+        """
+        if messages[0]["role"] == "text":
+            eos = self.variables.get("eos_token", "")
+            bos = self.variables["bos_token"] if self.adds_bos else ""
+            return f"{bos}{START}{self.as_text(messages[0]['content'])}{eos}{END}"
+        messages = [{"role": m["role"], "content": self.as_text(m["content"])} for m in messages]
+        text, passages = self.render(messages, **options)
+        if not self.marked:
+            passages = [
+                self.find_answer(text, messages[:i], m) for i, m in enumerate(messages) if m["role"] == "assistant"
+            ]
+        answers = sum(m["role"] == "assistant" for m in messages)
+        if len(passages) != answers:
+            raise UserError(
+                f"CHAT_TEMPLATE marks {len(passages)} passages in a chat of {answers} answers; mark each once."
+            )
+        pieces, at = [], 0
+        for start, end in passages:
+            pieces += [text[at:start], START, text[start:end], END]
+            at = end
+        return "".join([*pieces, text[at:]])
+
+    def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
+        """Where an answer with its end token stands in the text of a chat, by a template without marks."""
+        prompt = self.render(before, add_generation_prompt=True)[0]
+        answered = self.render([*before, answer])[0]
+        if not text.startswith(answered) or not answered.startswith(prompt):
+            raise UserError(
+                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is not defined. "
+                "Copy it to a file, put {% generation %} marks around each answer, and give CHAT_TEMPLATE=file.jinja."
+            )
+        ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
+        return len(prompt), ends[-1] if ends else len(answered)
+
+    def as_text(self, content: str) -> str:
+        """The content with its control tokens broken up, so that they are encoded as text."""
+        return self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], content)
+
+    def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
+        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not learned.
+
+        train_on: "assistant", or "all" for every token.
+        """
+        batch = self.backend.encode_batch_fast([self.mark(chat) for chat in chats], add_special_tokens=False)
+        rows = []
+        for chat, encoding in zip(chats, batch, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
+            starts, ends = ids == self.start_id, ids == self.end_id
+            kept = ~(starts | ends | (ids == self.break_id))
+            answer, answered = starts.cumsum(), ends.cumsum()
+            weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
+            learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
+            if train_on == "all":
+                learned |= True
+            rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
+        return rows
+
+    def fingerprint(self) -> str:
+        """Tells apart tokenizers and templates that give other tokens."""
+        text = self.backend.to_str() + self.template
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Tokens that the next answer is generated from: exactly what training saw before an answer."""
+        try:
+            text = self.mark(messages, add_generation_prompt=True)
+        except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
+            text = self.render(messages, add_generation_prompt=True)[0]
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
+
+
+class Encoded(NamedTuple):
+    """An encoded chat of T tokens and A answers."""
+
+    ids: np.ndarray  # (T,), int32
+    learned: np.ndarray  # (T,), bool
+    ends: np.ndarray  # (A,), number of tokens up to the end of each answer
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS token before plain text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

@@ -1,0 +1,193 @@
+"""Shapes: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
+
+Schemas (examples in tests/test_shapes.py): `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output
+(Alpaca), prompt/completion, dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
+    "text": "text",
+}  # fmt: skip
+FOLLOWS = {
+    "system": ("the start",), "user": ("the start", "system", "assistant"), "assistant": ("user",),
+    "text": ("the start",),
+}  # fmt: skip
+LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees and of arena pairs
+STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # arena answers of other models are not worth learning
+# NUL, halves of surrogate pairs, and the two noncharacters by which common/encoding.py marks answers.
+FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0\ufdd1]")
+
+
+class Fault(str):
+    """What is wrong with a row: `field: problem: excerpt`."""
+
+
+class Drop(str):
+    """Why a sound row is not used, in words to count by."""
+
+
+def excerpt(value) -> str:
+    text = repr(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_chat(row) -> list[dict] | Fault | Drop:
+    """The chat in a row: an optional system turn, then user and assistant in turn.
+
+    The last turn is the user's where a question has no answer; what follows such a question is left out.
+
+    A row of plain text becomes one turn with the role `text`.
+    """
+    if not isinstance(row, dict):
+        return Fault(f"row: must be an object: {excerpt(row)}")
+    for fields, convert in SHAPES.items():
+        if all(field in row for field in fields):
+            return checked(convert, row)
+    known = "; ".join(" and ".join(fields) for fields in SHAPES)
+    return Fault(f"row: none of the known sets of fields ({known}): {excerpt(list(row))}")
+
+
+def checked(convert, *arguments) -> list[dict] | Fault | Drop:
+    """The chat of the turns (field, role, content, weight) that `convert` finds, or the first thing wrong with it."""
+    try:
+        turns = convert(*arguments)
+    except (AttributeError, TypeError, KeyError) as error:  # an object where the schema has a text, and the like
+        return Fault(f"row: a field has another type than in its schema ({error}): {excerpt(arguments[0])}")
+    if isinstance(turns, (Fault, Drop)):
+        return turns
+    chat = []
+    for field, role, content, weight in turns:
+        name = ROLES.get(role) if isinstance(role, str) else None
+        if name is None or name == "text" != field:
+            place = field.rpartition(".")[0] or field
+            return Fault(f"{place}: the role must be system, user or assistant: {excerpt(role)}")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip():
+            return Fault(f"{field}: must be a text that is not empty: {excerpt(content)}")
+        if bad := FORBIDDEN.search(content):
+            return Fault(f"{field}: character U+{ord(bad[0]):04X} is no text: {excerpt(content[bad.start() :])}")
+        if weight not in (None, 0, 1):
+            return Fault(f"{field}: the weight must be 0 (not learned) or 1: {excerpt(weight)}")
+        before = chat[-1]["role"] if chat else "the start"
+        if name == before == "user" and len(chat) >= 3:
+            break  # the chat ends at the question without an answer, which is left out and counted later
+        if before not in FOLLOWS[name]:
+            return Fault(f"{field}: turns must alternate, the user first; {name} follows {before}: {excerpt(content)}")
+        chat.append({"role": name, "content": content} | ({"weight": weight} if weight is not None else {}))
+    if chat[-1]["role"] not in ("assistant", "text") and len(chat) < 3:
+        return Fault(f"{turns[0][0].partition('[')[0]}: no turn of the assistant, nothing to learn: {excerpt(chat)}")
+    return chat
+
+
+def listed(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple] | Fault:
+    """The turns in a list of objects."""
+    items = row[field]
+    if not isinstance(items, list) or not items:
+        return Fault(f"{field}: must be a list of turns that is not empty: {excerpt(items)}")
+    turns = []
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            return Fault(f"{field}[{i}]: must be an object with {role} and {content}: {excerpt(item)}")
+        turns.append((f"{field}[{i}].{content}", item.get(role), item.get(content), item.get("weight")))
+    return turns
+
+
+def sharegpt(row: dict) -> list[tuple] | Fault:
+    first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else None
+    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
+    return listed(row, "conversations", *keys)
+
+
+def instruction(row: dict) -> list[tuple] | Fault:
+    question, more = row["instruction"], row.get("input") or ""
+    if not isinstance(more, str):
+        return Fault(f"input: must be a text: {excerpt(more)}")
+    if more.strip() and isinstance(question, str):
+        question = f"{question}\n\n{more}"
+    return [("instruction", "user", question, None), ("output", "assistant", row["output"], None)]
+
+
+def completion(row: dict) -> list[tuple] | Fault:
+    if isinstance(row["prompt"], str):
+        return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
+    before, after = listed(row, "prompt"), listed(row, "completion")
+    return before if isinstance(before, Fault) else after if isinstance(after, Fault) else before + after
+
+
+def summary(row: dict) -> list[tuple]:
+    question = row["dialogue"]
+    if isinstance(question, str) and question.strip():
+        question = "Summarize this dialogue:\n\n" + question.replace("\r\n", "\n")
+    return [("dialogue", "user", question, None), ("summary", "assistant", row["summary"], None)]
+
+
+def arena(row: dict) -> list[tuple] | Fault | Drop:
+    """The winner's side of a pair, where a strong model won it in a clean conversation."""
+    if row["winner"] not in ("model_a", "model_b"):
+        return Drop("arena: a tie")
+    side = row["winner"][-1]
+    if not STRONG_MODELS.search(str(row.get(f"model_{side}"))):
+        return Drop("arena: the winner is neither GPT-4 nor Claude")
+    if row.get("language", LANGUAGE_NAME) != LANGUAGE_NAME:
+        return Drop(f"arena: not {LANGUAGE_NAME}")
+    toxic = (row.get("toxic_chat_tag") or {}).values()
+    if (row.get("openai_moderation") or {}).get("flagged") or any(tag.get("flagged") for tag in toxic):
+        return Drop("arena: flagged by a moderation model")
+    return listed(row, f"conversation_{side}")
+
+
+def nested_tree(row: dict) -> list[tuple] | Fault | Drop:
+    if not isinstance(row["prompt"], dict):
+        return Fault(f"prompt: must be the first message of the tree: {excerpt(row['prompt'])}")
+    return best_path(row["prompt"], lambda message: message.get("replies") or [])
+
+
+def best_path(root: dict, replies_to) -> list[tuple] | Drop:
+    """The turns of an OpenAssistant tree that people ranked highest at each step; unranked ones come last."""
+
+    def usable(message: dict) -> bool:
+        rejected = message.get("deleted") or message.get("review_result") is False
+        return not rejected and message.get("lang", LANGUAGE) == LANGUAGE
+
+    if not usable(root):
+        return Drop(f"OpenAssistant: deleted, rejected or not {LANGUAGE_NAME}")
+    path = [root]
+    while replies := [reply for reply in replies_to(path[-1]) if usable(reply)]:
+        path.append(min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank"))))
+    if len(path) == 1:
+        return Drop("OpenAssistant: no answer")
+    return [("text", message.get("role"), message.get("text"), None) for message in path]
+
+
+def is_tree_message(row) -> bool:
+    """Whether a row is one message of an OpenAssistant tree; its chat takes other rows of the table, too."""
+    return isinstance(row, dict) and "message_id" in row and "parent_id" in row
+
+
+def trees(rows: list[tuple[int, dict]]) -> Iterator[tuple[int, list[dict] | Fault | Drop]]:
+    """The chat of every tree in a table of messages: (number of the root's row, chat)."""
+    children = defaultdict(list)
+    for _, row in rows:
+        children[row.get("parent_id")].append(row)
+    for number, row in rows:
+        if row.get("parent_id") is None:
+            yield number, checked(best_path, row, lambda message: children[message.get("message_id")])
+
+
+# Fields of a row -> how to read it. The first that fits counts: Alpaca's rows have `text`, too, UltraChat's `prompt`.
+SHAPES = {
+    ("messages",): lambda row: listed(row, "messages"),
+    ("conversations",): sharegpt,
+    ("conversation_a", "conversation_b", "winner"): arena,
+    ("message_tree_id", "prompt"): nested_tree,
+    ("instruction", "output"): instruction,
+    ("dialogue", "summary"): summary,
+    ("prompt", "completion"): completion,
+    ("text",): lambda row: [("text", "text", row["text"], None)],
+}

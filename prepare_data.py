@@ -1,0 +1,80 @@
+"""Turn sources of chats into tokens once: filtered, mixed, formatted, split, with an account of every row.
+
+    python prepare_data.py DATA="ultrachat[:10%], oasst2, data/brief.jsonl*20" RUN_NAME=mix
+    python qlora_train.py DATA=out/mix RUN_NAME=first
+
+Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_masks), report.json, lengths.png and
+settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
+"""
+
+from common.settings import apply_overrides, current, run_main
+from common.sources import check_files
+
+# Model
+MODEL = "smollm2-135m-instruct"  # whose tokenizer and template are used
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+# Data
+DATA = "data/brief.jsonl"  # files and hub sets: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
+EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
+EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
+MAX_LENGTH = 1024  # tokens of a chat
+TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
+DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
+TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
+VOCAB: str | None = None  # for rows of token ids: what they mean, a .json file or a text file of a token a line
+DOCTOR = "stop"  # stop: a fault in what would be learned is an error; warn: it is printed
+# Running and output
+PROCESSES: int | None = None  # None: one for each core
+SEED = 0
+OUT_DIR = "out"
+RUN_NAME: str | None = None  # None: prepare_data-<time>
+
+if __name__ == "__main__":
+    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    check_files(VOCAB, DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
+
+
+def main():
+    # Imported here, so that the worker processes, which import this file, stay small.
+    from common import chat_template, data, doctor, models, runs
+
+    # Settings and tokenizer
+    settings = current(globals())
+    data.check_settings(settings)
+    source = models.locate(MODEL)
+    models.check_length(source, MAX_LENGTH)
+    tokenizer = models.load_tokenizer(source)
+    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    print(note)
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+
+    # Sources to tokens, to disk as they come; then into two files
+    account = data.prepare(settings, encoder, folder, PROCESSES)
+    print(data.describe(account))
+
+    # What a run will learn
+    rows = data.sample_prepared(folder)
+    doctor.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
+    plot_lengths([len(row) for row in rows["input_ids"]], folder / "lengths.png")
+    print(
+        f"\nprepared: {folder}\ntrain on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}"
+    )
+
+
+def plot_lengths(lengths, file):
+    """Draw the histogram of the chats' lengths in tokens."""
+    import matplotlib  # slow import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    axes.hist(lengths, bins=50, range=(0, MAX_LENGTH))
+    axes.set_xlabel("tokens of a chat")
+    axes.set_ylabel("chats")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    run_main(main)
