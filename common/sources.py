@@ -221,17 +221,16 @@ def read_hub(source: Source) -> Iterator[tuple[int, object]]:
 
 def describe_licence(source: Source) -> str:
     """A line on the licence of a hub set, marked where it is gated or not for commercial use."""
-    import httpx  # slow imports
-    from huggingface_hub import HfApi
+    from huggingface_hub import DatasetCard  # slow import
 
     licence = source.licence or "unknown"
     try:
-        about = HfApi().dataset_info(source.name)
-        licence = (about.card_data or {}).get("license") or licence
-        licence = f"{licence}, gated" if about.gated else licence
-    except (OSError, httpx.HTTPError):  # no network: the set comes from the cache, its licence from the table above
+        about = DatasetCard.load(source.name, ignore_metadata_errors=True).data.to_dict()
+        gated = ", gated" if any(key.startswith("extra_gated") for key in about) else ""
+        licence = f"{about['license']}{gated}" if about.get("license") else licence
+    except OSError:  # no network and not in the cache: what the table above says
         pass
-    warning = "  NOT FOR COMMERCIAL USE" if re.search(r"\bnc\b", str(licence)) else ""
+    warning = "  NOT FOR COMMERCIAL USE" if re.search(r"\bnc\b", licence) else ""
     return f"{source.name}: licence {licence}{warning}"
 
 

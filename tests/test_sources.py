@@ -187,15 +187,17 @@ def test_hub_sets_are_loaded_by_their_split_and_their_licence_is_told(monkeypatc
     )
     assert chats("ultrachat") == [[U, A]] and asked == [("HuggingFaceH4/ultrachat_200k", "train_sft")]
 
-    def offline(self, name):
-        raise OSError("offline")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    # Offline, from our table
     lines = {name: sources.describe_licence(sources.parse(name)[0]) for name in sources.NAMED}
     assert "apache-2.0" in lines["oasst2"] and "COMMERCIAL" not in lines["oasst2"]
     for name in ("alpaca", "samsum", "chatbot-arena"):
         assert "NOT FOR COMMERCIAL USE" in lines[name]
     assert "gated" in lines["chatbot-arena"]
+    # Else from the set's card
+    text = "---\nlicense: cc-by-nc-sa-4.0\nextra_gated_prompt: Agree.\n---\n# A set"
+    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name, **k: huggingface_hub.DatasetCard(text))
+    line = sources.describe_licence(sources.parse("org/name")[0])
+    assert line == "org/name: licence cc-by-nc-sa-4.0, gated  NOT FOR COMMERCIAL USE"
 
 
 def test_token_ids_become_text_by_a_vocabulary(tmp_path):
