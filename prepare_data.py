@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
-    from common import chat_template, data, doctor, models, runs
+    from common import chat_template, data, doctor, models, prepared, runs
 
     # Settings and tokenizer
     settings = current(globals())
@@ -49,11 +49,11 @@ def main():
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
 
     # Sources to tokens, to disk as they come; then into two files
-    account = data.prepare(settings, encoder, folder, PROCESSES)
-    print(data.describe(account))
+    account = prepared.prepare(settings, encoder, folder, processes=PROCESSES, vocab=VOCAB)
+    print(prepared.describe(account))
 
     # What a run will learn
-    rows = data.sample_prepared(folder)
+    rows = prepared.sample(folder)
     doctor.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
     plot_lengths([len(row) for row in rows["input_ids"]], folder / "lengths.png")
     print(

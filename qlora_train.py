@@ -61,7 +61,6 @@ if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
     check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
 
-import json
 import time
 from pathlib import Path
 
@@ -69,7 +68,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
 
-from common import chat_template, data, doctor, gpu, models, runs, training
+from common import chat_template, data, doctor, gpu, models, prepared, runs, training
 from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
@@ -99,12 +98,11 @@ def main():
     kl_weight = choose_kl_weight(source)
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    train_set, eval_set, account = data.make_datasets(settings, encoder, keep_unlearned=bool(kl_weight))
-    print(data.describe(account))
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    train_set, eval_set, account = prepared.datasets_for(settings, encoder, folder / "data", bool(kl_weight))
+    print(prepared.describe(account))
     new_rows = encoder.unseen if ADAPTER != "ia3" else []  # of the embeddings, trained with the adapter
     doctor.examine(train_set, tokenizer, encoder, settings, held=bool(kl_weight), trained_rows=new_rows)
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
-    (folder / "data_report.json").write_text(json.dumps(account, indent=1), encoding="utf-8")
 
     # Model
     set_seed(SEED)

@@ -8,6 +8,7 @@ packing, SDPA, fused AdamW, bf16 autocast). Each side runs in a process of its o
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -67,14 +68,15 @@ def run_side(side: str) -> dict:
     import torch
     from sides import train_side
 
-    from common import chat_template, data, models
+    from common import chat_template, models, prepared
 
     source = models.locate(MODEL)
     tokenizer = models.load_tokenizer(source)
     encoder, _ = chat_template.set_template(tokenizer, None)
     settings = dict(DATA=DATA, EVAL_DATA=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0)
     settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
-    train_set, _, _ = data.make_datasets(settings, encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        train_set, _, _ = prepared.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
     attention = models.choose_attention(None, packing=True) if side == "ours" else "sdpa"
     model = models.load_model(source, None, torch.bfloat16, attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,8 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from common.data import IGNORE_INDEX
 from common.encoding import PROBE, ChatEncoder
+from common.prepared import IGNORE_INDEX
 from common.settings import UserError, check_choice
 
 ROWS = 1000  # rows looked at, evenly spaced over the set

@@ -2,7 +2,9 @@
 
 import json
 import re
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -10,7 +12,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 import prepare_data
-from common import chat_template, data, doctor, sources
+from common import chat_template, data, doctor, prepared, sources
 from common.settings import UserError
 
 CHAT = [
@@ -35,6 +37,12 @@ def encoder(tokenizer):
     return chat_template.set_template(tokenizer, "chatml")[0]
 
 
+def make(settings, encoder, keep_unlearned=True):
+    """The datasets and the account that a run gets."""
+    with tempfile.TemporaryDirectory() as folder:
+        return prepared.datasets_for(settings, encoder, Path(folder), keep_unlearned)
+
+
 def texts(tokenizer, dataset):
     return [tokenizer.decode(row["input_ids"]) for row in dataset]
 
@@ -57,7 +65,7 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     rows += [qa("Nothing?", "to learn", weight=0)]
     file = write_jsonl(tmp_path / "chats.jsonl", rows)
     settings = SETTINGS | {"DATA": str(file), "EVAL_SIZE": 3}
-    train, held_out, about = data.make_datasets(settings, encoder, keep_unlearned=False)
+    train, held_out, about = make(settings, encoder, keep_unlearned=False)
     check_account(about)
     assert about["rows"] == len(rows) == 19 and len(train) == about["trained"] == 10 and len(held_out) == 3
     assert about["dropped"] == {
@@ -72,9 +80,9 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     assert len(set(both)) == 13  # nothing is in both
     whole = tokenizer.decode(encoder.encode([CHAT])[0].ids)
     assert sum(text == whole.rstrip() for text in both) == 1  # the long chat, without the turn that did not fit
-    again, _, more = data.make_datasets(settings, encoder, keep_unlearned=True)
+    again, _, more = make(settings, encoder, keep_unlearned=True)
     assert len(again) == 11 and sum(more["dropped"].values()) == 5
-    report = data.describe(about)
+    report = prepared.describe(about)
     assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
 
 
@@ -83,12 +91,12 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
         tmp_path / "chats.jsonl", [qa("Hi", "Hello"), {"messages": CHAT + qa("x " * 400, "y")["messages"]}]
     )
     settings = SETTINGS | {"DATA": str(file)}
-    _, _, about = data.make_datasets(settings | {"TOO_LONG": "drop"}, encoder)
+    _, _, about = make(settings | {"TOO_LONG": "drop"}, encoder)
     assert about["trained"] == 1 and about["dropped"] == {"longer than MAX_LENGTH": 1}
     with pytest.raises(UserError, match="chats.jsonl:2: .* tokens, more than MAX_LENGTH=128"):
-        data.make_datasets(settings | {"TOO_LONG": "error"}, encoder)
+        make(settings | {"TOO_LONG": "error"}, encoder)
     with pytest.raises(UserError, match="none of 2 rows is left"):
-        data.make_datasets(settings | {"MAX_LENGTH": 4}, encoder)
+        make(settings | {"MAX_LENGTH": 4}, encoder)
     for name, value in (("TOO_LONG", "trim"), ("TRAIN_ON", "user"), ("DROP_PATTERN", "("), ("EVAL_SIZE", -1)):
         with pytest.raises(UserError, match=name):
             data.check_settings(settings | {name: value})
@@ -110,7 +118,7 @@ def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_p
     rare = write_jsonl(tmp_path / "rare.jsonl", [qa(f"Rare {i}", "yes") for i in range(10)])
     common = write_jsonl(tmp_path / "common.jsonl", [qa(f"Common {i}", "no") for i in range(10)])
     settings = SETTINGS | {"DATA": f"{rare}*5, {common}", "EVAL_SIZE": 8}
-    train, held_out, about = data.make_datasets(settings, encoder)
+    train, held_out, about = make(settings, encoder)
     counted = Counter(texts(tokenizer, train))
     held = texts(tokenizer, held_out)
     assert len(held) == len(set(held)) == 8 and not set(held) & set(counted)
@@ -118,26 +126,24 @@ def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_p
     assert about["sequences"] == len(train) > 12 == about["trained"]
     order = texts(tokenizer, train)
     assert len({text for text in order[:5]}) > 1  # mixed, not copy after copy
-    assert order == texts(tokenizer, data.make_datasets(settings, encoder)[0])
-    assert order != texts(tokenizer, data.make_datasets(settings | {"SEED": 1}, encoder)[0])
+    assert order == texts(tokenizer, make(settings, encoder)[0])
+    assert order != texts(tokenizer, make(settings | {"SEED": 1}, encoder)[0])
 
 
 def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [qa(f"What is {i}?", "x") for i in range(4)])
     b = write_jsonl(tmp_path / "b.jsonl", [qa(f"What is {i}?", "x") for i in range(4, 6)])
-    train, held_out, about = data.make_datasets(
-        SETTINGS | {"DATA": str(a), "EVAL_DATA": str(b), "EVAL_SIZE": 2}, encoder
-    )
+    train, held_out, about = make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(b), "EVAL_SIZE": 2}, encoder)
     assert (len(train), len(held_out), about["rows"]) == (4, 2, 6)
     check_account(about)
     with pytest.raises(UserError, match="a.jsonl:1 is in DATA, too"):
-        data.make_datasets(SETTINGS | {"DATA": str(a), "EVAL_DATA": f"{b},{a}"}, encoder)
+        make(SETTINGS | {"DATA": str(a), "EVAL_DATA": f"{b},{a}"}, encoder)
 
 
 def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeypatch):
     rows = [qa(f"What is {i}?", "x") for i in range(3)] + [{"messages": []}, qa("", "x"), qa("Hi", "")]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
-    train, _, about = data.make_datasets(SETTINGS | {"DATA": "org/name"}, encoder)
+    train, _, about = make(SETTINGS | {"DATA": "org/name"}, encoder)
     assert len(train) == 3
     assert about["dropped"] == {
         "broken, messages.content: must be a text that is not empty": 2,
@@ -157,7 +163,7 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
     def encode(processes):
         counts = Counter()
         batches = data.read_sources(str(file), "DATA", counts, set())
-        tables = [table for table, _ in data.encode_all(batches, encoder, settings, counts, processes)]
+        tables = [table for table, _ in data.encode_all(batches, encoder, settings, True, counts, processes)]
         return [table.to_pylist() for table in tables], counts
 
     assert encode(1) == encode(2) and len(encode(1)[0]) == 13
@@ -169,15 +175,15 @@ def test_packing_is_counted_as_trl_packs():
 
     lengths = np.random.default_rng(0).integers(1, 100, size=2500)
     rows = Dataset.from_dict({"input_ids": [[1] * int(length) for length in lengths]})
-    assert data.best_fit(lengths, 128) == len(pack_dataset(rows, 128, "bfd"))
+    assert prepared.best_fit(lengths, 128) == len(pack_dataset(rows, 128, "bfd"))
 
 
 # --- prepare_data.py ---
 
 
 @pytest.fixture
-def prepared(run_here, tiny, chats_file, tmp_path):
-    """prepared(*settings): the folder that prepare_data.py writes, and its output."""
+def prepare_folder(run_here, tiny, chats_file, tmp_path):
+    """prepare_folder(*settings): the folder that prepare_data.py writes, and its output."""
 
     def prepare(*settings, name="p"):
         code, out, err = run_here(
@@ -190,8 +196,8 @@ def prepared(run_here, tiny, chats_file, tmp_path):
     return prepare
 
 
-def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepared, tiny, chats_file, tokenizer, tmp_path):
-    folder, out = prepared()
+def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepare_folder, tiny, chats_file, tokenizer, tmp_path):
+    folder, out = prepare_folder()
     assert {p.name for p in folder.iterdir()} == {
         "train.parquet", "eval.parquet", "report.json", "lengths.png", "settings.json",
     }  # fmt: skip
@@ -205,40 +211,40 @@ def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepared, tiny,
     own = AutoTokenizer.from_pretrained(tiny())
     encoder, _ = chat_template.set_template(own, None)
     settings = SETTINGS | {"DATA": f"{chats_file}*3", "EVAL_SIZE": 4, "MAX_LENGTH": 256}
-    direct = data.make_datasets(settings, encoder)
-    through = data.make_datasets(settings | {"DATA": str(folder)}, encoder)
+    direct = make(settings, encoder)
+    through = make(settings | {"DATA": str(folder)}, encoder)
     for ours, theirs in zip(direct[:2], through[:2], strict=True):
         assert sorted(map(str, ours.to_list())) == sorted(map(str, theirs.to_list()))
-    again, _ = prepared(name="q")
+    again, _ = prepare_folder(name="q")
     assert (again / "train.parquet").read_bytes() == (folder / "train.parquet").read_bytes()
     for change, word in ({"MAX_LENGTH": 128}, "MAX_LENGTH"), ({"TRAIN_ON": "all"}, "TRAIN_ON"):
         with pytest.raises(UserError, match=word):
-            data.make_datasets(settings | {"DATA": str(folder)} | change, encoder)
+            make(settings | {"DATA": str(folder)} | change, encoder)
     other, _ = chat_template.set_template(own, "zephyr")
     with pytest.raises(UserError, match="encoding"):
-        data.make_datasets(settings | {"DATA": str(folder)}, other)
+        make(settings | {"DATA": str(folder)}, other)
     with pytest.raises(UserError, match="no report.json"):
-        data.make_datasets(settings | {"DATA": str(tmp_path)}, encoder)
+        make(settings | {"DATA": str(tmp_path)}, encoder)
 
 
-def test_prepared_data_trains(prepared, run_here, tiny, tmp_path):
+def test_prepared_data_trains(prepare_folder, run_here, tiny, tmp_path):
     import qlora_train
 
-    folder, _ = prepared()
+    folder, _ = prepare_folder()
     code, out, err = run_here(
         qlora_train, f"MODEL={tiny()}", f"DATA={folder}", f"OUT_DIR={tmp_path}", "RUN_NAME=run", "MAX_STEPS=2",
         "MAX_LENGTH=256", "LORA_R=4",
     )  # fmt: skip
     assert code == 0 and "24 rows = 20 trained" in out, err
-    assert json.loads((tmp_path / "run" / "data_report.json").read_text())["trained"] == 20
+    assert not (tmp_path / "run" / "data").exists()  # it is trained on where it is
 
 
-def test_records_of_token_ids_become_chats_by_a_vocabulary(prepared, tmp_path, tokenizer):
+def test_records_of_token_ids_become_chats_by_a_vocabulary(prepare_folder, tmp_path, tokenizer):
     words = sorted({word for word in "the moon is far away it was asked and answered".split()})
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     rows = [{"prompt": [words.index("moon")], "completion": [words.index(w) for w in ("far", "away")]}]
     file = write_jsonl(tmp_path / "ids.jsonl", rows)
-    folder, out = prepared(f"DATA={file}", f"VOCAB={tmp_path / 'vocab.txt'}", "EVAL_SIZE=0")
+    folder, out = prepare_folder(f"DATA={file}", f"VOCAB={tmp_path / 'vocab.txt'}", "EVAL_SIZE=0")
     assert "user\nmoon<|im_end|>" in out and "[[far away<|im_end|>]]" in out
 
 
@@ -255,7 +261,7 @@ def examine(rows, tokenizer, encoder, **changes):
 
 def row_of(encoder, chat=CHAT):
     row = encoder.encode([chat])[0]
-    labels = np.where(row.learned, row.ids, data.IGNORE_INDEX)
+    labels = np.where(row.learned, row.ids, prepared.IGNORE_INDEX)
     return {"input_ids": row.ids.tolist(), "labels": labels.tolist()}
 
 
@@ -329,7 +335,12 @@ def test_the_doctor_stops_a_run(tiny, tmp_path, run_here, chats_file):
     settings = [f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", "RUN_NAME=x", "MAX_STEPS=1", "LORA_R=4",
                 f"CHAT_TEMPLATE={tmp_path / 'odd.jinja'}", "MAX_LENGTH=256"]  # fmt: skip
     code, _, err = run_here(qlora_train, *settings)
-    assert code == 2 and "DOCTOR=warn" in err and "our chat will send" in err and not (tmp_path / "x").exists()
+    assert (
+        code == 2
+        and "DOCTOR=warn" in err
+        and "our chat will send" in err
+        and not (tmp_path / "x" / "metrics.jsonl").exists()
+    )
     code, _, err = run_here(qlora_train, *settings, "DOCTOR=warn")
     assert code == 0 and "our chat will send" in err
 

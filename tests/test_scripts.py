@@ -55,7 +55,7 @@ def test_run_folder_holds_what_the_contract_says(trained):
     row = (folder / "run_row.md").read_text().strip()
     assert result.stdout.rstrip().splitlines()[-1] == row and row.startswith("| 20") and row.count("|") == 12
     assert "24 rows = 20 trained + 4 held out + 0 dropped" in result.stdout
-    assert json.loads((folder / "data_report.json").read_text())["rows"] == 24
+    assert json.loads((folder / "data" / "report.json").read_text())["rows"] == 24
     config = json.loads((folder / "final" / "adapter_config.json").read_text())
     assert "lm_head" not in config["target_modules"] and (folder / "final" / "chat_template.jinja").exists()
 

@@ -1,0 +1,218 @@
+"""Prepared data: sources encoded and split into a folder of Parquet files, with an account; and read to train on."""
+
+import bisect
+import itertools
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from common import data, sources
+from common.encoding import ChatEncoder
+from common.settings import UserError
+
+IGNORE_INDEX = -100  # label of a token that is not learned
+ROW_GROUP = 16  # batches in a row group of the files
+# Settings that decide what rows become; a folder of prepared data is good for their values only.
+SHAPING = ("MAX_LENGTH", "TRAIN_ON")
+
+
+def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool):
+    """(train, evaluation or None, account) of DATA, which is prepared into the folder unless it is prepared already.
+
+    The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use.
+    """
+    if Path(settings["DATA"]).is_dir():
+        return load(Path(settings["DATA"]), settings, encoder, keep_unlearned)
+    folder.mkdir(exist_ok=True)
+    prepare(settings, encoder, folder, keep_unlearned)
+    return load(folder, settings, encoder, keep_unlearned)
+
+
+def prepare(
+    settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, processes=None, vocab=None
+) -> dict:
+    """Write train.parquet, eval.parquet and report.json into the folder; returns the account.
+
+    Needs memory for one row group and a few bytes per chat, whatever the size of the sources.
+    """
+    counts, seen = Counter(), set()
+    vocabulary = sources.read_vocabulary(vocab) if vocab else None
+    batches = data.read_sources(settings["DATA"], "DATA", counts, seen, vocabulary=vocabulary)
+    if settings["EVAL_DATA"]:
+        held = data.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, set(), seen, vocabulary)
+        batches = itertools.chain(batches, ((0, batch) for _, batch in held))
+    spool = folder / "spool.parquet"
+    encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, processes or os.cpu_count())
+    sizes, times = write_spool(spool, encoded)
+    if not times.any():
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items() if reason != "rows")
+        raise UserError(f"DATA={settings['DATA']}: none of {counts['rows']:,} rows is left ({reasons}).")
+    if not settings["EVAL_DATA"]:
+        times[hold_out(len(times), settings["EVAL_SIZE"], settings["SEED"])] = 0
+    # A pass over the spool for each repetition, so that the copies of a chat are far apart.
+    passes = [np.flatnonzero(times > i) for i in range(times.max())]
+    copy_rows(spool, passes, folder / "train.parquet")
+    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
+    spool.unlink()
+    about = account(counts, sizes, times, settings["MAX_LENGTH"])
+    about["prepared_with"] = prepared_with(settings, encoder)
+    (folder / "report.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return about
+
+
+def prepared_with(settings: dict, encoder: ChatEncoder) -> dict:
+    return {name: settings[name] for name in SHAPING} | {"encoding": encoder.fingerprint()}
+
+
+def write_spool(file: Path, encoded: Iterator) -> tuple[np.ndarray, np.ndarray]:
+    """Write encoded tables to one file: (`lengths` of all rows, repetitions of each)."""
+    sizes, times = [np.zeros((0, 2), dtype=np.int64)], []
+    with parquet.ParquetWriter(file, data.SCHEMA) as writer:
+        while group := list(itertools.islice(encoded, ROW_GROUP)):
+            writer.write_table(pa.concat_tables(table for table, _ in group))
+            for table, repetitions in group:
+                times += [repetitions] * len(table)
+                sizes.append(lengths(table))
+    return np.concatenate(sizes), np.array(times, dtype=np.int64)
+
+
+def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
+    """Copy rows of a file, ascending numbers in each pass, one row group at a time."""
+    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, data.SCHEMA) as writer:
+        for rows in passes:
+            start = 0
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
+                if len(chosen):
+                    writer.write_table(file.read_row_group(group).take(chosen))
+                start = end
+
+
+def hold_out(rows: int, eval_size: float, seed: int) -> list[int]:
+    """Numbers of the rows to hold out."""
+    held_out = round(eval_size * rows) if eval_size < 1 else int(eval_size)
+    if not 0 <= held_out < rows:
+        raise UserError(f"EVAL_SIZE={eval_size} holds out {held_out} of {rows} chats; leave some to train on.")
+    return random.Random(seed).sample(range(rows), held_out)
+
+
+def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
+    """The datasets and the account of a prepared folder; UserError when it was prepared for something else."""
+    if not (folder / "report.json").is_file():
+        raise UserError(
+            f"DATA={folder}: no report.json of prepare_data.py in this folder. Name a file, or prepare again."
+        )
+    about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    before, now = about["prepared_with"], prepared_with(settings, encoder)
+    if changed := [name for name in now if before[name] != now[name]]:
+        raise UserError(
+            f"DATA={folder} was prepared with other values of {', '.join(changed)} "
+            f"({', '.join(f'{name}={before[name]}' for name in changed)}); prepare it again, or set them back. "
+            "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
+        )
+    train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
+    learned = lengths(train)[:, 1] > 0
+    if not learned.any():
+        raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")
+    if not keep_unlearned and not learned.all():
+        about["changed"]["sequences left out, all their answers have weight 0"] = int((~learned).sum())
+        train = train.filter(pa.array(learned))
+    use_evaluation = len(evaluation) and settings["EVAL_SIZE"]
+    return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
+
+
+def sample(folder: Path, groups: int = 4):
+    """Rows from all over a prepared folder's training file, as a dataset."""
+    with parquet.ParquetFile(folder / "train.parquet") as file:
+        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, groups).round().astype(int))
+        return as_dataset(file.read_row_groups(list(chosen)))
+
+
+def as_dataset(table: pa.Table):
+    """A dataset of input_ids and labels, IGNORE_INDEX where nothing is learned."""
+    import datasets  # slow import
+
+    (offsets, ids), (_, masks) = flat(table, "input_ids"), flat(table, "assistant_masks")
+    labels = np.where(masks == 1, ids, IGNORE_INDEX).astype(np.int32)
+    columns = {"input_ids": ids, "labels": labels}
+    table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists as (offsets from 0, values)."""
+    column = table.column(name).combine_chunks()
+    offsets = column.offsets.to_numpy()
+    return offsets - offsets[0], column.flatten().to_numpy()
+
+
+def lengths(table: pa.Table) -> np.ndarray:
+    """(rows, 2): tokens and learned tokens of each row."""
+    offsets, masks = flat(table, "assistant_masks")
+    learned = np.concatenate([[0], masks.cumsum(dtype=np.int64)])
+    return np.stack([np.diff(offsets), np.diff(learned[offsets])], axis=1)
+
+
+def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
+    """What became of every row: rows = trained + held_out + all dropped.
+
+    sizes: (chats, 2), tokens and learned tokens. times: (chats,), repetitions in training, 0 where held out.
+    """
+    reasons = {
+        kind: {reason.partition(": ")[2]: n for reason, n in sorted(counts.items()) if reason.startswith(kind)}
+        for kind in ("dropped", "changed")
+    }
+    tokens, learned = np.repeat(sizes, times, axis=0).T
+    fill = {n: tokens.sum() / (best_fit(tokens, n * max_length) * n * max_length) for n in (1, 2, 4)}
+    return dict(
+        rows=counts["rows"],
+        trained=int((times > 0).sum()),
+        held_out=int((times == 0).sum()),
+        **reasons,
+        sequences=len(tokens),
+        tokens=int(tokens.sum()),
+        learned_tokens=int(learned.sum()),
+        held_out_tokens=int(sizes[times == 0, 0].sum()),
+        length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
+        packed_fill={str(n): round(share, 4) for n, share in fill.items()},  # by PER_DEVICE_TRAIN_BATCH_SIZE
+    )
+
+
+def best_fit(row_lengths, capacity: int, batch: int = 1000) -> int:
+    """How many packed rows TRL makes of these rows: best-fit decreasing, a thousand rows at a time."""
+    packed = 0
+    for start in range(0, len(row_lengths), batch):
+        spaces = []  # left in each packed row, ascending
+        for length in sorted(row_lengths[start : start + batch], reverse=True):
+            i = bisect.bisect_left(spaces, length)
+            packed += i == len(spaces)
+            bisect.insort(spaces, (spaces.pop(i) if i < len(spaces) else capacity) - length)
+    return packed
+
+
+def describe(about: dict) -> str:
+    """The account in a few lines."""
+    parts = [about["trained"], about["held_out"], sum(about["dropped"].values())]
+    sums = " + ".join(f"{n:,} {what}" for n, what in zip(parts, ("trained", "held out", "dropped"), strict=True))
+    lines = [f"data: {about['rows']:,} rows = {sums}"]
+    lines += [f"  {kind} {n:,}: {reason}" for kind in ("dropped", "changed") for reason, n in about[kind].items()]
+    repeated = f"{about['sequences']:,} with repetitions; " if about["sequences"] > about["trained"] else ""
+    lines.append(
+        f"  {repeated}{about['tokens']:,} tokens, {about['learned_tokens']:,} learned; "
+        f"{about['held_out_tokens']:,} held out"
+    )
+    shortest, median, longest = (about["length_percentiles"][p] for p in ("0", "50", "100"))
+    fill = ", ".join(f"{share:.0%}" for share in about["packed_fill"].values())
+    lines.append(
+        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}; packed rows are full to {fill} "
+        "(PER_DEVICE_TRAIN_BATCH_SIZE=1, 2, 4)"
+    )
+    return "\n".join(lines)
