@@ -29,6 +29,10 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use.
     """
     if Path(settings["DATA"]).is_dir():
+        if settings["EVAL_DATA"]:
+            raise UserError(
+                f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with chats of its own to hold."
+            )
         return load(Path(settings["DATA"]), settings, encoder, keep_unlearned)
     folder.mkdir(exist_ok=True)
     prepare(settings, encoder, folder, keep_unlearned)

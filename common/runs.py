@@ -36,7 +36,7 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or name.strip(".") == "":
         raise UserError(f"RUN_NAME={name}: use 1 to 64 letters, digits, dots, dashes and underscores.")
     folder = Path(out_dir).expanduser() / name
-    if (folder / "metrics.jsonl").exists() and not settings.get("RESUME"):
+    if any((folder / f).exists() for f in ("metrics.jsonl", "report.json")) and not settings.get("RESUME"):
         raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder.")
     if settings.get("RESUME"):
         refuse_changes(folder, settings)

@@ -1,6 +1,6 @@
 """Shapes: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
 
-Schemas (examples in tests/test_shapes.py): `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output
+Schemas (examples in tests/test_sources.py): `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output
 (Alpaca), prompt/completion, dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`.
 """
 
@@ -19,8 +19,8 @@ FOLLOWS = {
 }  # fmt: skip
 LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees and of arena pairs
 STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # arena answers of other models are not worth learning
-# NUL, halves of surrogate pairs, and the two noncharacters by which common/encoding.py marks answers.
-FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0\ufdd1]")
+# NUL, halves of surrogate pairs, and the noncharacters by which common/encoding.py marks answers.
+FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd2]")
 
 
 class Fault(str):
@@ -40,7 +40,6 @@ def to_chat(row) -> list[dict] | Fault | Drop:
     """The chat in a row: an optional system turn, then user and assistant in turn.
 
     The last turn is the user's where a question has no answer; what follows such a question is left out.
-
     A row of plain text becomes one turn with the role `text`.
     """
     if not isinstance(row, dict):
@@ -167,17 +166,19 @@ def best_path(root: dict, replies_to) -> list[tuple] | Drop:
 
 def is_tree_message(row) -> bool:
     """Whether a row is one message of an OpenAssistant tree; its chat takes other rows of the table, too."""
-    return isinstance(row, dict) and "message_id" in row and "parent_id" in row
+    return isinstance(row, dict) and isinstance(row.get("message_id"), str) and "parent_id" in row
 
 
 def trees(rows: list[tuple[int, dict]]) -> Iterator[tuple[int, list[dict] | Fault | Drop]]:
-    """The chat of every tree in a table of messages: (number of the root's row, chat)."""
-    children = defaultdict(list)
+    """The chat of every tree in a table of messages: (number of the root's row, chat); and the messages without one."""
+    children, known = defaultdict(list), {row["message_id"] for _, row in rows}
     for _, row in rows:
-        children[row.get("parent_id")].append(row)
+        children[row["parent_id"]].append(row)
     for number, row in rows:
-        if row.get("parent_id") is None:
-            yield number, checked(best_path, row, lambda message: children[message.get("message_id")])
+        if row["parent_id"] is not None and row["parent_id"] not in known:
+            yield number, Drop("OpenAssistant: the message it answers is missing")
+        elif row["parent_id"] is None:
+            yield number, checked(best_path, row, lambda message: children[message["message_id"]])
 
 
 # Fields of a row -> how to read it. The first that fits counts: Alpaca's rows have `text`, too, UltraChat's `prompt`.

@@ -82,7 +82,7 @@ def refuse_constant(name: str):
 
 
 PIECE = 2**20  # bytes of a .json file read at once
-DELIMITER = re.compile(r"\s*([\[\],])\s*")  # before a row of an array, or at its end
+DELIMITER = re.compile(r"\s*(\[\s*\]|[\[\],])\s*")  # before a row of an array, or at its end
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
@@ -116,14 +116,7 @@ def read_json(path: Path) -> Iterator[tuple[int, object]]:
         while True:
             problem = "the file ends in the middle"
             mark = DELIMITER.match(text, at)
-            if (
-                mark
-                and mark[1] == "]"
-                and allowed != "["
-                or mark
-                and allowed == "["
-                and text.startswith("]", mark.end())
-            ):
+            if mark and mark[1][0] in allowed and mark[1][-1] == "]":
                 return
             if mark and mark[1] in allowed:
                 try:
@@ -235,11 +228,11 @@ def describe_licence(source: Source) -> str:
 
 
 def read_chats(
-    source: Source, vocabulary: dict | None = None
+    source: Source, vocabulary: tuple | None = None
 ) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
     """(line or row number, chat) of a source's slice; a Fault or Drop where the row is none.
 
-    vocabulary: token id -> text, for rows of token ids.
+    vocabulary: as `read_vocabulary` gives it, for rows of token ids.
     """
     start, stop = source.start or "0", source.stop or "100%"
     if any("%" in bound or "-" in bound for bound in (start, source.stop or "")):
@@ -250,7 +243,7 @@ def read_chats(
     yield from itertools.islice(read_all(source, vocabulary), start, stop)
 
 
-def read_all(source: Source, vocabulary: dict | None) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
+def read_all(source: Source, vocabulary: tuple | None) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
     rows = READERS[source.file.suffix.lower()](source.file) if source.file else read_hub(source)
     if vocabulary:
         rows = ((number, detokenize(row, vocabulary)) for number, row in rows)
@@ -276,34 +269,35 @@ def position(bound: str, count: int) -> int:
     return min(max(number + count if bound.startswith("-") else number, 0), count)
 
 
-def read_vocabulary(file: str) -> dict[int, str]:
-    """Token id -> text: from JSON (a list, or an object either way round) or from a text file, one token a line."""
+def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
+    """Token id -> text, from JSON (a list, or an object either way round) or from a text file, one token a line; and
+    what joins the tokens: a space, unless some token has one of its own."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
         pairs = dict(content if isinstance(content, dict) else enumerate(content))
         if all(type(value) is int for value in pairs.values()):
-            return {value: str(key) for key, value in pairs.items()}
-        return {int(key): str(value) for key, value in pairs.items()}
+            pairs = {value: key for key, value in pairs.items()}
+        tokens = {int(key): str(value) for key, value in pairs.items()}
+        return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"VOCAB={file}: not a .json of tokens and ids, nor a text of one token a line ({error})."
         ) from error
 
 
-def detokenize(row, vocabulary: dict[int, str]):
-    """The row with its lists of token ids turned back into text, joined by spaces where no token has one of its own."""
+def detokenize(row, vocabulary: tuple[dict[int, str], str]):
+    """The row with its lists of token ids turned back into text."""
     if not isinstance(row, dict):
         return row
-    glue = "" if any(" " in token for token in vocabulary.values()) else " "
-    texts = {}
+    (tokens, glue), texts = vocabulary, {}
     for field, ids in row.items():
         if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
-            unknown = next((i for i in ids if i not in vocabulary), None)
+            unknown = next((i for i in ids if i not in tokens), None)
             if unknown is not None:
                 return Fault(f"{field}: token {unknown} is not in VOCAB: {shapes.excerpt(ids)}")
-            texts[field] = glue.join(vocabulary[i] for i in ids)
+            texts[field] = glue.join(tokens[i] for i in ids)
     if set(texts) == {"input_ids"} or set(texts) == {"tokens"}:
         return {"text": texts.popitem()[1]}
     return row | texts
@@ -331,7 +325,7 @@ def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
         exit_with(error)
 
 
-def refuse_faults(data: str, setting: str, vocabulary: dict | None) -> None:
+def refuse_faults(data: str, setting: str, vocabulary: tuple | None) -> None:
     faults, count = [], 0
     for source in parse(data, setting):
         try:

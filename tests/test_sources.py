@@ -103,10 +103,11 @@ def test_trees_follow_the_best_ranked_answers_to_the_last_answer(tmp_path):
         oasst("thanks", "yes", "prompter", "Thanks"),
         oasst("lonely", None, "prompter", "Nobody answers"),
         oasst("bad", None, "prompter", "x", review_result=False),
+        oasst("orphan", "elsewhere", "assistant", "y"),
     ]
-    first, lonely, bad = chats(write_jsonl(tmp_path / "oasst.jsonl", rows))
+    first, lonely, bad, orphan = chats(write_jsonl(tmp_path / "oasst.jsonl", rows))
     assert [turn["content"] for turn in first] == ["Q", "best", "More?", "Yes", "Thanks"]
-    assert "no answer" in lonely and "rejected" in bad
+    assert "no answer" in lonely and "rejected" in bad and "missing" in orphan
 
 
 def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
@@ -213,7 +214,7 @@ def test_token_ids_become_text_by_a_vocabulary(tmp_path):
         ]
         assert "token 9" in sources.detokenize({"tokens": [0, 9]}, known)
     spaced = {0: "The", 1: " moon"}
-    assert sources.detokenize({"input_ids": [0, 1]}, spaced) == {"text": "The moon"}
+    assert sources.detokenize({"input_ids": [0, 1]}, (spaced, "")) == {"text": "The moon"}
     with pytest.raises(UserError, match="VOCAB=nowhere"):
         sources.read_vocabulary("nowhere")
 
