@@ -30,7 +30,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from common import generation, scores, sources
+from common import generation, models, scores, sources
 
 
 def main():
@@ -40,7 +40,10 @@ def main():
     chats = list(itertools.islice(sources.sound_chats(CHATS, "CHATS"), MAX_CHATS)) if CHATS else []
     if not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
-    results = {name: score(name, facts, chats) for name in filter(None, (BASE, MODEL))}
+    names = [name for name in (BASE, MODEL) if name]
+    for name in names if chats else ():
+        models.check_length(models.locate(name), MAX_LENGTH)
+    results = {name: score(name, facts, chats) for name in names}
     if BASE and chats:
         report_change(results[BASE]["chat_losses"], results[MODEL]["chat_losses"])
     if (Path(MODEL) / "settings.json").is_file():

@@ -7,7 +7,7 @@ Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_m
 settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
 """
 
-from common.settings import apply_overrides, current, run_main
+from common.settings import UserError, apply_overrides, current, run_main
 from common.sources import check_files
 
 # Model
@@ -41,6 +41,8 @@ def main():
     # Settings and tokenizer
     settings = current(globals())
     data.check_settings(settings)
+    if PROCESSES is not None and PROCESSES < 1:
+        raise UserError(f"PROCESSES={PROCESSES}: it must be at least 1.")
     source = models.locate(MODEL)
     models.check_length(source, MAX_LENGTH)
     tokenizer = models.load_tokenizer(source)
@@ -55,21 +57,23 @@ def main():
     # What a run will learn
     rows = prepared.sample(folder)
     doctor.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
-    plot_lengths([len(row) for row in rows["input_ids"]], folder / "lengths.png")
+    plot_lengths(account["length_histogram"], folder / "lengths.png")
+    prepared.publish(folder, account)
     print(
         f"\nprepared: {folder}\ntrain on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}"
     )
 
 
-def plot_lengths(lengths, file):
-    """Draw the histogram of the chats' lengths in tokens."""
+def plot_lengths(histogram: list[int], file):
+    """Draw how many chats have how many tokens: counts in equal bins from 0 to MAX_LENGTH."""
     import matplotlib  # slow import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4))
-    axes.hist(lengths, bins=50, range=(0, MAX_LENGTH))
+    width = MAX_LENGTH / len(histogram)
+    axes.bar([i * width for i in range(len(histogram))], histogram, width, align="edge")
     axes.set_xlabel("tokens of a chat")
     axes.set_ylabel("chats")
     figure.tight_layout()

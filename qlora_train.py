@@ -101,8 +101,7 @@ def main():
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
     train_set, eval_set, account = prepared.datasets_for(settings, encoder, folder / "data", bool(kl_weight))
     print(prepared.describe(account))
-    new_rows = encoder.unseen if ADAPTER != "ia3" else []  # of the embeddings, trained with the adapter
-    doctor.examine(train_set, tokenizer, encoder, settings, held=bool(kl_weight), trained_rows=new_rows)
+    doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), trained_rows(source, encoder))
 
     # Model
     set_seed(SEED)
@@ -110,9 +109,9 @@ def main():
     attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
     model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
-    base_fingerprint = models.fingerprint(model)
+    base_fingerprint = model.base_fingerprint
     if not source.adapter and ADAPTER:
-        model = add_adapter(model, source, new_rows)
+        model = add_adapter(model, source, encoder.unseen)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{source.name}: {trainable:,} trainable parameters")
 
@@ -187,6 +186,14 @@ def choose_kl_weight(source: models.Source) -> float:
     weight = chosen if KL_WEIGHT is None else KL_WEIGHT
     print(f"weight of holding the base's predictions: {weight}")
     return weight
+
+
+def trained_rows(source: models.Source, encoder) -> list[int]:
+    """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
+    if source.adapter:
+        rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
+        return sum(rows.values(), []) if isinstance(rows, dict) else rows
+    return [] if ADAPTER == "ia3" else encoder.unseen
 
 
 def add_adapter(model, source: models.Source, new_rows=()):

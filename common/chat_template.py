@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 
-from common.encoding import PROBE, ChatEncoder, adds_bos
+from common.encoding import PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
 from common.settings import UserError, check_choice
 
 FOLDER = Path(__file__).parent / "templates"
@@ -42,7 +41,10 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
             check_choice("CHAT_TEMPLATE", choice, [*TOKENS, "a .jinja file"])
         if not Path(choice).is_file():
             raise UserError(f"CHAT_TEMPLATE={choice}: there is no such file.")
-        tokenizer.chat_template, label = Path(choice).read_text(encoding="utf-8"), choice
+        try:
+            tokenizer.chat_template, label = Path(choice).read_text(encoding="utf-8"), choice
+        except UnicodeDecodeError as error:
+            raise UserError(f"CHAT_TEMPLATE={choice}: not UTF-8 at byte {error.start}.") from error
     else:
         tokenizer.chat_template, label = name or own, "the model's own" + (", with TRL's marks" if name else "")
     if tokenizer.pad_token is None:
@@ -54,7 +56,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
             f"CHAT_TEMPLATE={label}: answers have no end token. Put {{% generation %}} before each answer and "
             "{% endgeneration %} after its end token, or the model never learns to stop."
         )
-    if not own:
+    if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
     unseen = used_tokens(tokenizer, tokenizer.chat_template) - familiar
     encoder.unseen = sorted(tokenizer.convert_tokens_to_ids(list(unseen)))
@@ -75,14 +77,17 @@ def choose(tokenizer, own: str) -> str:
         return get_training_chat_template(tokenizer)
     except ValueError:  # not one of the templates TRL knows
         pass
+    text = rendered(tokenizer, SYSTEM_PROBE, own)
+    same = (name for name in TOKENS if text and rendered(tokenizer, SYSTEM_PROBE, load(tokenizer, name)) == text)
+    return next(same, "")
+
+
+def rendered(tokenizer, messages: list[dict], template: str) -> str:
+    """The text that a template makes of messages; "" where there is none or it refuses them."""
     try:
-        text = tokenizer.apply_chat_template(SYSTEM_PROBE, tokenize=False)
-    except TemplateError:  # it has no system role
+        return "" if not template else tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except TEMPLATE_ERRORS:
         return ""
-    for name in TOKENS:
-        if tokenizer.apply_chat_template(SYSTEM_PROBE, chat_template=load(tokenizer, name), tokenize=False) == text:
-            return name
-    return ""
 
 
 def load(tokenizer, name: str) -> str:
@@ -93,9 +98,7 @@ def load(tokenizer, name: str) -> str:
 
 def used_tokens(tokenizer, template: str) -> set[str]:
     """The special tokens that a template writes."""
-    if not template:
-        return set()
-    text = tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
+    text = rendered(tokenizer, PROBE, template)
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
 
 
@@ -111,8 +114,6 @@ def note(label: str, before: str, after: str) -> str:
 
 def default_name(tokenizer) -> str:
     """The line naming an assistant that the template puts before a chat without a system message, or ''."""
-    if not tokenizer.chat_template:
-        return ""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False).partition("\0")[0]
+    text = rendered(tokenizer, [{"role": "user", "content": "\0"}], tokenizer.chat_template).partition("\0")[0]
     lines = (re.sub(r"<[^>]*>", "", line).strip() for line in text.splitlines())
     return next((line for line in lines if re.search(r"\b(?:named|called|You are|I am) [A-Z]\w+", line)), "")

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
+import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -20,12 +20,17 @@ from common.settings import UserError, check_choice
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
 # DROP_PATTERN="auto": turns that claim to be another assistant. "Are you ChatGPT?" and "I am not ChatGPT" stay.
-NAMES = r"(?:open[ -]?assistant|chatgpt|gpt-?\d|claude|bard|gemini|copilot|llama|vicuna|alpaca|mistral|qwen|deepseek)"
+GAP = r"[\s*_\"'“”‘’]+"  # between words, with marks of emphasis and quotation
+NAMES = (
+    rf"(?:open[{GAP[1:-2]}-]*assistant|chatgpt|gpt-?\d|claude|bard|gemini|copilot|llama|vicuna|alpaca|qwen|deepseek)"
+)
 MAKERS = r"(?:open ?ai|anthropic|google|deepmind|meta(?: ai)?|microsoft|laion|mistral(?: ai)?|alibaba)"
-WHAT = r"(?:(?:an?|the|ai|large|language|virtual|model|chat ?bot|assistant|called|named|known as),? )*"
+WHAT = rf"(?:(?:an?|the|ai|large|language|virtual|helpful|open-source|model|chat ?bot|assistant|called|named),?{GAP})*"
 OTHER_ASSISTANTS = (
-    rf"\b(?:i am|i[’']m|my name is|call me) {WHAT}{NAMES}\b|\bas {WHAT}{NAMES}, i\b"
-    rf"|\b(?:i am|i was|i[’']m|language model|assistant)\b(?! not)[^.!?]{{0,40}}\b\w+ed by {MAKERS}\b"
+    rf"\b(?:i{GAP}am|i[’']m|you{GAP}are|my{GAP}name(?:{GAP}is|[’']s)|call{GAP}me){GAP}{WHAT}{NAMES}\b(?![’']s)"
+    rf"|\bas{GAP}{WHAT}{NAMES},{GAP}i\b"
+    rf"|\b(?:i{GAP}am|i{GAP}was|i[’']m|model|assistant|ai)\b(?! not)[^.!?]{{0,40}}"
+    rf"\b(?:trained|created|developed|designed|made|built){GAP}(?:and{GAP}\w+{GAP})?by{GAP}{MAKERS}\b"
 )
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
 
@@ -38,32 +43,38 @@ def check_settings(settings: dict) -> None:
         raise UserError(f"MAX_LENGTH={settings['MAX_LENGTH']}: it must be at least 1.")
     if settings["EVAL_SIZE"] < 0 or settings["EVAL_SIZE"] > 1 and settings["EVAL_SIZE"] % 1:
         raise UserError(f"EVAL_SIZE={settings['EVAL_SIZE']}: a number of chats, or their share below 1; 0: none.")
+    if not 0 <= settings["SEED"] < 2**32:
+        raise UserError(f"SEED={settings['SEED']}: a number from 0 to 4294967295.")
     matcher(settings["DROP_PATTERN"])
 
 
 def matcher(pattern: str | None):
-    """A function that tells whether a text matches DROP_PATTERN, whatever its case."""
+    """A function that tells whether a chat matches DROP_PATTERN in any case; "auto" looks at no turn of the user."""
     if pattern == "auto":
-        search = re.compile(OTHER_ASSISTANTS).search
-        return lambda text: search(text.lower())  # twice as fast as ignoring the case
+        search = re.compile(OTHER_ASSISTANTS).search  # lower-casing is twice as fast as ignoring the case
+        return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)
     try:
-        return re.compile(pattern, re.IGNORECASE).search if pattern else lambda text: None
+        search = re.compile(pattern or "(?!)", re.IGNORECASE).search
     except re.error as error:
         raise UserError(f"DROP_PATTERN={pattern} is no regular expression: {error}.") from error
+    return lambda chat: any(search(turn["content"]) for turn in chat)
 
 
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, items: list[tuple[str, list[dict]]]):
-    """Encode chats, each with its place `file:line`: (table, counts of `dropped: reason` and `changed: reason`)."""
+    """Encode chats, each with its place `file:line`: (rows, their places, counts by reason).
+
+    The reasons begin with `dropped: ` or `changed: `.
+    """
     matches, counts, chats = matcher(settings["DROP_PATTERN"]), Counter(), []
     for place, chat in items:
-        if any(matches(turn["content"]) for turn in chat):
+        if matches(chat):
             counts["dropped: matches DROP_PATTERN"] += 1
             continue
         if chat[-1]["role"] == "user":
             counts["changed: cut at a question without an answer"] += 1
             chat = chat[:-1]
         chats.append((place, chat))
-    rows = []
+    rows, places = [], []
     encoded = encoder.encode([chat for _, chat in chats], settings["TRAIN_ON"])
     for (place, _), row in zip(chats, encoded, strict=True):
         if len(row.ids) > settings["MAX_LENGTH"]:
@@ -73,14 +84,14 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, ite
                     "TOO_LONG=cut cuts at a turn."
                 )
             row = cut(row, settings["MAX_LENGTH"]) if settings["TOO_LONG"] == "cut" else None
-            counts[
-                "dropped: longer than MAX_LENGTH" if row is None else "changed: cut at a turn to fit MAX_LENGTH"
-            ] += 1
+            what = "dropped: longer than MAX_LENGTH" if row is None else "changed: cut at a turn to fit MAX_LENGTH"
+            counts[what] += 1
         if row is not None and not keep_unlearned and not row.learned.any():
             counts["dropped: no answer to learn, all have weight 0"] += 1
         elif row is not None:
             rows.append(row)
-    return as_table(rows), counts
+            places.append(place)
+    return rows, places, counts
 
 
 def cut(row: Encoded, max_length: int) -> Encoded | None:
@@ -97,72 +108,62 @@ def as_table(rows: list[Encoded]) -> pa.Table:
     return pa.table([pa.ListArray.from_arrays(offsets, values) for values in (ids, masks)], schema=SCHEMA)
 
 
-def chat_key(chat: list[dict]) -> bytes:
-    """Tells chats of the same words apart from others."""
-    words = [(turn["role"], turn["content"].strip()) for turn in chat]
-    return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).digest()
-
-
-def read_sources(data: str, setting: str, counts: Counter, seen: set, elsewhere=frozenset(), vocabulary=None):
-    """Yield (repetitions, [(place, chat), ...]) in batches, each of one source; every row is yielded or counted.
-
-    seen: keys of the chats so far, added to. elsewhere: keys that must not come, those of the training chats.
-    """
+def read_sources(data: str, setting: str, counts: Counter, vocabulary=None):
+    """Yield (repetitions, [(place, chat), ...]) in batches, each of one source; every row is yielded or counted."""
     for source in sources.parse(data, setting):
         if not source.file:
             print(sources.describe_licence(source))
-        chats = fresh_chats(source, setting, counts, seen, elsewhere, vocabulary)
+        chats = sound_chats(source, counts, vocabulary)
         while batch := list(itertools.islice(chats, BATCH)):
             yield source.times, batch
 
 
-def fresh_chats(source: sources.Source, setting: str, counts: Counter, seen: set, elsewhere, vocabulary):
+def sound_chats(source: sources.Source, counts: Counter, vocabulary) -> Iterator[tuple[str, list[dict]]]:
+    """(place, chat) of a source; other rows are counted, or raise UserError where a local file is broken."""
     for number, chat in sources.read_chats(source, vocabulary):
         place = f"{source.name}:{number}"
         counts["rows"] += 1
-        if isinstance(chat, sources.Fault):
-            if source.file:
-                raise UserError(f"{place}: {chat}")
-            counts["dropped: broken, " + re.sub(r"\[\d+\]", "", chat.rpartition(": ")[0] or chat)] += 1
-        elif isinstance(chat, str):
-            counts[f"dropped: {chat}"] += 1
-        elif (key := chat_key(chat)) in elsewhere:
-            raise UserError(
-                f"{setting}: the chat at {place} is in DATA, too; it would score what was learned by heart."
-            )
-        elif key in seen:
-            counts["dropped: duplicate"] += 1
-        else:
-            seen.add(key)
+        if isinstance(chat, list):
             yield place, chat
-
-
-worker_encode = None  # in a worker process: encode_batch with all but its last argument
-
-
-def start_worker(*arguments) -> None:
-    global worker_encode
-    worker_encode = functools.partial(encode_batch, *arguments)
-
-
-def run_worker(items):
-    return worker_encode(items)
+        elif isinstance(chat, sources.Drop):
+            counts[f"dropped: {chat}"] += 1
+        elif source.file:
+            raise UserError(f"{place}: {chat}")
+        else:
+            counts["dropped: broken, " + re.sub(r"\[\d+\]", "", chat.rpartition(": ")[0] or chat)] += 1
 
 
 def encode_all(batches: Iterator, encoder, settings: dict, keep_unlearned: bool, counts: Counter, processes: int):
-    """Yield (table, repetitions) for each batch, in order, from worker processes where there is much to do.
+    """Yield (table, repetitions) for each batch, in order, without duplicates.
 
     keep_unlearned: whether chats without a learned token are of use, as places to hold the base's predictions.
+    Repetitions of 0 stand for chats to evaluate on, which come last: UserError where one was trained on.
     """
-    arguments, head = (encoder, settings, keep_unlearned), list(itertools.islice(batches, POOL_FROM))
+    arguments = (encoder, settings, keep_unlearned)
+    head = list(itertools.islice(batches, POOL_FROM))
     batches = itertools.chain(head, batches)
     if processes == 1 or len(head) < POOL_FROM:
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked as long as this runs
         results = ((times, encode_batch(*arguments, batch)) for times, batch in batches)
     else:
         results = encode_in_pool(batches, arguments, processes)
-    for times, (table, more) in results:
+    trained, held_out = set(), set()
+    for times, (rows, places, more) in results:
         counts.update(more)
-        yield table, times
+        fresh = []
+        for row, place in zip(rows, places, strict=True):
+            # What is left after cutting counts. 64 bits: one false duplicate in a billion for 200,000 chats.
+            key = int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest())
+            seen = trained if times else held_out
+            if not times and key in trained:
+                raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; it would score what was memorised.")
+            if key in seen:
+                counts["dropped: duplicate"] += 1
+            else:
+                seen.add(key)
+                fresh.append(row)
+        yield as_table(fresh), times
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def encode_in_pool(batches: Iterator, arguments: tuple, processes: int):
@@ -176,3 +177,15 @@ def encode_in_pool(batches: Iterator, arguments: tuple, processes: int):
                 yield times, future.result()
         for times, future in waiting:
             yield times, future.result()
+
+
+worker_encode = None  # in a worker process: encode_batch with all but its last argument
+
+
+def start_worker(*arguments) -> None:
+    global worker_encode
+    worker_encode = functools.partial(encode_batch, *arguments)
+
+
+def run_worker(items):
+    return worker_encode(items)

@@ -88,7 +88,8 @@ def token_faults(tokenizer, encoder: ChatEncoder, trained_rows: list[int]):
     """The template's tokens that the base has hardly seen and that are not trained."""
     frozen = [tokenizer.convert_ids_to_tokens(i) for i in encoder.unseen if i not in trained_rows]
     if frozen:
-        yield f"{' '.join(frozen)} are new to this model and their embeddings are not trained. Set ADAPTER=lora."
+        names = " ".join(frozen)
+        yield f"{names} are new to this model; their embeddings are not trained. Train a new adapter (ADAPTER=lora)."
 
 
 def prompt_faults(tokenizer, encoder: ChatEncoder):

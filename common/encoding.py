@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from common.settings import UserError
 
 START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -60,7 +61,7 @@ class ChatEncoder:
                 [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
                 **self.variables, **options,
             )  # fmt: skip
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             roles = ", ".join(m["role"] for m in messages)
             raise UserError(
                 f"CHAT_TEMPLATE refuses a chat ({roles}): {error}. Change the chat or the template."
@@ -124,13 +125,13 @@ class ChatEncoder:
             weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
             learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
             if train_on == "all":
-                learned |= True
+                learned |= answer == answered  # all but answers of weight 0
             rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
         return rows
 
     def fingerprint(self) -> str:
         """Tells apart tokenizers and templates that give other tokens."""
-        text = self.backend.to_str() + self.template
+        text = self.backend.to_str() + self.template + str(self.variables)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt(self, messages: list[dict]) -> list[int]:
@@ -138,7 +139,8 @@ class ChatEncoder:
         try:
             text = self.mark(messages, add_generation_prompt=True)
         except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
-            text = self.render(messages, add_generation_prompt=True)[0]
+            safe = [{"role": m["role"], "content": self.as_text(m["content"])} for m in messages]
+            text = self.render(safe, add_generation_prompt=True)[0]
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
 

@@ -47,6 +47,8 @@ def end_tokens(model, tokenizer) -> list[int]:
     """Every token that ends an answer: the model's, the tokenizer's, and the usual end-of-turn tokens."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        ids.add(tokenizer.convert_tokens_to_ids(encoder_of(tokenizer, tokenizer.chat_template).end_token))
     vocabulary = tokenizer.get_vocab()
     ids |= {vocabulary.get(token) for token in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")}
     return sorted(ids - {None})

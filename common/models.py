@@ -124,6 +124,9 @@ def load_tokenizer(source: Source):
     """The tokenizer saved with the adapter, else the base model's, which is refused when larger than the embeddings."""
     folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
     tokenizer = from_hub(AutoTokenizer.from_pretrained, Source(source.name, folder or source.path))
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        templates = tokenizer.chat_template
+        tokenizer.chat_template = templates.get("default", next(iter(templates.values())))
     vocab_size = load_config(source).get_text_config().vocab_size
     if len(tokenizer) > vocab_size and not folder:  # an adapter's own tokens come with rows for them
         raise UserError(
@@ -203,6 +206,7 @@ def load_model(
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
     if source.adapter:
         check_fingerprint(model, source)
     if vocabulary > model.get_input_embeddings().num_embeddings:
@@ -237,7 +241,7 @@ def check_fingerprint(model, source: Source) -> None:
     """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
     file = Path(source.adapter) / "base_fingerprint.json"
     if file.is_file():
-        then, now = torch.tensor(json.loads(file.read_text())), torch.tensor(fingerprint(model))
+        then, now = torch.tensor(json.loads(file.read_text())), torch.tensor(model.base_fingerprint)
         if then.shape != now.shape or not torch.allclose(then, now, rtol=0.02):
             raise UserError(
                 f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."

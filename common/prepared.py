@@ -35,29 +35,31 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
             )
         return load(Path(settings["DATA"]), settings, encoder, keep_unlearned)
     folder.mkdir(exist_ok=True)
-    prepare(settings, encoder, folder, keep_unlearned)
+    # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
+    publish(folder, prepare(settings, encoder, folder, keep_unlearned, processes=1))
     return load(folder, settings, encoder, keep_unlearned)
 
 
 def prepare(
     settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, processes=None, vocab=None
 ) -> dict:
-    """Write train.parquet, eval.parquet and report.json into the folder; returns the account.
+    """Write train.parquet and eval.parquet into the folder; returns the account, for `publish`.
 
-    Needs memory for one row group and a few bytes per chat, whatever the size of the sources.
+    Needs memory for one row group and about 100 bytes a chat, whatever the size of the sources.
     """
-    counts, seen = Counter(), set()
+    counts = Counter()
     vocabulary = sources.read_vocabulary(vocab) if vocab else None
-    batches = data.read_sources(settings["DATA"], "DATA", counts, seen, vocabulary=vocabulary)
+    batches = data.read_sources(settings["DATA"], "DATA", counts, vocabulary)
     if settings["EVAL_DATA"]:
-        held = data.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, set(), seen, vocabulary)
+        held = data.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, vocabulary)
         batches = itertools.chain(batches, ((0, batch) for _, batch in held))
     spool = folder / "spool.parquet"
     encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, processes or os.cpu_count())
     sizes, times = write_spool(spool, encoded)
-    if not times.any():
+    if not times.any() or settings["EVAL_DATA"] and times.all():
+        which = "EVAL_DATA" if times.any() else "DATA"
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items() if reason != "rows")
-        raise UserError(f"DATA={settings['DATA']}: none of {counts['rows']:,} rows is left ({reasons}).")
+        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons or 'it had none'}).")
     if not settings["EVAL_DATA"]:
         times[hold_out(len(times), settings["EVAL_SIZE"], settings["SEED"])] = 0
     # A pass over the spool for each repetition, so that the copies of a chat are far apart.
@@ -66,9 +68,12 @@ def prepare(
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
     about = account(counts, sizes, times, settings["MAX_LENGTH"])
-    about["prepared_with"] = prepared_with(settings, encoder)
+    return about | {"prepared_with": prepared_with(settings, encoder)}
+
+
+def publish(folder: Path, about: dict) -> None:
+    """Write the account as report.json, which makes the folder one to train on."""
     (folder / "report.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    return about
 
 
 def prepared_with(settings: dict, encoder: ChatEncoder) -> dict:
@@ -77,14 +82,14 @@ def prepared_with(settings: dict, encoder: ChatEncoder) -> dict:
 
 def write_spool(file: Path, encoded: Iterator) -> tuple[np.ndarray, np.ndarray]:
     """Write encoded tables to one file: (`lengths` of all rows, repetitions of each)."""
-    sizes, times = [np.zeros((0, 2), dtype=np.int64)], []
+    sizes, times = [np.zeros((0, 2), dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
     with parquet.ParquetWriter(file, data.SCHEMA) as writer:
         while group := list(itertools.islice(encoded, ROW_GROUP)):
             writer.write_table(pa.concat_tables(table for table, _ in group))
             for table, repetitions in group:
-                times += [repetitions] * len(table)
-                sizes.append(lengths(table))
-    return np.concatenate(sizes), np.array(times, dtype=np.int64)
+                times.append(np.full(len(table), repetitions, dtype=np.int16))
+                sizes.append(lengths(table).astype(np.int32))
+    return np.concatenate(sizes), np.concatenate(times)
 
 
 def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
@@ -114,22 +119,26 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
         raise UserError(
             f"DATA={folder}: no report.json of prepare_data.py in this folder. Name a file, or prepare again."
         )
-    about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    before, now = about["prepared_with"], prepared_with(settings, encoder)
+    try:
+        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        before, now = about["prepared_with"], prepared_with(settings, encoder)
+        train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
     if changed := [name for name in now if before[name] != now[name]]:
         raise UserError(
             f"DATA={folder} was prepared with other values of {', '.join(changed)} "
             f"({', '.join(f'{name}={before[name]}' for name in changed)}); prepare it again, or set them back. "
             "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
         )
-    train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
     learned = lengths(train)[:, 1] > 0
     if not learned.any():
         raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")
     if not keep_unlearned and not learned.all():
-        about["changed"]["sequences left out, all their answers have weight 0"] = int((~learned).sum())
+        about["changed"]["sequences left out of training, all their answers have weight 0"] = int((~learned).sum())
         train = train.filter(pa.array(learned))
-    use_evaluation = len(evaluation) and settings["EVAL_SIZE"]
+        about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
+    use_evaluation = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
     return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
 
 
@@ -185,6 +194,7 @@ def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: i
         tokens=int(tokens.sum()),
         learned_tokens=int(learned.sum()),
         held_out_tokens=int(sizes[times == 0, 0].sum()),
+        length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
         length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
         packed_fill={str(n): round(share, 4) for n, share in fill.items()},  # by PER_DEVICE_TRAIN_BATCH_SIZE
     )

@@ -6,6 +6,7 @@ import numpy
 import torch
 
 from common.encoding import ChatEncoder
+from common.settings import UserError
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -36,6 +37,8 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
 def mean_loss(losses: list[tuple[float, int]]) -> float:
     """Nats per token over all chats."""
     totals, tokens = zip(*losses, strict=True)
+    if not sum(tokens):
+        raise UserError("MAX_LENGTH: no answer of CHATS begins before it. Raise it.")
     return sum(totals) / sum(tokens)
 
 

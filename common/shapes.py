@@ -32,7 +32,10 @@ class Drop(str):
 
 
 def excerpt(value) -> str:
-    text = repr(value).encode("utf-8", "backslashreplace").decode()
+    try:
+        text = repr(value).encode("utf-8", "backslashreplace").decode()
+    except RecursionError:
+        text = "nested too deeply to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -44,6 +47,8 @@ def to_chat(row) -> list[dict] | Fault | Drop:
     """
     if not isinstance(row, dict):
         return Fault(f"row: must be an object: {excerpt(row)}")
+    if "message_id" in row and "parent_id" in row:
+        return Fault(f"row: a message of a tree with wrong ids, or among other rows: {excerpt(row)}")
     for fields, convert in SHAPES.items():
         if all(field in row for field in fields):
             return checked(convert, row)
@@ -100,7 +105,11 @@ def listed(row: dict, field: str, role: str = "role", content: str = "content") 
 def sharegpt(row: dict) -> list[tuple] | Fault:
     first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    return listed(row, "conversations", *keys)
+    turns = listed(row, "conversations", *keys)
+    system = row.get("system") or row.get("system_prompt")
+    if system and isinstance(turns, list) and turns[0][1] != "system":
+        turns.insert(0, ("system", "system", system, None))
+    return turns
 
 
 def instruction(row: dict) -> list[tuple] | Fault:
@@ -116,7 +125,10 @@ def completion(row: dict) -> list[tuple] | Fault:
     if isinstance(row["prompt"], str):
         return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
     before, after = listed(row, "prompt"), listed(row, "completion")
-    return before if isinstance(before, Fault) else after if isinstance(after, Fault) else before + after
+    if isinstance(before, Fault) or isinstance(after, Fault):
+        return before if isinstance(before, Fault) else after
+    asked = [(*turn, 0 if ROLES.get(turn[1]) == "assistant" else None) for *turn, _ in before]  # not to be learned
+    return asked + after
 
 
 def summary(row: dict) -> list[tuple]:
@@ -157,7 +169,7 @@ def best_path(root: dict, replies_to) -> list[tuple] | Drop:
     if not usable(root):
         return Drop(f"OpenAssistant: deleted, rejected or not {LANGUAGE_NAME}")
     path = [root]
-    while replies := [reply for reply in replies_to(path[-1]) if usable(reply)]:
+    while replies := [r for r in replies_to(path[-1]) if usable(r) and not any(r is earlier for earlier in path)]:
         path.append(min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank"))))
     if len(path) == 1:
         return Drop("OpenAssistant: no answer")
@@ -166,19 +178,29 @@ def best_path(root: dict, replies_to) -> list[tuple] | Drop:
 
 def is_tree_message(row) -> bool:
     """Whether a row is one message of an OpenAssistant tree; its chat takes other rows of the table, too."""
-    return isinstance(row, dict) and isinstance(row.get("message_id"), str) and "parent_id" in row
+    ids = (row.get("message_id"), row.get("parent_id", 0)) if isinstance(row, dict) else (None, 0)
+    return isinstance(ids[0], str) and isinstance(ids[1], str | None)
 
 
 def trees(rows: list[tuple[int, dict]]) -> Iterator[tuple[int, list[dict] | Fault | Drop]]:
-    """The chat of every tree in a table of messages: (number of the root's row, chat); and the messages without one."""
-    children, known = defaultdict(list), {row["message_id"] for _, row in rows}
-    for _, row in rows:
-        children[row["parent_id"]].append(row)
+    """What became of every message of a table: a tree's chat stands for its root, the others are dropped."""
+    children = defaultdict(list)
     for number, row in rows:
-        if row["parent_id"] is not None and row["parent_id"] not in known:
+        children[row["parent_id"]].append((number, row))
+    reached = set()
+    for number, root in children[None]:
+        yield number, checked(best_path, root, lambda message: [row for _, row in children[message["message_id"]]])
+        waiting = [(number, root)]
+        while waiting:
+            number, message = waiting.pop()
+            if number not in reached and message is not root:
+                yield number, Drop("OpenAssistant: part of the chat of its tree, or of another branch")
+            if number not in reached:
+                waiting += children[message["message_id"]]
+            reached.add(number)
+    for number, _ in rows:
+        if number not in reached:
             yield number, Drop("OpenAssistant: the message it answers is missing")
-        elif row["parent_id"] is None:
-            yield number, checked(best_path, row, lambda message: children[message["message_id"]])
 
 
 # Fields of a row -> how to read it. The first that fits counts: Alpaca's rows have `text`, too, UltraChat's `prompt`.

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from common import shapes
 from common.settings import UserError, exit_with, nearest
-from common.shapes import Fault
+from common.shapes import Drop, Fault
 
 MAX_FAULTS = 20  # shown at once
 MAX_ROW = 64 * 2**20  # characters of one row in a .json array; more means that a bracket is missing
 
-# Short names of hub sets: (id, split, licence). What the hub says of the licence goes before what stands here.
+# Short names of hub sets: (id, split, licence). What the hub says of the licence is told beside it.
 NAMED = {
     "oasst2": ("OpenAssistant/oasst2", "train", "apache-2.0"),
     "oasst2-curated": ("sablo/oasst2_curated", "train", "apache-2.0"),
@@ -53,10 +53,14 @@ def parse(data: str, setting: str = "DATA") -> list[Source]:
 
 
 def parse_part(text: str, setting: str) -> Source:
-    found = re.fullmatch(r"(.+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?(?:\*([1-9]\d*))?", text)
-    name, start, stop, times = found.groups()
+    pattern = r"(.+?)(?:\[(-?\d{1,15}%?)?:(-?\d{1,15}%?)?\])?(?:\*([1-9]\d{0,3}))?"
+    name, start, stop, times = re.fullmatch(pattern, text, re.DOTALL).groups()
     chosen = dict(start=start, stop=stop, times=int(times or 1))
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.is_file()
+    except (RuntimeError, OSError, ValueError) as error:  # an unknown ~user, a name too long
+        raise UserError(f"{setting}={text}: no such file ({error}).") from error
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise UserError(f"{setting}={text}: files end in {', '.join(READERS)}.")
@@ -117,6 +121,9 @@ def read_json(path: Path) -> Iterator[tuple[int, object]]:
             problem = "the file ends in the middle"
             mark = DELIMITER.match(text, at)
             if mark and mark[1][0] in allowed and mark[1][-1] == "]":
+                if rest := text[mark.end() :] or stream.read(PIECE).decode("utf-8", "replace").strip():
+                    line += text.count("\n", at, mark.end())
+                    yield line, Fault(f"row: not valid JSON: something follows the array: {shapes.excerpt(rest[:60])}")
                 return
             if mark and mark[1] in allowed:
                 try:
@@ -160,7 +167,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, object]]:
                     bad.append((number, Fault(f"row: not UTF-8 at byte {error.start}: {shapes.excerpt(raw)}")))
                     return
 
-    reader = csv.DictReader(lines(), strict=True, restkey="", restval=None)
+    reader = csv.DictReader(lines(), strict=True)  # surplus fields come under None, missing ones as None
     while True:
         line = 1
         try:
@@ -175,7 +182,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, object]]:
             return
         if bad:
             continue
-        if "" in row or None in row.values():
+        if None in row or None in row.values():
             yield line, Fault(f"row: not {len(reader.fieldnames)} fields as in the header: {shapes.excerpt(row)}")
         else:
             yield line, row
@@ -190,7 +197,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             yield from enumerate(itertools.chain.from_iterable(batches), start=1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         yield 1, Fault(f"row: not a readable Parquet file: {shapes.excerpt(str(error))}")
 
 
@@ -203,7 +210,7 @@ def read_hub(source: Source) -> Iterator[tuple[int, object]]:
 
     try:
         rows = datasets.load_dataset(source.name, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"DATA={source.name}:{source.split} cannot be loaded: is the name right, the network there, and, for a "
@@ -214,22 +221,22 @@ def read_hub(source: Source) -> Iterator[tuple[int, object]]:
 
 def describe_licence(source: Source) -> str:
     """A line on the licence of a hub set, marked where it is gated or not for commercial use."""
-    from huggingface_hub import DatasetCard  # slow import
+    import yaml  # slow imports
+    from huggingface_hub import DatasetCard
 
-    licence = source.licence or "unknown"
+    known = [source.licence]
     try:
         about = DatasetCard.load(source.name, ignore_metadata_errors=True).data.to_dict()
-        gated = ", gated" if any(key.startswith("extra_gated") for key in about) else ""
-        licence = f"{about['license']}{gated}" if about.get("license") else licence
-    except OSError:  # no network and not in the cache: what the table above says
+        gated = "gated" if any(key.startswith("extra_gated") for key in about) else None
+        known += [about.get("license"), about.get("license_name"), gated]
+    except (OSError, ValueError, yaml.YAMLError):  # no network and not in the cache, or a card that is none
         pass
+    licence = ", ".join(dict.fromkeys(str(text) for text in known if text)) or "unknown"
     warning = "  NOT FOR COMMERCIAL USE" if re.search(r"\bnc\b", licence) else ""
     return f"{source.name}: licence {licence}{warning}"
 
 
-def read_chats(
-    source: Source, vocabulary: tuple | None = None
-) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
+def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, list[dict] | Drop | Fault]]:
     """(line or row number, chat) of a source's slice; a Fault or Drop where the row is none.
 
     vocabulary: as `read_vocabulary` gives it, for rows of token ids.
@@ -243,7 +250,7 @@ def read_chats(
     yield from itertools.islice(read_all(source, vocabulary), start, stop)
 
 
-def read_all(source: Source, vocabulary: tuple | None) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
+def read_all(source: Source, vocabulary: tuple | None) -> Iterator[tuple[int, list[dict] | Drop | Fault]]:
     rows = READERS[source.file.suffix.lower()](source.file) if source.file else read_hub(source)
     if vocabulary:
         rows = ((number, detokenize(row, vocabulary)) for number, row in rows)
@@ -254,7 +261,7 @@ def read_all(source: Source, vocabulary: tuple | None) -> Iterator[tuple[int, li
     return ((number, row if isinstance(row, Fault) else shapes.to_chat(row)) for number, row in rows)
 
 
-def tree_chats(rows: Iterator) -> Iterator[tuple[int, list[dict] | shapes.Drop | Fault]]:
+def tree_chats(rows: Iterator) -> Iterator[tuple[int, list[dict] | Drop | Fault]]:
     """The chats of a whole table of OpenAssistant messages, after its broken rows."""
     rows = list(rows)
     for number, row in rows:
@@ -281,7 +288,7 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
             pairs = {value: key for key, value in pairs.items()}
         tokens = {int(key): str(value) for key, value in pairs.items()}
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"VOCAB={file}: not a .json of tokens and ids, nor a text of one token a line ({error})."
         ) from error

@@ -63,15 +63,17 @@ def tiny_config(architecture: str, **changes):
     from transformers import AutoConfig
 
     if architecture == "gpt2":
-        return AutoConfig.for_model(
-            "gpt2", vocab_size=640, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=2,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes,
+        settings = dict(
+            vocab_size=640, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=2,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
-    return AutoConfig.for_model(
-        architecture, vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=architecture == "llama", **changes,
-    )  # fmt: skip
+    else:
+        settings = dict(
+            vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=2,
+            tie_word_embeddings=architecture == "llama",
+        )  # fmt: skip
+    return AutoConfig.for_model(architecture, **settings | changes)
 
 
 def save_tiny(architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0, **changes) -> Path:

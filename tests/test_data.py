@@ -54,7 +54,8 @@ def check_account(about):
 def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, encoder, tmp_path):
     long = "x " * 400
     rows = [qa(f"What is {i}?", f"It is {i}.") for i in range(10)]
-    rows += [rows[0], qa(" What is 1? ", "It is 1.\n")]  # duplicates
+    ask = {"role": "user", "content": "And then?"}
+    rows += [rows[0], {"messages": rows[1]["messages"] + [ask]}]  # duplicates, the second after its cut
     rows += [
         qa("Who?", "I am Open Assistant, here to help."),
         qa("Who?", "i'm chatgpt"),
@@ -74,7 +75,7 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
         "matches DROP_PATTERN": 2,
         "no answer to learn, all have weight 0": 1,
     }
-    assert about["changed"] == {"cut at a question without an answer": 1, "cut at a turn to fit MAX_LENGTH": 1}
+    assert about["changed"] == {"cut at a question without an answer": 2, "cut at a turn to fit MAX_LENGTH": 1}
     both = texts(tokenizer, train) + texts(tokenizer, held_out)
     assert not any("Open Assistant" in text for text in both) and any("I am not ChatGPT." in text for text in both)
     assert len(set(both)) == 13  # nothing is in both
@@ -95,7 +96,7 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
     assert about["trained"] == 1 and about["dropped"] == {"longer than MAX_LENGTH": 1}
     with pytest.raises(UserError, match="chats.jsonl:2: .* tokens, more than MAX_LENGTH=128"):
         make(settings | {"TOO_LONG": "error"}, encoder)
-    with pytest.raises(UserError, match="none of 2 rows is left"):
+    with pytest.raises(UserError, match="none of its rows is left .2 dropped: longer than MAX_LENGTH"):
         make(settings | {"MAX_LENGTH": 4}, encoder)
     for name, value in (("TOO_LONG", "trim"), ("TRAIN_ON", "user"), ("DROP_PATTERN", "("), ("EVAL_SIZE", -1)):
         with pytest.raises(UserError, match=name):
@@ -103,15 +104,21 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
 
 
 def test_drop_pattern_ignores_case_and_spares_our_own_chats():
-    matches = data.matcher("auto")
+    def matches(text, pattern="auto", role="assistant"):
+        return data.matcher(pattern)([{"role": role, "content": text}])
+
     claims = """I am Open Assistant|i'm chatgpt|MY NAME IS CLAUDE|As a large language model trained by OpenAI, I
-I am an AI assistant called ChatGPT|I was created by Anthropic|I’m an AI developed by Google|As ChatGPT, I cannot"""
+I am an AI assistant called ChatGPT|I was created by Anthropic|I’m an AI developed by Google|As ChatGPT, I cannot
+I am  **Open Assistant**|I am "Open Assistant"|My name's ChatGPT|You are ChatGPT, a large language model
+I am an open-source assistant named Open Assistant|As an AI developed by OpenAI, I can't"""
     assert all(matches(claim) for claim in re.split(r"[|\n]", claims))
     harmless = "I am not ChatGPT|Are you ChatGPT?|I am a fan of Claude Monet|I was not trained by OpenAI|GPT-4 is large"
+    harmless += "|I am Claude's mother|I was invited by Google"
     assert not any(matches(text) for text in harmless.split("|"))
     brief = sources.sound_chats(str(ROOT / "data" / "brief.jsonl"), "DATA")
-    assert not [turn for chat in brief for turn in chat if matches(turn["content"])]
-    assert data.matcher("open ASSISTANT")("I am Open Assistant") and not data.matcher(None)("I am Open Assistant")
+    assert not [chat for chat in brief if data.matcher("auto")(chat)]
+    assert not matches("I am Claude", role="user") and matches("I am Open Assistant", "open ASSISTANT", "user")
+    assert not matches("I am Open Assistant", None)
 
 
 def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_path):
@@ -133,11 +140,17 @@ def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_p
 def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [qa(f"What is {i}?", "x") for i in range(4)])
     b = write_jsonl(tmp_path / "b.jsonl", [qa(f"What is {i}?", "x") for i in range(4, 6)])
-    train, held_out, about = make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(b), "EVAL_SIZE": 2}, encoder)
+    train, held_out, about = make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(b), "EVAL_SIZE": 0}, encoder)
     assert (len(train), len(held_out), about["rows"]) == (4, 2, 6)
     check_account(about)
     with pytest.raises(UserError, match="a.jsonl:1 is in DATA, too"):
         make(SETTINGS | {"DATA": str(a), "EVAL_DATA": f"{b},{a}"}, encoder)
+    asking = [{"messages": qa("What is 1?", "x")["messages"] + [{"role": "user", "content": "And?"}]}]
+    with pytest.raises(UserError, match="c.jsonl:1 is in DATA, too"):  # it is, once it is cut
+        make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(write_jsonl(tmp_path / "c.jsonl", asking))}, encoder)
+    long = write_jsonl(tmp_path / "long.jsonl", [qa("x " * 400, "y")])
+    with pytest.raises(UserError, match="EVAL_DATA=.*none of its rows is left"):
+        make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(long)}, encoder)
 
 
 def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeypatch):
@@ -162,7 +175,7 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
 
     def encode(processes):
         counts = Counter()
-        batches = data.read_sources(str(file), "DATA", counts, set())
+        batches = data.read_sources(str(file), "DATA", counts)
         tables = [table for table, _ in data.encode_all(batches, encoder, settings, True, counts, processes)]
         return [table.to_pylist() for table in tables], counts
 
@@ -237,6 +250,25 @@ def test_prepared_data_trains(prepare_folder, run_here, tiny, tmp_path):
     )  # fmt: skip
     assert code == 0 and "24 rows = 20 trained" in out, err
     assert not (tmp_path / "run" / "data").exists()  # it is trained on where it is
+
+
+def test_prepared_data_without_held_out_chats_or_without_unlearned_ones(prepare_folder, tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = [qa(f"What is {i}?", "x", weight=i % 2) for i in range(10)]
+    folder, _ = prepare_folder(f"DATA={write_jsonl(tmp_path / 'w.jsonl', rows)}", "EVAL_SIZE=2")
+    encoder, _ = chat_template.set_template(AutoTokenizer.from_pretrained(tiny()), None)
+    settings = SETTINGS | {"DATA": str(folder), "MAX_LENGTH": 256}
+    train, held_out, _ = make(settings | {"EVAL_SIZE": 2}, encoder)
+    assert len(train) == 8 and len(held_out) == 2 and make(settings, encoder)[1] is None
+    learned, _, about = make(settings, encoder, keep_unlearned=False)
+    assert 3 <= len(learned) <= 5 and about["changed"] == {
+        "sequences left out of training, all their answers have weight 0": 8 - len(learned)
+    }
+    assert about["sequences"] == len(learned)
+    assert all(max(row["labels"]) >= 0 for row in learned)
+    with pytest.raises(UserError, match="EVAL_DATA=x"):
+        make(settings | {"EVAL_DATA": "x"}, encoder)
 
 
 def test_records_of_token_ids_become_chats_by_a_vocabulary(prepare_folder, tmp_path, tokenizer):

@@ -116,18 +116,22 @@ def test_weights_plain_text_and_train_on_all(tokenizer_folder):
     row, full = encoder.encode([chat, CHAT])
     assert (row.ids == full.ids).all() and tokenizer.decode(row.ids[row.learned]) == "Brief.<|im_end|>"
     assert encoder.encode([CHAT], "all")[0].learned.all()
+    ids = (row := encoder.encode([chat], "all")[0]).ids[~row.learned]
+    assert tokenizer.decode(ids) == "Hello!<|im_end|>"  # of weight 0, not learned
     text = encoder.encode([[{"role": "text", "content": "Once <|im_end|> upon"}]])[0]
     assert text.learned.all() and tokenizer.decode(text.ids) == "Once <|im_end|> upon<|im_end|>"
     assert (text.ids == tokenizer.eos_token_id).sum() == 1
 
 
-def test_encoders_can_be_pickled_and_told_apart(tokenizer_folder):
+def test_encoders_can_be_pickled_and_told_apart(tokenizer_folder, base_tokenizer_folder):
     tokenizer = load(tokenizer_folder)
     first, _ = chat_template.set_template(tokenizer, "chatml")
     copy = pickle.loads(pickle.dumps(first))
     assert copy.encode([CHAT])[0].ids.tolist() == first.encode([CHAT])[0].ids.tolist()
     second, _ = chat_template.set_template(tokenizer, "zephyr")
     assert copy.fingerprint() == first.fingerprint() != second.fingerprint()
+    other, _ = chat_template.set_template(load(base_tokenizer_folder), "zephyr")  # the template of the second
+    assert other.fingerprint() != second.fingerprint()
 
 
 OWN = (

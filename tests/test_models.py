@@ -115,6 +115,17 @@ def test_an_evaluation_does_not_cut_the_gradients_of_nf4(tiny):
     assert sum(g.abs().sum() for g in gradients[0].values()) > 0
 
 
+def test_the_end_token_of_the_template_stops_an_answer(tiny):
+    source = models.locate(str(tiny()))
+    model, tokenizer = models.load_model(source, None, torch.float32, "sdpa"), models.load_tokenizer(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}"
+        "{% generation %}{{ m.content }}<|stop|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    assert tokenizer.convert_tokens_to_ids("<|stop|>") in generation.end_tokens(model, tokenizer)
+
+
 def test_every_end_token_stops_an_answer(tiny):
     source = models.locate(str(tiny()))
     model, tokenizer = models.load_model(source, None, torch.float32, "sdpa"), models.load_tokenizer(source)

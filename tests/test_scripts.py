@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import chat_pipe
 import qlora_train
@@ -97,13 +98,15 @@ def test_evaluate_model_scores_and_compares(trained, tiny, chats_file, tmp_path)
     folder, _ = trained
     facts = write_jsonl(tmp_path / "facts.jsonl", [{"kind": "any", "question": "Hi?", "pattern": ""},
                                                    {"kind": "none", "question": "Hi?", "pattern": "(?!)"}])  # fmt: skip
-    result = run_script("evaluate_model.py", f"MODEL={folder}", f"FACTS={facts}", f"CHATS={chats_file}", "MAX_CHATS=5")
+    result = run_script("evaluate_model.py", f"MODEL={folder}", f"FACTS={facts}", f"CHATS={chats_file}", "MAX_CHATS=5",
+                        "MAX_LENGTH=256")  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert "any: 1 of 1 right, 100%" in result.stdout and "none: 0 of 1 right, 0%" in result.stdout
     assert "loss on the answers of 5 chats" in result.stdout
     saved = json.loads((folder / "evaluation.json").read_text())[str(folder)]
     assert saved["any"] == 1 and len(saved["chat_losses"]) == 5
-    result = run_script("evaluate_model.py", f"MODEL={folder}", f"BASE={folder}", "FACTS=None", f"CHATS={chats_file}")
+    result = run_script("evaluate_model.py", f"MODEL={folder}", f"BASE={folder}", "FACTS=None", f"CHATS={chats_file}",
+                        "MAX_LENGTH=256")  # fmt: skip
     assert "change of that loss: +0.0% (95 % interval +0.0% to +0.0%)" in result.stdout
 
 
@@ -177,7 +180,9 @@ SUMS = [(1, 2, "Three."), (2, 2, "Four, two twos."), (3, 5, "Eight"), (4, 1, "Fi
 )
 def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_folder, tmp_path, run_here):
     """Alpaca-form rows, over-fitted: every training prompt is answered in full, with the stop token at the end."""
-    base = save_tiny(architecture, tmp_path / "base", base_tokenizer_folder, initializer_range=0.2)
+    tokenizer = AutoTokenizer.from_pretrained(base_tokenizer_folder)
+    changes = dict(initializer_range=0.2, vocab_size=len(tokenizer))  # no row to spare: new tokens need new rows
+    base = save_tiny(architecture, tmp_path / "base", base_tokenizer_folder, **changes)
     rows = [
         {"instruction": f"Add {a} and {b}.", "input": "" if a % 2 else "In words.", "output": c} for a, b, c in SUMS
     ]
@@ -200,6 +205,14 @@ def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_fold
         saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
         rows = {name: tensor.shape[0] for name, tensor in saved.items() if "token" in name}
         assert list(rows.values()) == ([2] if architecture == "gpt2" else [2, 2])
+
+
+def test_new_tokens_on_an_adapter_that_does_not_train_them_are_refused(tiny, chats_file, tmp_path, run_here):
+    arguments = short(tiny(), chats_file, tmp_path, "first", "CHAT_TEMPLATE=zephyr")
+    assert run_here(qlora_train, *arguments)[0] == 0
+    again = short(tmp_path / "first", chats_file, tmp_path, "second", "CHAT_TEMPLATE=llama3")
+    code, _, error = run_here(qlora_train, *again)
+    assert code == 2 and "<|eot_id|>" in error and "not trained" in error
 
 
 # --- wrong inputs: exit 2, one line saying what to change, no traceback ---

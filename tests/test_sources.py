@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -53,6 +54,7 @@ def oasst(message_id, parent_id, role, text, **changes):
         ({"instruction": "Greet.", "input": "", "output": "Hi"}, "user: Greet. | assistant: Hi"),
         ({"prompt": "Hi", "completion": "Hello"}, "user: Hi | assistant: Hello"),
         ({"prompt": [U], "completion": [A]}, "user: Hi | assistant: Hello"),
+        ({"conversations": [U, A], "system_prompt": "Be kind."}, "system: Be kind. | user: Hi | assistant: Hello"),
         (
             {"id": "1", "dialogue": "Ann: Hi\r\nBob: Yo", "summary": "Ann greets Bob."},
             "user: Summarize this dialogue:\n\nAnn: Hi\nBob: Yo | assistant: Ann greets Bob.",
@@ -105,9 +107,15 @@ def test_trees_follow_the_best_ranked_answers_to_the_last_answer(tmp_path):
         oasst("bad", None, "prompter", "x", review_result=False),
         oasst("orphan", "elsewhere", "assistant", "y"),
     ]
-    first, lonely, bad, orphan = chats(write_jsonl(tmp_path / "oasst.jsonl", rows))
+    first, *others = chats(write_jsonl(tmp_path / "oasst.jsonl", rows))
     assert [turn["content"] for turn in first] == ["Q", "best", "More?", "Yes", "Thanks"]
-    assert "no answer" in lonely and "rejected" in bad and "missing" in orphan
+    assert len(others) == len(rows) - 1 and Counter(other.partition(": ")[2] for other in others) == {
+        "part of the chat of its tree, or of another branch": 8,
+        "no answer": 1,
+        "deleted, rejected or not English": 1,
+        "the message it answers is missing": 1,
+    }
+    assert "a message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [{"text": "hi"}, rows[0]]))[1]
 
 
 def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
@@ -116,7 +124,8 @@ def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
     write_jsonl(tmp_path / "lines.json", rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    lines = ["instruction,output"] + [f'Say {i}.,"{i}, with ""quotes"",\nand a line"' for i in range(3)]
+    lines = [",instruction,output"]  # as pandas writes it, with a column of numbers
+    lines += [f'{i},Say {i}.,"{i}, with ""quotes"",\nand a line"' for i in range(3)]
     (tmp_path / "a.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
     expected = [shapes.to_chat(row) for row in rows]
     places = {
@@ -168,6 +177,11 @@ def test_slices_repetitions_and_mixtures(tmp_path):
         ("tests", "folder"),
         ("data/brief.jsonl*0", "no such file"),
         ("data/breif.jsonl", "data/brief.jsonl"),
+        ("~nobody-of-this-name/x.jsonl", "no such file"),
+        ("a\nb", "no such file"),
+        ("x" * 300 + ".jsonl", "no such file"),
+        ("data/brief.jsonl*99999", "no such file"),
+        ("data/brief.jsonl[:99999999999999999999]", "no such file"),
     ],
 )
 def test_wrong_sources_are_refused_with_a_remedy(data, words, monkeypatch):
@@ -199,6 +213,8 @@ def test_hub_sets_are_loaded_by_their_split_and_their_licence_is_told(monkeypatc
     monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name, **k: huggingface_hub.DatasetCard(text))
     line = sources.describe_licence(sources.parse("org/name")[0])
     assert line == "org/name: licence cc-by-nc-sa-4.0, gated  NOT FOR COMMERCIAL USE"
+    line = sources.describe_licence(sources.parse("samsum")[0])  # both are told, the stricter counts
+    assert line.endswith("licence cc-by-nc-nd-4.0, cc-by-nc-sa-4.0, gated  NOT FOR COMMERCIAL USE")
 
 
 def test_token_ids_become_text_by_a_vocabulary(tmp_path):
@@ -206,6 +222,7 @@ def test_token_ids_become_text_by_a_vocabulary(tmp_path):
     (tmp_path / "vocab.txt").write_text("the\nmoon\nis\nfar\n")
     for name in ("vocab.json", "vocab.txt"):
         known = sources.read_vocabulary(str(tmp_path / name))
+        assert known[1] == " "
         assert sources.detokenize({"tokens": [0, 1, 2, 3]}, known) == {"text": "the moon is far"}
         row = sources.detokenize({"prompt": [0, 1], "completion": [2, 3], "id": 7}, known)
         assert shapes.to_chat(row) == [
@@ -267,6 +284,9 @@ BROKEN = {
     "utf16.jsonl": (GOOD.encode("utf-16"), 1, "UTF-16"),
     "no-comma.json": (f"[{GOOD}\n{GOOD}]".encode(), 2, "separated by commas"),
     "unclosed.json": (f"[\n{GOOD},\n{GOOD}\n".encode(), 3, "ends in the middle"),
+    "two-arrays.json": (f"[\n{GOOD}]\n[{GOOD}]".encode(), 3, "something follows the array"),
+    "after.json": (b"[]\n" + GOOD.encode(), 2, "something follows the array"),
+    "deep.json": (b"[" + b'{"a":' * 990 + b"1" + b"}" * 990 + b"]", 1, "none of the known sets"),
     "half.json": (f"[\n{GOOD},\n{GOOD[:20]}".encode(), 3, "not valid JSON"),
     "latin1.json": (b'[{"text": "Ol\xe9"}]', 1, "not UTF-8"),
     "row.json": (f"[\n{GOOD},\n7]".encode(), 3, "must be an object"),
@@ -275,6 +295,7 @@ BROKEN = {
     "quote.csv": (b'instruction,output\nHi,Hello\n"Hi,Hello\n', 3, "not valid CSV"),
     "latin1.csv": (b"instruction,output\nHi,Hello\nHi,Ol\xe9\n", 3, "not UTF-8"),
     "header.csv": (b"question,answer\nHi,Hello\n", 2, "none of the known sets"),
+    "parent.jsonl": (json.dumps(oasst("m", ["a"], "prompter", "Hi")).encode(), 3, "message of a tree"),
     "damaged.parquet": (b"PAR1 and nothing else", 1, "not a readable Parquet file"),
 }  # fmt: skip
 
