@@ -260,6 +260,8 @@ def test_prepared_data_without_held_out_chats_or_without_unlearned_ones(prepare_
     encoder, _ = chat_template.set_template(AutoTokenizer.from_pretrained(tiny()), None)
     settings = SETTINGS | {"DATA": str(folder), "MAX_LENGTH": 256}
     train, held_out, _ = make(settings | {"EVAL_SIZE": 2}, encoder)
+    file = pyarrow.parquet.read_table(folder / "train.parquet")["input_ids"].to_pylist()
+    assert sorted(file) == sorted(train["input_ids"]) and file != list(train["input_ids"])  # shuffled
     assert len(train) == 8 and len(held_out) == 2 and make(settings, encoder)[1] is None
     learned, _, about = make(settings, encoder, keep_unlearned=False)
     assert 3 <= len(learned) <= 5 and about["changed"] == {

@@ -81,7 +81,7 @@ def test_every_schema_becomes_a_chat(row, turns):
     [
         ({"winner": "tie"}, "tie"),
         ({"winner": "tie (bothbad)"}, "tie"),
-        ({"model_a": "vicuna-13b"}, "neither GPT-4 nor Claude"),
+        ({"model_a": "vicuna-13b", "model_b": "gpt-4"}, "neither GPT-4 nor Claude"),
         ({"language": "German"}, "not English"),
         ({"openai_moderation": {"flagged": True}}, "flagged"),
         ({"toxic_chat_tag": {"t5-large": {"flagged": True}}}, "flagged"),
@@ -119,13 +119,14 @@ def test_trees_follow_the_best_ranked_answers_to_the_last_answer(tmp_path):
 
 
 def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
-    rows = [{"instruction": f"Say {i}.", "output": f'{i}, with "quotes",\nand a line'} for i in range(3)]
+    long = "x" * 140_000  # more than the csv module takes by itself
+    rows = [{"instruction": f"Say {i}.", "output": f'{i}{long}, with "quotes",\nand a line'} for i in range(3)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
     write_jsonl(tmp_path / "lines.json", rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     lines = [",instruction,output"]  # as pandas writes it, with a column of numbers
-    lines += [f'{i},Say {i}.,"{i}, with ""quotes"",\nand a line"' for i in range(3)]
+    lines += [f'{i},Say {i}.,"{i}{long}, with ""quotes"",\nand a line"' for i in range(3)]
     (tmp_path / "a.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
     expected = [shapes.to_chat(row) for row in rows]
     places = {
@@ -156,7 +157,12 @@ def test_slices_repetitions_and_mixtures(tmp_path):
         return [int(chat[0]["content"]) for chat in chats(f"{file}{text}")]
 
     assert picked("[:10%]") == [0, 1] and picked("[15:18]") == [15, 16, 17] and picked("[-2:]") == [18, 19]
-    assert picked("[90%:]") == [18, 19] and picked("[18:99]") == [18, 19] and picked("[:-18]*3") == [0, 1]
+    assert (
+        picked("[-99:2]") == [0, 1]
+        and picked("[90%:]") == [18, 19]
+        and picked("[18:99]") == [18, 19]
+        and picked("[:-18]*3") == [0, 1]
+    )
     parts = sources.parse(f"ultrachat[:10%], oasst2, {file}*20, org/name:test[5:]")
     assert [(p.name, p.split, p.start, p.stop, p.times, p.file) for p in parts] == [
         ("HuggingFaceH4/ultrachat_200k", "train_sft", None, "10%", 1, None),
@@ -287,6 +293,7 @@ BROKEN = {
     "two-arrays.json": (f"[\n{GOOD}]\n[{GOOD}]".encode(), 3, "something follows the array"),
     "after.json": (b"[]\n" + GOOD.encode(), 2, "something follows the array"),
     "deep.json": (b"[" + b'{"a":' * 990 + b"1" + b"}" * 990 + b"]", 1, "none of the known sets"),
+    "closed.json": (b"]", 1, "not valid JSON"),
     "half.json": (f"[\n{GOOD},\n{GOOD[:20]}".encode(), 3, "not valid JSON"),
     "latin1.json": (b'[{"text": "Ol\xe9"}]', 1, "not UTF-8"),
     "row.json": (f"[\n{GOOD},\n7]".encode(), 3, "must be an object"),
