@@ -53,6 +53,7 @@ SEED = 0
 LOGGING_STEPS = 1
 EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
 SAVE_STEPS: int | float | None = None  # steps between checkpoints, or their share of the run; None: none
+SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: qlora_train-<time>
 RESUME: str | None = None  # "auto": go on from the newest checkpoint in the run folder
@@ -68,7 +69,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import PrinterCallback, set_seed
 
-from common import chat_template, data, doctor, gpu, models, prepared, runs, training
+from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
 from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
@@ -126,12 +127,13 @@ def main():
         callbacks=[log],
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
         kl_weight=kl_weight,
+        save_total_limit=SAVE_TOTAL_LIMIT,
     )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
     started = time.perf_counter()
     with gpu.HardwareMonitor(folder / "hardware.csv"):
-        result = trainer.train(resume_from_checkpoint=runs.newest_checkpoint(folder) if RESUME else None)
+        result = trainer.train(checkpoints.newest_sound(folder) if RESUME else None)
         train_seconds = time.perf_counter() - started
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 

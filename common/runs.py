@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from common import gpu
+from common import checkpoints, gpu
 from common.settings import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -58,7 +58,7 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
 
 def refuse_changes(folder: Path, settings: dict) -> None:
     """Exit code 3 when a resume would go on with other settings than the run began with."""
-    if newest_checkpoint(folder) is None:
+    if not checkpoints.published(folder):
         raise UserError(f"RESUME=auto: {folder} holds no checkpoint. Set RUN_NAME to a run that had SAVE_STEPS set.")
     before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
     changed = [k for k, v in settings.items() if k not in ("RESUME", "OUT_DIR") and before.get(k) != v]
@@ -104,6 +104,9 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.file.touch()
+        self.trainer.restore_progress()
+        self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
+        self.truncate(state.global_step)
         if sys.stderr.isatty():
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
@@ -111,6 +114,12 @@ class RunLog(TrainerCallback):
             )  # fmt: skip
             self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, line="")
             self.progress.start()
+
+    def truncate(self, step: int) -> None:
+        """Leave out of metrics.jsonl what came after the checkpoint that a run goes on from, and a line cut short."""
+        lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        self.file.write_text("".join(kept), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = now()
@@ -130,11 +139,16 @@ class RunLog(TrainerCallback):
         entry["tokens"] = self.trainer.tokens
         if "loss" in logs:
             entry["step_seconds"] = self.step_seconds[-1]
-            entry["tokens_per_second"] = self.trainer.tokens / sum(self.step_seconds)
+            entry["tokens_per_second"] = self.speed()
         entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         self.show(state, entry)
+
+    def speed(self) -> float | None:
+        """Tokens a second since the start or the last resume; evaluation and saving left out."""
+        done = self.trainer.tokens - self.tokens_before
+        return done / sum(self.step_seconds) if self.step_seconds else None
 
     def show(self, state, entry: dict) -> None:
         memory = f"{entry['vram_gib']:.1f} GiB VRAM" if entry["vram_gib"] is not None else f"{entry['rss_gib']:.1f} GiB"
@@ -177,7 +191,7 @@ def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None
         eval_perplexity=None if eval_loss is None else math.exp(eval_loss),
         steps=log.trainer.state.global_step,
         tokens=log.trainer.tokens,
-        tokens_per_second=log.trainer.tokens / sum(seconds) if seconds else None,  # evaluation and saving left out
+        tokens_per_second=log.speed(),
         train_seconds=train_seconds,
         median_step_seconds=statistics.median(seconds) if seconds else None,
         max_step_seconds=max(seconds) if seconds else None,
@@ -239,9 +253,3 @@ def plot(folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "plot.png", dpi=100)
     pyplot.close(figure)
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint-N with the highest N in a run folder, or None."""
-    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    return str(checkpoints[-1]) if checkpoints else None

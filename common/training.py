@@ -2,7 +2,7 @@
 
 import math
 import os
-import statistics
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
+from common import checkpoints
 from common.loss import add_chunked_loss, supports_chunked_loss
 from common.settings import UserError, check_choice
 
@@ -39,6 +40,8 @@ def check_settings(settings: dict) -> None:
         raise UserError(
             f"MIN_LR={settings['MIN_LR']}: it lies between 0 and LEARNING_RATE={settings['LEARNING_RATE']}."
         )
+    if settings["SAVE_TOTAL_LIMIT"] < 1:
+        raise UserError(f"SAVE_TOTAL_LIMIT={settings['SAVE_TOTAL_LIMIT']}: it must be at least 1.")
     for name in ("EVAL_STEPS", "SAVE_STEPS"):
         if settings[name] and (settings[name] < 0 or settings[name] > 1 and settings[name] % 1):
             raise UserError(f"{name}={settings[name]}: a whole number of steps, or a share of the run below 1.")
@@ -89,12 +92,16 @@ class ChatTrainer(SFTTrainer):
     without its adapter. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
     """
 
-    def __init__(self, *args, schedule: tuple[str, float, float], kl_weight: float = 0.0, **kwargs):
+    # What a checkpoint holds of the trainer itself, beside what Trainer saves.
+    PROGRESS = ("tokens", "divergences", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+
+    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, save_total_limit: int = 2, **kwargs):
         super().__init__(*args, **kwargs)
+        self.save_total_limit = save_total_limit
+        self.progress = None
         self.schedule = schedule
         self.kl_weight = kl_weight
-        self.divergences: list[float] = []  # KL of each micro step, in nats
-        self.logged_divergences = 0
+        self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
         self.tokens = 0  # seen in training by all processes, padding left out
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.chunked = supports_chunked_loss(base.config)
@@ -108,6 +115,27 @@ class ChatTrainer(SFTTrainer):
             # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
             if parameter.requires_grad and isinstance(self.model, PeftModel):
                 parameter.data = parameter.data.float()
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(checkpoint, ignore_errors=True)  # the remains of a save that was cut short
+        super()._save_checkpoint(model, trial)
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
+        progress = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
+        checkpoints.publish(checkpoint, {"step": self.state.global_step, "progress": progress})
+        checkpoints.rotate(checkpoint.parent, self.save_total_limit)
+
+    def train(self, checkpoint: tuple[Path, dict] | None = None):
+        """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped."""
+        self.progress = checkpoint[1]["progress"] if checkpoint else None
+        return super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+
+    def restore_progress(self) -> None:
+        """Go on counting and averaging where the checkpoint was written; Trainer starts anew with each call."""
+        if self.progress:
+            for name in self.PROGRESS:
+                setattr(self, name, self.progress[name])
+            self._tr_loss.fill_(self.progress["_tr_loss"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
@@ -125,17 +153,18 @@ class ChatTrainer(SFTTrainer):
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
         if self.kl_weight:
-            self.divergences.append(divergence.item())
+            kl = divergence.item()
+            self.divergences = [total + more for total, more in zip(self.divergences, (kl, 1, kl, 1), strict=True)]
             loss = loss + self.kl_weight * divergence / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs, start_time=None):
         if self.kl_weight and "loss" in logs:
-            logs["kl"] = statistics.mean(self.divergences[self.logged_divergences :])
+            logs["kl"] = self.divergences[2] / self.divergences[3]
             logs["loss"] -= self.kl_weight * logs["kl"]
-            self.logged_divergences = len(self.divergences)
+            self.divergences[2:] = 0.0, 0
         if self.kl_weight and "train_loss" in logs:
-            logs["train_loss"] -= self.kl_weight * statistics.mean(self.divergences)
+            logs["train_loss"] -= self.kl_weight * self.divergences[0] / self.divergences[1]
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):

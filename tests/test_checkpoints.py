@@ -1,0 +1,177 @@
+"""Runs that survive: a resumed run equals the uninterrupted one bit for bit, and no damaged checkpoint is trusted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import qlora_train
+from common import checkpoints
+
+CLOCK = ("step_seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
+
+
+@pytest.fixture
+def arguments(tiny, chats_file, tmp_path):
+    """arguments(run, "NAME=value", ...): of a run of six steps with dropout and a checkpoint after each."""
+
+    def make(run, *more):
+        return [
+            f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", f"RUN_NAME={run}", "MAX_STEPS=6",
+            "LORA_R=4", "MAX_LENGTH=128", "EVAL_SIZE=4", "EVAL_STEPS=3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9",
+            "LORA_DROPOUT=0.1", "LEARNING_RATE=1e-2", *more,
+        ]  # fmt: skip
+
+    return make
+
+
+def result_of(folder):
+    """Final weights, and metrics without what the clock and the machine tell."""
+    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    weights = load_file(folder / "final" / "adapter_model.safetensors")
+    return weights, [{k: v for k, v in entry.items() if k not in CLOCK} for entry in metrics]
+
+
+def assert_same_run(one, other):
+    (weights, metrics), (others, other_metrics) = result_of(one), result_of(other)
+    assert metrics == other_metrics
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def cut_back(folder, step):
+    """Make a finished run look as if it had been killed after a step."""
+    for checkpoint in checkpoints.published(folder):
+        if checkpoints.step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    for name in ("final", "summary.json", "run_row.md", "plot.png"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "PACKING=True KL_WEIGHT=0.5",
+        "PACKING=False KL_WEIGHT=0",
+        "GRADIENT_ACCUMULATION_STEPS=4",
+        "LOGGING_STEPS=4",
+        "QUANTIZATION=nf4",
+        "ADAPTER=None DTYPE=float32 LORA_DROPOUT=0",
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, arguments, tmp_path, run_here):
+    assert run_here(qlora_train, *arguments("whole", *settings.split()))[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cut_back(tmp_path / "cut", step=2)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 7, "lo')  # a line that was being written
+    before = (tmp_path / "cut" / "settings.json").read_text().replace('"RUN_NAME": "whole"', '"RUN_NAME": "cut"')
+    (tmp_path / "cut" / "settings.json").write_text(before)
+    code, _, error = run_here(qlora_train, *arguments("cut", *settings.split(), "RESUME=auto"))
+    assert code == 0, error
+    if "ADAPTER=None" in settings:
+        whole, cut = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    else:
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    losses = [json.loads((tmp_path / run / "summary.json").read_text())["train_loss"] for run in ("whole", "cut")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.fixture
+def run_with_checkpoints(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    return tmp_path / "run"
+
+
+def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(run_with_checkpoints, capsys):
+    run = run_with_checkpoints
+    newest, before = checkpoints.published(run)[:2]
+    assert checkpoints.newest_sound(run)[0] == newest
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {path.name for path in files}
+    for file in files:
+        content = file.read_bytes()
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        for damaged in (b"", content[: len(content) // 2], content[:-1], flipped, None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert checkpoints.newest_sound(run)[0] == before, file.name
+            file.write_bytes(content)
+        if file.name != checkpoints.MARK:
+            assert f"{newest.name} is rejected: {file.name} is" in capsys.readouterr().err
+    (newest / "more").write_text("x")
+    assert checkpoints.newest_sound(run)[0] == before
+    assert not list(run.rglob("training_args.bin"))  # a pickle
+
+
+def test_without_a_sound_checkpoint_the_run_is_refused_and_nothing_is_deleted(
+    run_with_checkpoints, arguments, run_here, tmp_path
+):
+    for checkpoint in checkpoints.published(run_with_checkpoints):
+        (checkpoint / "optimizer.pt").write_bytes(b"")
+    before = sorted(run_with_checkpoints.rglob("checkpoint-*/*"))
+    code, _, error = run_here(qlora_train, *arguments("run", "RESUME=auto"))
+    assert (
+        code == 2 and "no sound checkpoint" in error and sorted(run_with_checkpoints.rglob("checkpoint-*/*")) == before
+    )
+
+
+def test_names_in_the_mark_do_not_leave_the_folder(run_with_checkpoints):
+    newest, before = checkpoints.published(run_with_checkpoints)[:2]
+    mark = json.loads((newest / checkpoints.MARK).read_text())
+    mark["files"]["../settings.json"] = [1, "x"]
+    (newest / checkpoints.MARK).write_text(json.dumps(mark))
+    assert checkpoints.newest_sound(run_with_checkpoints)[0] == before
+
+
+def test_rotation_goes_by_step_and_keeps_the_newest(run_with_checkpoints):
+    run = run_with_checkpoints
+    for checkpoint in checkpoints.published(run):  # the clock says the reverse of the steps
+        os.utime(checkpoint, (100 - checkpoints.step_of(checkpoint),) * 2)
+    (run / "checkpoint-99").mkdir()  # never published
+    checkpoints.rotate(run, 2)
+    assert [checkpoints.step_of(c) for c in checkpoints.published(run)] == [6, 5]
+    checkpoints.rotate(run, 0)
+    assert [checkpoints.step_of(c) for c in checkpoints.published(run)] == [6]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+@pytest.mark.parametrize("kill_at", ["optimizer.pt", "COMPLETE.json.partial", "COMPLETE.json", "rotate"])
+def test_kill_9_in_the_middle_of_a_save(kill_at, arguments, run_here, tmp_path):
+    """The process dies while checkpoint-4 is written; the same command goes on and ends as if nothing had happened."""
+    shim = f"""
+import os, signal, sys
+sys.argv = ["qlora_train.py", *{arguments("killed", "RESUME=None")!r}]
+import torch, common.checkpoints as checkpoints
+save, replace, rotate = torch.save, os.replace, checkpoints.rotate
+def dies(real, place):
+    def call(*a, **k):
+        paths = [str(x) for x in a]
+        if any("checkpoint-4" in p and p.endswith({kill_at!r}) for p in paths):
+            if {kill_at!r} == "optimizer.pt":
+                open(a[1], "wb").write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if place == {kill_at!r} and os.path.isdir(os.path.join(paths[0], "checkpoint-4")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a, **k)
+    return call
+torch.save, os.replace = dies(save, ""), dies(replace, "")
+checkpoints.rotate = dies(rotate, "rotate")
+import runpy
+runpy.run_path("qlora_train.py", run_name="__main__")
+"""
+    died = subprocess.run([sys.executable, "-c", shim], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    steps = [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "killed")]
+    assert steps[0] == (4 if kill_at == "rotate" else 3)
+    assert run_here(qlora_train, *arguments("whole"))[0] == 0
+    code, _, error = run_here(qlora_train, *arguments("killed", "RESUME=auto"))
+    assert code == 0, error
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
