@@ -56,7 +56,8 @@ SAVE_STEPS: int | float | None = None  # steps between checkpoints, or their sha
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: qlora_train-<time>
-RESUME: str | None = None  # "auto": go on from the newest checkpoint in the run folder
+RESUME: str | None = "auto"  # the same command again goes on from the newest sound checkpoint; None: never
+ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LEARNING_RATE, SAVE_STEPS"
 
 if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
@@ -117,6 +118,9 @@ def main():
     print(f"{source.name}: {trainable:,} trainable parameters")
 
     # Training
+    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
+    data_digest = prepared.digest(folder / "data" if (folder / "data").is_dir() else Path(DATA))
+    checkpoints.refuse_other_data(checkpoint, data_digest)
     log = runs.RunLog(folder)
     trainer = training.ChatTrainer(
         model=model,
@@ -128,12 +132,13 @@ def main():
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
         kl_weight=kl_weight,
         save_total_limit=SAVE_TOTAL_LIMIT,
+        data_digest=data_digest,
     )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
     started = time.perf_counter()
     with gpu.HardwareMonitor(folder / "hardware.csv"):
-        result = trainer.train(checkpoints.newest_sound(folder) if RESUME else None)
+        result = trainer.train(checkpoint)
         train_seconds = time.perf_counter() - started
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 

@@ -65,17 +65,30 @@ def read_mark(checkpoint: Path) -> dict:
     return about
 
 
-def newest_sound(run: Path) -> tuple[Path, dict]:
+def newest_sound(run: Path) -> tuple[Path, dict] | None:
     """The newest published checkpoint that verifies, and its mark; a line is printed for each one rejected.
 
-    Raises UserError when none is sound; nothing is deleted.
+    None when there is none yet. Raises UserError when there are some and none is sound; nothing is deleted.
     """
-    for checkpoint in published(run):
+    found = published(run)
+    for checkpoint in found:
         try:
             return checkpoint, read_mark(checkpoint)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{checkpoint.name} is rejected: {error}", file=sys.stderr)
+    if not found:
+        return None
     raise UserError(f"RESUME=auto: {run} holds no sound checkpoint. Start anew: RESUME=None and another RUN_NAME.")
+
+
+def refuse_other_data(checkpoint: tuple[Path, dict] | None, digest: str) -> None:
+    """Exit code 3 when a run would go on with other tokens than it began with."""
+    if checkpoint and checkpoint[1]["data"] != digest:
+        raise UserError(
+            "RESUME=auto would change the run: the sources of DATA, the tokenizer or the template give other tokens "
+            "than when it began. Set them back, or start a new run.",
+            code=3,
+        )
 
 
 def rotate(run: Path, keep: int) -> None:

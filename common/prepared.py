@@ -1,6 +1,7 @@
 """Prepared data: sources encoded and split into a folder of Parquet files, with an account; and read to train on."""
 
 import bisect
+import hashlib
 import itertools
 import json
 import os
@@ -140,6 +141,15 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
         about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
     use_evaluation = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
     return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
+
+
+def digest(folder: Path) -> str:
+    """Tells prepared folders with other tokens apart."""
+    total = hashlib.sha256()
+    for name in ("train", "eval"):
+        with open(folder / f"{name}.parquet", "rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
 
 
 def sample(folder: Path, groups: int = 4):

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from common import checkpoints, gpu
+from common import gpu
 from common.settings import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -29,17 +29,23 @@ COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak Gi
 def create_folder(out_dir: str, run_name: str | None, script: str, settings: dict) -> Path:
     """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
 
-    Raises UserError when the folder cannot be written or holds a run already.
+    Raises UserError when the folder cannot be written, or holds a run that is not to be gone on with or would become
+    another. Ends the program with exit code 0 where that run is finished.
     """
     stem = Path(script).stem
     name = run_name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or name.strip(".") == "":
         raise UserError(f"RUN_NAME={name}: use 1 to 64 letters, digits, dots, dashes and underscores.")
     folder = Path(out_dir).expanduser() / name
-    if any((folder / f).exists() for f in ("metrics.jsonl", "report.json")) and not settings.get("RESUME"):
-        raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder.")
-    if settings.get("RESUME"):
+    if any((folder / f).exists() for f in ("metrics.jsonl", "report.json")):
+        if not settings.get("RESUME"):
+            raise UserError(
+                f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder."
+            )
         refuse_changes(folder, settings)
+        if (folder / "summary.json").exists():
+            print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
+            raise SystemExit(0)
     about = dict(
         script=stem,
         command=command(),
@@ -58,13 +64,16 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
 
 def refuse_changes(folder: Path, settings: dict) -> None:
     """Exit code 3 when a resume would go on with other settings than the run began with."""
-    if not checkpoints.published(folder):
-        raise UserError(f"RESUME=auto: {folder} holds no checkpoint. Set RUN_NAME to a run that had SAVE_STEPS set.")
     before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
-    changed = [k for k, v in settings.items() if k not in ("RESUME", "OUT_DIR") and before.get(k) != v]
+    allowed = {"RESUME", "OUT_DIR", "ALLOW_CHANGE", *settings["ALLOW_CHANGE"].replace(" ", "").split(",")}
+    changed = [k for k, v in settings.items() if k not in allowed and before.get(k) != v]
     if changed:
         difference = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in changed)
-        raise UserError(f"RESUME=auto would change the run: {difference}. Set it back, or start a new run.", code=3)
+        raise UserError(
+            f"RESUME=auto would change the run: {difference}. Set it back, allow it "
+            f"(ALLOW_CHANGE={','.join(changed)}), or start a new run.",
+            code=3,
+        )
 
 
 def command() -> str:
@@ -106,7 +115,7 @@ class RunLog(TrainerCallback):
         self.file.touch()
         self.trainer.restore_progress()
         self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
-        self.truncate(state.global_step)
+        self.truncate(self.trainer.entries)
         if sys.stderr.isatty():
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
@@ -115,11 +124,10 @@ class RunLog(TrainerCallback):
             self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, line="")
             self.progress.start()
 
-    def truncate(self, step: int) -> None:
-        """Leave out of metrics.jsonl what came after the checkpoint that a run goes on from, and a line cut short."""
-        lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-        self.file.write_text("".join(kept), encoding="utf-8")
+    def truncate(self, entries: int) -> None:
+        """Leave out of metrics.jsonl what came after the checkpoint that a run goes on from."""
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        self.file.write_text("".join(lines[:entries]), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = now()
@@ -143,6 +151,7 @@ class RunLog(TrainerCallback):
         entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+        self.trainer.entries += 1
         self.show(state, entry)
 
     def speed(self) -> float | None:

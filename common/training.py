@@ -93,15 +93,23 @@ class ChatTrainer(SFTTrainer):
     """
 
     # What a checkpoint holds of the trainer itself, beside what Trainer saves.
-    PROGRESS = ("tokens", "divergences", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+    PROGRESS = (
+        "tokens",
+        "entries",
+        "divergences",
+        "_total_loss_scalar",
+        "_globalstep_last_logged",
+        "_initial_global_step",
+    )
 
-    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, save_total_limit: int = 2, **kwargs):
+    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, save_total_limit=2, data_digest="", **kwargs):
         super().__init__(*args, **kwargs)
-        self.save_total_limit = save_total_limit
+        self.save_total_limit, self.data_digest = save_total_limit, data_digest
         self.progress = None
         self.schedule = schedule
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
+        self.entries = 0  # of metrics.jsonl
         self.tokens = 0  # seen in training by all processes, padding left out
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.chunked = supports_chunked_loss(base.config)
@@ -122,7 +130,8 @@ class ChatTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
         progress = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
-        checkpoints.publish(checkpoint, {"step": self.state.global_step, "progress": progress})
+        about = {"step": self.state.global_step, "data": self.data_digest, "progress": progress}
+        checkpoints.publish(checkpoint, about)
         checkpoints.rotate(checkpoint.parent, self.save_total_limit)
 
     def train(self, checkpoint: tuple[Path, dict] | None = None):
@@ -130,12 +139,24 @@ class ChatTrainer(SFTTrainer):
         self.progress = checkpoint[1]["progress"] if checkpoint else None
         return super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer would train one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def restore_progress(self) -> None:
         """Go on counting and averaging where the checkpoint was written; Trainer starts anew with each call."""
         if self.progress:
             for name in self.PROGRESS:
                 setattr(self, name, self.progress[name])
             self._tr_loss.fill_(self.progress["_tr_loss"])
+            # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
+            scheduler, peak = self.lr_scheduler, self.args.learning_rate
+            scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+            scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["initial_lr"], group["lr"] = peak, rate
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:

@@ -66,15 +66,16 @@ def cut_back(folder, step):
         "ADAPTER=None DTYPE=float32 LORA_DROPOUT=0",
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, arguments, tmp_path, run_here):
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, step, arguments, tmp_path, run_here):
     assert run_here(qlora_train, *arguments("whole", *settings.split()))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    cut_back(tmp_path / "cut", step=2)
+    cut_back(tmp_path / "cut", step)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 7, "lo')  # a line that was being written
     before = (tmp_path / "cut" / "settings.json").read_text().replace('"RUN_NAME": "whole"', '"RUN_NAME": "cut"')
     (tmp_path / "cut" / "settings.json").write_text(before)
-    code, _, error = run_here(qlora_train, *arguments("cut", *settings.split(), "RESUME=auto"))
+    code, _, error = run_here(qlora_train, *arguments("cut", *settings.split()))
     assert code == 0, error
     if "ADAPTER=None" in settings:
         whole, cut = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "cut"))
@@ -83,6 +84,35 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, arguments,
         assert_same_run(tmp_path / "whole", tmp_path / "cut")
     losses = [json.loads((tmp_path / run / "summary.json").read_text())["train_loss"] for run in ("whole", "cut")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_here, chats_file):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 3)
+    for change in ("LEARNING_RATE=1e-3", "GRADIENT_ACCUMULATION_STEPS=2", "MAX_STEPS=7", "OPTIM=adafactor", "LORA_R=8"):
+        code, _, error = run_here(qlora_train, *arguments("run", change))
+        assert code == 3 and f"{change.partition('=')[0]} was" in error
+    text = chats_file.read_text()
+    chats_file.write_text(text.replace('"content": "', '"content": "x', 1))  # the file still has the same name
+    try:
+        code, _, error = run_here(qlora_train, *arguments("run"))
+    finally:
+        chats_file.write_text(text)
+    assert code == 3 and "give other tokens" in error
+    code, _, error = run_here(qlora_train, *arguments("run", "LEARNING_RATE=1e-3", "ALLOW_CHANGE=LEARNING_RATE"))
+    assert code == 0, error
+    rates = [e["learning_rate"] for e in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if "loss" in e]
+    assert rates[2] > 5e-3 and 0 < max(rates[3:]) < 1e-3  # the new peak, on the same schedule
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(arguments, tmp_path, run_here):
+    assert run_here(qlora_train, *arguments("whole"))[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cut_back(tmp_path / "cut", 0)
+    text = (tmp_path / "cut" / "settings.json").read_text()
+    (tmp_path / "cut" / "settings.json").write_text(text.replace('"RUN_NAME": "whole"', '"RUN_NAME": "cut"'))
+    assert run_here(qlora_train, *arguments("cut"))[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.fixture
@@ -114,10 +144,11 @@ def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(run_wi
 def test_without_a_sound_checkpoint_the_run_is_refused_and_nothing_is_deleted(
     run_with_checkpoints, arguments, run_here, tmp_path
 ):
+    cut_back(run_with_checkpoints, 6)
     for checkpoint in checkpoints.published(run_with_checkpoints):
         (checkpoint / "optimizer.pt").write_bytes(b"")
     before = sorted(run_with_checkpoints.rglob("checkpoint-*/*"))
-    code, _, error = run_here(qlora_train, *arguments("run", "RESUME=auto"))
+    code, _, error = run_here(qlora_train, *arguments("run"))
     assert (
         code == 2 and "no sound checkpoint" in error and sorted(run_with_checkpoints.rglob("checkpoint-*/*")) == before
     )
@@ -148,7 +179,7 @@ def test_kill_9_in_the_middle_of_a_save(kill_at, arguments, run_here, tmp_path):
     """The process dies while checkpoint-4 is written; the same command goes on and ends as if nothing had happened."""
     shim = f"""
 import os, signal, sys
-sys.argv = ["qlora_train.py", *{arguments("killed", "RESUME=None")!r}]
+sys.argv = ["qlora_train.py", *{arguments("killed")!r}]
 import torch, common.checkpoints as checkpoints
 save, replace, rotate = torch.save, os.replace, checkpoints.rotate
 def dies(real, place):
@@ -172,6 +203,6 @@ runpy.run_path("qlora_train.py", run_name="__main__")
     steps = [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "killed")]
     assert steps[0] == (4 if kill_at == "rotate" else 3)
     assert run_here(qlora_train, *arguments("whole"))[0] == 0
-    code, _, error = run_here(qlora_train, *arguments("killed", "RESUME=auto"))
+    code, _, error = run_here(qlora_train, *arguments("killed"))
     assert code == 0, error
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

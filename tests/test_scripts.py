@@ -242,7 +242,7 @@ def mistakes(tmp_path, tiny, trained):
         "more tokens than positions": (["MAX_LENGTH=1024"], "MAX_LENGTH=512"),
         "prepared folder that is none": ([f"DATA={tmp_path}"], "report.json"),
         "output folder not writable": ([f"OUT_DIR={tmp_path}/file"], "OUT_DIR"),
-        "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}"], "RUN_NAME=first"),
+        "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}", "RESUME=None"], "RUN_NAME=first"),
         "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),
         "quantised full fine-tune": (["ADAPTER=None", "QUANTIZATION=nf4"], "ADAPTER=lora"),
         "float16 full fine-tune": (["ADAPTER=None", "DTYPE=float16"], "DTYPE=float32"),
@@ -255,7 +255,6 @@ def mistakes(tmp_path, tiny, trained):
         "pull towards no base": (["ADAPTER=None", "KL_WEIGHT=1"], "KL_WEIGHT=0"),
         "pissa on quantised weights": (["ADAPTER=pissa", "QUANTIZATION=int8"], "QUANTIZATION=None"),
         "unknown target modules": (["LORA_TARGET_MODULES=attn"], "q_proj"),
-        "resume without a run": (["RESUME=auto"], "RUN_NAME"),
         "hub model without network": (["MODEL=org/no-such-model"], "MODEL=org/no-such-model"),
         "hub data without network": (["DATA=org/no-such-data"], "DATA=org/no-such-data"),
         "paged optimizer without a GPU": (["OPTIM=paged_adamw_8bit"], "OPTIM=adamw_torch_fused"),
@@ -290,9 +289,13 @@ def test_wrong_inputs_in_a_process_of_their_own(name, tmp_path, tiny, trained):
 
 
 def test_a_resume_that_would_change_the_run_ends_with_3(tiny, chats_file, trained, run_here):
-    arguments = short(tiny(), chats_file, trained[0].parent, "first", "SAVE_STEPS=1", "EVAL_STEPS=1", "RESUME=auto")
+    arguments = short(tiny(), chats_file, trained[0].parent, "first", "SAVE_STEPS=1", "EVAL_STEPS=1")
     code, _, error = run_here(qlora_train, *arguments, "LEARNING_RATE=1e-5")
-    assert code == 3 and "LEARNING_RATE was 0.001, now 1e-05" in error
+    assert code == 3 and "LEARNING_RATE was 0.001, now 1e-05" in error and "ALLOW_CHANGE=LEARNING_RATE" in error
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
+    code, out, error = run_here(qlora_train, *arguments)
+    assert code == 0 and "is finished" in out, error
+    assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
 
 
 def test_a_row_with_nothing_to_learn_does_no_harm(tiny, tmp_path, run_here):
