@@ -140,6 +140,12 @@ def main():
     with gpu.HardwareMonitor(folder / "hardware.csv"):
         result = trainer.train(checkpoint)
         train_seconds = time.perf_counter() - started
+        if trainer.gave_up:
+            raise UserError(
+                f"stopped: {trainer.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
+                f"Lower LEARNING_RATE={LEARNING_RATE}, or look at DATA. Checkpoints of {folder} are sound.",
+                code=4,
+            )
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 
     # Results

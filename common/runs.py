@@ -141,7 +141,9 @@ class RunLog(TrainerCallback):
         if not ("loss" in logs or "eval_loss" in logs):
             return
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        entry |= {k: logs[k] for k in ("loss", "kl", "grad_norm", "learning_rate", "eval_loss") if k in logs}
+        entry |= {
+            k: logs[k] for k in ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps") if k in logs
+        }
         if "eval_loss" in logs:
             entry["eval_perplexity"] = math.exp(logs["eval_loss"])
         entry["tokens"] = self.trainer.tokens
@@ -164,7 +166,8 @@ class RunLog(TrainerCallback):
         if "eval_loss" in entry:
             line = f"eval loss {entry['eval_loss']:.4f}  perplexity {entry['eval_perplexity']:.2f}"
         else:
-            line = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
+            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            line = f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
         if self.progress:
             self.progress.update(self.task, line=line)
             if "eval_loss" in entry:
@@ -212,7 +215,7 @@ def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None
         device=gpu.device_name(),
         command=about["command"],
         commit=about["commit"],
-        verdict="done",
+        verdict="done" + (f", {log.trainer.bad_steps} steps not finite" if log.trainer.bad_steps else ""),
     )
     (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     plot(folder)
@@ -248,7 +251,7 @@ def plot(folder: Path) -> None:
     metrics = read_metrics(folder)
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
     for key, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
+        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         if points:
             above.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]

@@ -17,7 +17,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None
 class UserError(Exception):
     """A mistake of the user's, as one line: the setting, its value and the remedy.
 
-    code: the exit code; 2, or 3 for a resume that would change the run.
+    code: the exit code; 2, 3 for a resume that would change the run, 4 for numbers that are not finite.
     """
 
     def __init__(self, message: str, code: int = 2):

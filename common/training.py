@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from common import checkpoints
 from common.loss import add_chunked_loss, supports_chunked_loss
 from common.settings import UserError, check_choice
 
+MAX_BAD_STEPS = 3  # not finite, in a row
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -96,6 +98,7 @@ class ChatTrainer(SFTTrainer):
     PROGRESS = (
         "tokens",
         "entries",
+        "bad_steps",
         "divergences",
         "_total_loss_scalar",
         "_globalstep_last_logged",
@@ -109,6 +112,9 @@ class ChatTrainer(SFTTrainer):
         self.schedule = schedule
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
+        self.micro_losses: list[torch.Tensor] = []  # of the step that is being computed
+        self.bad_steps = self.bad_in_a_row = self.bad_since_log = 0  # whose loss or gradient was not finite
+        self.gave_up = False  # after too many of them
         self.entries = 0  # of metrics.jsonl
         self.tokens = 0  # seen in training by all processes, padding left out
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -125,6 +131,8 @@ class ChatTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
 
     def _save_checkpoint(self, model, trial):
+        if self.gave_up:
+            return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         shutil.rmtree(checkpoint, ignore_errors=True)  # the remains of a save that was cut short
         super()._save_checkpoint(model, trial)
@@ -138,6 +146,32 @@ class ChatTrainer(SFTTrainer):
         """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped."""
         self.progress = checkpoint[1]["progress"] if checkpoint else None
         return super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.micro_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of a step's gradients; where it or a loss is not finite, the gradients go, and with them the update.
+
+        Trainer calls this right before the optimizer, which skips parameters without a gradient. It would apply such
+        an update and log a loss of 0. After MAX_BAD_STEPS in a row, or 1 % of all steps, training stops.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = bool(torch.stack(self.micro_losses).isfinite().all())
+        self.micro_losses = []
+        if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
+            finite &= math.isfinite(norm)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if not finite:
+            model.zero_grad(set_to_none=True)
+            self.bad_steps += 1
+            self.bad_since_log += 1
+            print(f"step {self.state.global_step + 1}: loss or gradient not finite, no update", file=sys.stderr)
+            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= max(MAX_BAD_STEPS, self.state.max_steps / 100):
+                self.gave_up = self.control.should_training_stop = True
+        return norm
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # Trainer would train one step more
@@ -175,11 +209,17 @@ class ChatTrainer(SFTTrainer):
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
         if self.kl_weight:
             kl = divergence.item()
-            self.divergences = [total + more for total, more in zip(self.divergences, (kl, 1, kl, 1), strict=True)]
+            if math.isfinite(kl):
+                self.divergences = [total + more for total, more in zip(self.divergences, (kl, 1, kl, 1), strict=True)]
             loss = loss + self.kl_weight * divergence / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs, start_time=None):
+        if "loss" in logs and self.bad_since_log:  # Trainer has put other numbers in the place of those not finite
+            logs |= {"loss": None, "grad_norm": None, "bad_steps": self.bad_since_log}
+            self.bad_since_log, self.divergences[2:] = 0, (0.0, 0)
+            super().log(logs, start_time)
+            return
         if self.kl_weight and "loss" in logs:
             logs["kl"] = self.divergences[2] / self.divergences[3]
             logs["loss"] -= self.kl_weight * logs["kl"]

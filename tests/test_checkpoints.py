@@ -206,3 +206,46 @@ runpy.run_path("qlora_train.py", run_name="__main__")
     code, _, error = run_here(qlora_train, *arguments("killed"))
     assert code == 0, error
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps): the loss of these optimizer steps (from 1) is NaN, and so are its gradients."""
+    from common.training import ChatTrainer
+
+    honest = ChatTrainer.compute_loss
+
+    def spread(steps):
+        def compute_loss(self, *args, **kwargs):
+            loss = honest(self, *args, **kwargs)
+            return loss * float("nan") if self.model.training and self.state.global_step + 1 in steps else loss
+
+        monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
+
+    return spread
+
+
+def test_a_step_that_is_not_finite_is_left_out_counted_and_told(arguments, tmp_path, run_here, poison):
+    poison({3})
+    code, _, error = run_here(qlora_train, *arguments("run", "KL_WEIGHT=0.5"))
+    assert code == 0 and error.count("not finite, no update") == 1
+    weights, metrics = result_of(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    steps = [entry for entry in metrics if "learning_rate" in entry]
+    assert [entry["loss"] is None for entry in steps] == [False, False, True, False, False, False]
+    assert steps[2]["bad_steps"] == 1 and "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    before, after = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (2, 3)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)  # nothing was applied
+    assert "1 steps not finite" in json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"]
+
+
+def test_many_steps_that_are_not_finite_end_the_run_with_4(arguments, tmp_path, run_here, poison):
+    poison({3, 4, 5, 6})
+    code, _, error = run_here(qlora_train, *arguments("run"))
+    assert code == 4 and "3 steps with a loss" in error and "LEARNING_RATE" in error
+    assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "summary.json").exists()
+    newest = checkpoints.newest_sound(tmp_path / "run")[0]
+    good, last = (load_file(c / "adapter_model.safetensors") for c in (tmp_path / "run" / "checkpoint-2", newest))
+    assert all(torch.equal(good[name], last[name]) for name in good) and checkpoints.step_of(newest) == 4
