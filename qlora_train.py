@@ -52,7 +52,7 @@ SEED = 0
 # Logging and output
 LOGGING_STEPS = 1
 EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
-SAVE_STEPS: int | float | None = None  # steps between checkpoints, or their share of the run; None: none
+SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: qlora_train-<time>
@@ -63,6 +63,7 @@ if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
     check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
 
+import sys
 import time
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def main():
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
     started = time.perf_counter()
-    with gpu.HardwareMonitor(folder / "hardware.csv"):
+    with gpu.HardwareMonitor(folder / "hardware.csv"), runs.StopRequest(folder) as log.stop:
         result = trainer.train(checkpoint)
         train_seconds = time.perf_counter() - started
         if trainer.gave_up:
@@ -146,10 +147,13 @@ def main():
                 f"Lower LEARNING_RATE={LEARNING_RATE}, or look at DATA. Checkpoints of {folder} are sound.",
                 code=4,
             )
+        if log.stop.number and trainer.state.global_step < trainer.state.max_steps:
+            print(f"stopped at step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(128 + log.stop.number)
+        models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 
     # Results
-    models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
     runs.finish(folder, log, result.metrics["train_loss"], eval_loss, train_seconds)
 
 

@@ -7,6 +7,7 @@ import math
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,11 +104,12 @@ class RunLog(TrainerCallback):
     """Writes metrics.jsonl and shows progress: a bar on a terminal, plain lines in a log file.
 
     trainer: set before training starts; its `tokens` is the number of tokens trained on so far.
+    stop: a StopRequest; when it is wished, the run saves and ends after the step.
     """
 
     def __init__(self, folder: Path):
         self.file = folder / "metrics.jsonl"
-        self.trainer = None
+        self.trainer = self.stop = None
         self.step_seconds: list[float] = []
         self.progress = None
 
@@ -136,6 +138,8 @@ class RunLog(TrainerCallback):
         self.step_seconds.append(now() - self.started)
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
+        if self.stop and self.stop.wished():
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not ("loss" in logs or "eval_loss" in logs):
@@ -179,6 +183,38 @@ class RunLog(TrainerCallback):
         if self.progress:
             self.progress.stop()
             self.progress = None
+
+
+class StopRequest:
+    """Turns SIGTERM, Ctrl-C, SIGBREAK or a file STOP in the run folder into a wish, as a context manager.
+
+    number: the signal, None as long as there is none. A second signal interrupts at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.file, self.number, self.before = folder / "STOP", None, {}
+
+    def __enter__(self):
+        self.file.unlink(missing_ok=True)  # of an earlier time
+        for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # the last on Windows only
+            if hasattr(signal, name):
+                self.before[name] = signal.signal(getattr(signal, name), self.receive)
+        return self
+
+    def receive(self, number: int, frame) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        print("stopping after this step, with a checkpoint; once more: at once", file=sys.stderr)
+
+    def wished(self) -> bool:
+        if self.number is None and self.file.exists():
+            self.number = signal.SIGINT
+        return self.number is not None
+
+    def __exit__(self, *exc):
+        for name, handler in self.before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def now() -> float:

@@ -249,3 +249,45 @@ def test_many_steps_that_are_not_finite_end_the_run_with_4(arguments, tmp_path, 
     newest = checkpoints.newest_sound(tmp_path / "run")[0]
     good, last = (load_file(c / "adapter_model.safetensors") for c in (tmp_path / "run" / "checkpoint-2", newest))
     assert all(torch.equal(good[name], last[name]) for name in good) and checkpoints.step_of(newest) == 4
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(step, action): the action is taken in the forward pass of this optimizer step (from 1)."""
+    from common.training import ChatTrainer
+
+    honest = ChatTrainer.compute_loss
+
+    def plan(step, action):
+        def compute_loss(self, *args, **kwargs):
+            if self.model.training and self.state.global_step + 1 == step:
+                action()
+            return honest(self, *args, **kwargs)
+
+        monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
+
+    yield plan
+    monkeypatch.setattr(ChatTrainer, "compute_loss", honest)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
+def test_a_stopped_run_saves_and_goes_on_without_a_lost_step(how, arguments, tmp_path, run_here, at_step):
+    assert run_here(qlora_train, *arguments("whole", "SAVE_STEPS=None"))[0] == 0
+    stop = (tmp_path / "cut" / "STOP").touch if how == "STOP" else lambda: os.kill(os.getpid(), getattr(signal, how))
+    at_step(3, stop)
+    code, _, error = run_here(qlora_train, *arguments("cut", "SAVE_STEPS=None"))
+    assert code == (143 if how == "SIGTERM" else 130) and "stopped at step 3" in error
+    assert [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "cut")] == [3]
+    at_step(0, None)
+    code, _, error = run_here(qlora_train, *arguments("cut", "SAVE_STEPS=None"))
+    assert code == 0, error
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_a_second_ctrl_c_ends_at_once(arguments, tmp_path, run_here, at_step):
+    at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    code, _, error = run_here(qlora_train, *arguments("run", "SAVE_STEPS=2"))
+    assert code == 130 and [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "run")] == [2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
