@@ -63,7 +63,6 @@ if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
     check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
 
-import sys
 import time
 from pathlib import Path
 
@@ -105,6 +104,8 @@ def main():
     train_set, eval_set, account = prepared.datasets_for(settings, encoder, folder / "data", bool(kl_weight))
     print(prepared.describe(account))
     doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), trained_rows(source, encoder))
+    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
+    checkpoints.refuse_other_data(checkpoint, account["digest"])
 
     # Model
     set_seed(SEED)
@@ -119,9 +120,6 @@ def main():
     print(f"{source.name}: {trainable:,} trainable parameters")
 
     # Training
-    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
-    data_digest = prepared.digest(folder / "data" if (folder / "data").is_dir() else Path(DATA))
-    checkpoints.refuse_other_data(checkpoint, data_digest)
     log = runs.RunLog(folder)
     trainer = training.ChatTrainer(
         model=model,
@@ -133,7 +131,7 @@ def main():
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
         kl_weight=kl_weight,
         save_total_limit=SAVE_TOTAL_LIMIT,
-        data_digest=data_digest,
+        data_digest=account["digest"],
     )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
@@ -141,15 +139,7 @@ def main():
     with gpu.HardwareMonitor(folder / "hardware.csv"), runs.StopRequest(folder) as log.stop:
         result = trainer.train(checkpoint)
         train_seconds = time.perf_counter() - started
-        if trainer.gave_up:
-            raise UserError(
-                f"stopped: {trainer.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
-                f"Lower LEARNING_RATE={LEARNING_RATE}, or look at DATA. Checkpoints of {folder} are sound.",
-                code=4,
-            )
-        if log.stop.number and trainer.state.global_step < trainer.state.max_steps:
-            print(f"stopped at step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
-            raise SystemExit(128 + log.stop.number)
+        log.stop.leave_early(trainer.state)
         models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 

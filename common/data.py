@@ -113,12 +113,12 @@ def read_sources(data: str, setting: str, counts: Counter, vocabulary=None):
     for source in sources.parse(data, setting):
         if not source.file:
             print(sources.describe_licence(source))
-        chats = sound_chats(source, counts, vocabulary)
+        chats = counted_chats(source, counts, vocabulary)
         while batch := list(itertools.islice(chats, BATCH)):
             yield source.times, batch
 
 
-def sound_chats(source: sources.Source, counts: Counter, vocabulary) -> Iterator[tuple[str, list[dict]]]:
+def counted_chats(source: sources.Source, counts: Counter, vocabulary) -> Iterator[tuple[str, list[dict]]]:
     """(place, chat) of a source; other rows are counted, or raise UserError where a local file is broken."""
     for number, chat in sources.read_chats(source, vocabulary):
         place = f"{source.name}:{number}"

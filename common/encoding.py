@@ -74,10 +74,11 @@ class ChatEncoder:
         Raises UserError when the answers cannot be told apart from what is around them.
         """
         if messages[0]["role"] == "text":
+            content = self.as_text(messages)[0]["content"]
             eos = self.variables.get("eos_token", "")
             bos = self.variables["bos_token"] if self.adds_bos else ""
-            return f"{bos}{START}{self.as_text(messages[0]['content'])}{eos}{END}"
-        messages = [{"role": m["role"], "content": self.as_text(m["content"])} for m in messages]
+            return f"{bos}{START}{content}{eos}{END}"
+        messages = self.as_text(messages)
         text, passages = self.render(messages, **options)
         if not self.marked:
             passages = [
@@ -106,9 +107,13 @@ class ChatEncoder:
         ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
         return len(prompt), ends[-1] if ends else len(answered)
 
-    def as_text(self, content: str) -> str:
-        """The content with its control tokens broken up, so that they are encoded as text."""
-        return self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], content)
+    def as_text(self, messages: list[dict]) -> list[dict]:
+        """The messages with the control tokens in their contents broken up, so that they are encoded as text."""
+
+        def broken_up(found: re.Match) -> str:
+            return found[0][:1] + BREAK + found[0][1:]
+
+        return [{"role": m["role"], "content": self.control.sub(broken_up, m["content"])} for m in messages]
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
         """Tokens, mask and ends of answers of each chat; answers of weight 0 are not learned.
@@ -139,8 +144,7 @@ class ChatEncoder:
         try:
             text = self.mark(messages, add_generation_prompt=True)
         except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
-            safe = [{"role": m["role"], "content": self.as_text(m["content"])} for m in messages]
-            text = self.render(safe, add_generation_prompt=True)[0]
+            text = self.render(self.as_text(messages), add_generation_prompt=True)[0]
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
 

@@ -132,6 +132,7 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
             f"({', '.join(f'{name}={before[name]}' for name in changed)}); prepare it again, or set them back. "
             "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
         )
+    about["digest"] = digest(folder)
     learned = lengths(train)[:, 1] > 0
     if not learned.any():
         raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")

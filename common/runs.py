@@ -212,6 +212,12 @@ class StopRequest:
             self.number = signal.SIGINT
         return self.number is not None
 
+    def leave_early(self, state) -> None:
+        """End the program with the signal's exit code, unless the training was through by then."""
+        if self.number is not None and state.global_step < state.max_steps:
+            print(f"stopped at step {state.global_step}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(128 + self.number)
+
     def __exit__(self, *exc):
         for name, handler in self.before.items():
             signal.signal(getattr(signal, name), handler)

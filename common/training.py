@@ -143,9 +143,20 @@ class ChatTrainer(SFTTrainer):
         checkpoints.rotate(checkpoint.parent, self.save_total_limit)
 
     def train(self, checkpoint: tuple[Path, dict] | None = None):
-        """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped."""
+        """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped.
+
+        Raises UserError with exit code 4 after too many steps that are not finite.
+        """
         self.progress = checkpoint[1]["progress"] if checkpoint else None
-        return super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+        result = super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+        if self.gave_up:
+            raise UserError(
+                f"stopped: {self.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
+                f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA. Checkpoints in "
+                f"{self.args.output_dir} are sound.",
+                code=4,
+            )
+        return result
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

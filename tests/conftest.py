@@ -13,6 +13,13 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Name?"},
+    {"role": "assistant", "content": "Brief."},
+]
 ARCHITECTURES = ("llama", "stablelm", "gpt2", "mistral", "qwen2")
 
 

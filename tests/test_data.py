@@ -9,19 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import CHAT, ROOT, write_jsonl
 
 import prepare_data
 from common import chat_template, data, doctor, prepared, sources
 from common.settings import UserError
 
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "Name?"},
-    {"role": "assistant", "content": "Brief."},
-]
 SETTINGS = dict(
     EVAL_SIZE=0, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto", TRAIN_ON="assistant", SEED=0,
     VOCAB=None, DOCTOR="stop",

@@ -5,19 +5,12 @@ import random
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import CHAT, ROOT
 
 from common import chat_template
 from common.encoding import ChatEncoder
 from common.settings import UserError
 
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "Name?"},
-    {"role": "assistant", "content": "Brief."},
-]
 PIECES = """a Moon hello , . ? ! 42 äöü 漢字 🙂 \n \n\n \t ' " { } {{x}} {%if%} [INST] [/INST] </s> <s> <|im_end|> <| |>
 <|im_start|>user <|endoftext|> <|user|> ###Response: assistant \\ \u200b é""".split(" ")
 
