@@ -101,11 +101,13 @@ def main():
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
-    train_set, eval_set, account = prepared.datasets_for(settings, encoder, folder / "data", bool(kl_weight))
+    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
+    begun_with = checkpoint[1] if checkpoint and "DATA" not in ALLOW_CHANGE else None
+    train_set, eval_set, account = prepared.datasets_for(
+        settings, encoder, folder / "data", bool(kl_weight), begun_with
+    )
     print(prepared.describe(account))
     doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), trained_rows(source, encoder))
-    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
-    checkpoints.refuse_other_data(checkpoint, account["digest"])
 
     # Model
     set_seed(SEED)
@@ -136,10 +138,9 @@ def main():
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
     started = time.perf_counter()
-    with gpu.HardwareMonitor(folder / "hardware.csv"), runs.StopRequest(folder) as log.stop:
+    with gpu.HardwareMonitor(folder / "hardware.csv"), runs.StopRequest(folder) as trainer.stop, log:
         result = trainer.train(checkpoint)
         train_seconds = time.perf_counter() - started
-        log.stop.leave_early(trainer.state)
         models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
         eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
 

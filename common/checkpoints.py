@@ -3,8 +3,10 @@
 A folder checkpoint-N counts once it holds COMPLETE.json, written last, with the size and SHA-256 of every file.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,34 +15,33 @@ from pathlib import Path
 from common.settings import UserError
 
 MARK = "COMPLETE.json"
+GIB = 2**30
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def folders(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, newest step first."""
+    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
 def published(run: Path) -> list[Path]:
     """The published checkpoints of a run folder, newest step first."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
-    return sorted((folder for folder in found if (folder / MARK).is_file()), key=step_of, reverse=True)
+    return [folder for folder in folders(run) if (folder / MARK).is_file()]
 
 
-def publish(checkpoint: Path, about: dict) -> None:
-    """Bring every file of a checkpoint to the disk, and then the mark that makes it count; about goes into it."""
-    files = {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
-        files[file.relative_to(checkpoint).as_posix()] = [file.stat().st_size, digest]
-    partial = checkpoint / f"{MARK}.partial"
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is never seen half-written, and bring it to the disk."""
+    partial = file.with_name(f"{file.name}.partial")
     with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(about | {"files": files}, stream, indent=1)
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, checkpoint / MARK)
-    sync_folder(checkpoint)
-    sync_folder(checkpoint.parent)
+    os.replace(partial, file)
+    sync_folder(file.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,6 +51,18 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def publish(checkpoint: Path, about: dict) -> None:
+    """Bring every file of a checkpoint to the disk, and then the mark that makes it count; about goes into it."""
+    files = {}
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with open(file, "r+b") as stream:  # Windows syncs only what is open for writing
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        files[file.relative_to(checkpoint).as_posix()] = [file.stat().st_size, digest]
+    write_whole(checkpoint / MARK, json.dumps(about | {"files": files}, indent=1))
+    sync_folder(checkpoint.parent)
 
 
 def read_mark(checkpoint: Path) -> dict:
@@ -81,18 +94,39 @@ def newest_sound(run: Path) -> tuple[Path, dict] | None:
     raise UserError(f"RESUME=auto: {run} holds no sound checkpoint. Start anew: RESUME=None and another RUN_NAME.")
 
 
-def refuse_other_data(checkpoint: tuple[Path, dict] | None, digest: str) -> None:
-    """Exit code 3 when a run would go on with other tokens than it began with."""
-    if checkpoint and checkpoint[1]["data"] != digest:
-        raise UserError(
-            "RESUME=auto would change the run: the sources of DATA, the tokenizer or the template give other tokens "
-            "than when it began. Set them back, or start a new run.",
-            code=3,
-        )
+def clear(run: Path, after: int) -> None:
+    """Remove what a run that goes on after this step leaves behind: saves cut short, and newer ones (rejected)."""
+    sound = published(run)
+    for checkpoint in folders(run):
+        if checkpoint not in sound or step_of(checkpoint) > after:
+            remove(checkpoint)
 
 
 def rotate(run: Path, keep: int) -> None:
-    """Remove the published checkpoints but the newest `keep`; at least one stays."""
-    for checkpoint in published(run)[max(1, keep) :]:
-        (checkpoint / MARK).unlink()  # first, so that it does not count while it is being removed
-        shutil.rmtree(checkpoint)
+    """Remove the published checkpoints but the newest `keep` (at least one) and the one of the least held-out loss."""
+    found = published(run)
+    best = min(found, key=eval_loss, default=None)
+    for checkpoint in found[max(1, keep) :]:
+        if checkpoint != best or eval_loss(best) == math.inf:
+            remove(checkpoint)
+
+
+def eval_loss(checkpoint: Path) -> float:
+    """The held-out loss measured at a published checkpoint's step; infinite where there is none."""
+    try:
+        loss = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["eval_loss"]
+    except (ValueError, KeyError):
+        loss = None
+    return math.inf if loss is None else loss
+
+
+def remove(checkpoint: Path) -> None:
+    (checkpoint / MARK).unlink(missing_ok=True)  # first, so that it does not count while it is being removed
+    shutil.rmtree(checkpoint)
+
+
+def check_space(run: Path, needed: float) -> None:
+    """OSError where the disk has fewer bytes left than needed."""
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / GIB:.2f} GiB are needed, {free / GIB:.2f} are free", str(run))

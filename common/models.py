@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import common.attention  # noqa: F401  registers sdpa_documents
@@ -62,6 +63,11 @@ def locate_folder(folder: Path, setting: str) -> Source:
                 f"{setting}={folder}: this run has no final/ yet. Take a checkpoint: {folder}/checkpoint-N."
             )
         folder = folder / "final"
+    for index in folder.glob("*.index.json"):
+        # transformers 5.23 opens whatever path a shard's name makes (issue 47176).
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        if outside := [name for name in shards if name != Path(name).name or "\\" in name]:
+            raise UserError(f"{setting}={folder}: {index.name} names a file outside of the folder: {outside[0]}")
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
         base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -214,6 +220,8 @@ def load_model(
     if source.adapter:
         from peft import PeftModel
 
+        if not (Path(source.adapter) / "adapter_model.safetensors").is_file():  # peft would unpickle another file
+            raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
 
@@ -251,7 +259,10 @@ def check_fingerprint(model, source: Source) -> None:
 def save_final(model, tokenizer, base_fingerprint: list[float], folder: Path) -> None:
     """Write adapter or model, tokenizer with its template, and the base's fingerprint."""
     # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+    try:
+        model.save_pretrained(folder, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
     tokenizer.save_pretrained(folder)
     if hasattr(model, "peft_config"):
         (folder / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))

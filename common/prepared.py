@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from common import data, sources
+from common.checkpoints import write_whole
 from common.encoding import ChatEncoder
 from common.settings import UserError
 
@@ -24,11 +25,20 @@ ROW_GROUP = 16  # batches in a row group of the files
 SHAPING = ("MAX_LENGTH", "TRAIN_ON")
 
 
-def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool):
+def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, mark: dict | None = None):
     """(train, evaluation or None, account) of DATA, which is prepared into the folder unless it is prepared already.
 
-    The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use.
+    The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use. mark: of
+    the checkpoint from which the run goes on, with the data it began with; where that has changed, exit code 3.
     """
+    if mark:
+        prepared_before = Path(settings["DATA"]) if Path(settings["DATA"]).is_dir() else folder
+        try:
+            loaded = load(prepared_before, settings, encoder, keep_unlearned)
+            refuse_changes(loaded[2], settings, mark)
+        except UserError as error:
+            raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
+        return loaded
     if Path(settings["DATA"]).is_dir():
         if settings["EVAL_DATA"]:
             raise UserError(
@@ -69,12 +79,32 @@ def prepare(
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
     about = account(counts, sizes, times, settings["MAX_LENGTH"])
-    return about | {"prepared_with": prepared_with(settings, encoder)}
+    return about | {"prepared_with": prepared_with(settings, encoder), "sources": source_hashes(settings)}
+
+
+def refuse_changes(about: dict, settings: dict, mark: dict) -> None:
+    """UserError when sources, or the prepared data, are not what a checkpoint was trained on."""
+    now = {} if Path(settings["DATA"]).is_dir() else source_hashes(settings)
+    if changed := [file for file in now if about["sources"].get(file) != now[file]]:
+        raise UserError(f"{', '.join(changed)} is not the file it began with. Set it back, or ALLOW_CHANGE=DATA.")
+    if about["digest"] != mark["data"]:
+        raise UserError("the prepared data is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
+
+
+def source_hashes(settings: dict) -> dict[str, str]:
+    """Hashes of the local files that DATA and EVAL_DATA name."""
+    names = [settings[name] for name in ("DATA", "EVAL_DATA") if settings[name]]
+    return {source.name: hash_file(source.file) for name in names for source in sources.parse(name) if source.file}
+
+
+def hash_file(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(folder: Path, about: dict) -> None:
     """Write the account as report.json, which makes the folder one to train on."""
-    (folder / "report.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(about, indent=1))
 
 
 def prepared_with(settings: dict, encoder: ChatEncoder) -> dict:
@@ -146,11 +176,7 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
 
 def digest(folder: Path) -> str:
     """Tells prepared folders with other tokens apart."""
-    total = hashlib.sha256()
-    for name in ("train", "eval"):
-        with open(folder / f"{name}.parquet", "rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    return "-".join(hash_file(folder / f"{name}.parquet")[:16] for name in ("train", "eval"))
 
 
 def sample(folder: Path, groups: int = 4):

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -15,14 +16,18 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from common import gpu
+from common.checkpoints import write_whole
 from common.settings import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
+LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps", "spike")  # in metrics.jsonl
 # The columns of runs.md; `row` fills them from a summary.
 COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
 
@@ -38,6 +43,11 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or name.strip(".") == "":
         raise UserError(f"RUN_NAME={name}: use 1 to 64 letters, digits, dots, dashes and underscores.")
     folder = Path(out_dir).expanduser() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+    except OSError as error:
+        raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
     if any((folder / f).exists() for f in ("metrics.jsonl", "report.json")):
         if not settings.get("RESUME"):
             raise UserError(
@@ -55,12 +65,16 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
         versions={"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         settings=settings,
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
+    write_whole(folder / "settings.json", json.dumps(about, indent=1))
     return folder
+
+
+def lock(folder: Path) -> None:
+    """Hold a run folder until this process ends, however it ends; UserError while another process holds it."""
+    try:
+        LOCKS.setdefault(folder, FileLock(folder / ".lock")).acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"RUN_NAME={folder.name}: a run that is going on writes to {folder}. Choose another.") from None
 
 
 def refuse_changes(folder: Path, settings: dict) -> None:
@@ -103,13 +117,13 @@ def git_commit() -> str | None:
 class RunLog(TrainerCallback):
     """Writes metrics.jsonl and shows progress: a bar on a terminal, plain lines in a log file.
 
-    trainer: set before training starts; its `tokens` is the number of tokens trained on so far.
-    stop: a StopRequest; when it is wished, the run saves and ends after the step.
+    trainer: a ChatTrainer, set before training starts.
     """
 
     def __init__(self, folder: Path):
         self.file = folder / "metrics.jsonl"
-        self.trainer = self.stop = None
+        self.unwritten = ""  # lines that a full disk did not take
+        self.trainer = None
         self.step_seconds: list[float] = []
         self.progress = None
 
@@ -118,6 +132,8 @@ class RunLog(TrainerCallback):
         self.trainer.restore_progress()
         self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
         self.truncate(self.trainer.entries)
+        if self.trainer.evaluation_due:
+            self.trainer.evaluate()
         if sys.stderr.isatty():
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
@@ -138,16 +154,14 @@ class RunLog(TrainerCallback):
         self.step_seconds.append(now() - self.started)
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
-        if self.stop and self.stop.wished():
+        if self.trainer.stop_wished():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not ("loss" in logs or "eval_loss" in logs):
             return
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        entry |= {
-            k: logs[k] for k in ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps") if k in logs
-        }
+        entry |= {k: logs[k] for k in LOGGED if k in logs}
         if "eval_loss" in logs:
             entry["eval_perplexity"] = math.exp(logs["eval_loss"])
         entry["tokens"] = self.trainer.tokens
@@ -155,10 +169,21 @@ class RunLog(TrainerCallback):
             entry["step_seconds"] = self.step_seconds[-1]
             entry["tokens_per_second"] = self.speed()
         entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        self.write(json.dumps(entry) + "\n")
         self.trainer.entries += 1
         self.show(state, entry)
+
+    def write(self, line: str) -> None:
+        """Append to metrics.jsonl; on a full disk the line waits for the next one."""
+        self.unwritten += line
+        size = self.file.stat().st_size
+        try:
+            with open(self.file, "a", encoding="utf-8") as stream:
+                stream.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            os.truncate(self.file, size)
+            print(f"{self.file} could not be written, later again: {error}", file=sys.stderr)
 
     def speed(self) -> float | None:
         """Tokens a second since the start or the last resume; evaluation and saving left out."""
@@ -179,10 +204,16 @@ class RunLog(TrainerCallback):
         else:
             print(f"step {entry['step']}/{state.max_steps}  {line}", flush=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, *args, **kwargs):
         if self.progress:
             self.progress.stop()
             self.progress = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.on_train_end()  # which Trainer does not call when training is cut short
 
 
 class StopRequest:
@@ -212,12 +243,6 @@ class StopRequest:
             self.number = signal.SIGINT
         return self.number is not None
 
-    def leave_early(self, state) -> None:
-        """End the program with the signal's exit code, unless the training was through by then."""
-        if self.number is not None and state.global_step < state.max_steps:
-            print(f"stopped at step {state.global_step}; the same command goes on from there", file=sys.stderr)
-            raise SystemExit(128 + self.number)
-
     def __exit__(self, *exc):
         for name, handler in self.before.items():
             signal.signal(getattr(signal, name), handler)
@@ -235,8 +260,8 @@ def read_metrics(folder: Path) -> list[dict]:
         return [json.loads(line) for line in stream]
 
 
-def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float) -> dict:
-    """Write summary.json, plot.png and run_row.md; print the row last. Returns the summary."""
+def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float) -> None:
+    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last."""
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     seconds = log.step_seconds
     summary = dict(
@@ -259,12 +284,11 @@ def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None
         commit=about["commit"],
         verdict="done" + (f", {log.trainer.bad_steps} steps not finite" if log.trainer.bad_steps else ""),
     )
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     plot(folder)
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
-    return summary
 
 
 def row(summary: dict) -> str:

@@ -5,11 +5,19 @@ This module imports nothing slow, so that a typing mistake is answered before to
 
 import ast
 import difflib
+import errno
 import io
 import math
+import os
+import re
 import sys
 import tokenize
+import traceback
 from pathlib import Path
+
+# What a secret looks like, and the names of environment variables that hold one.
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$", re.IGNORECASE)
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 
@@ -23,6 +31,14 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
+
+
+def redact(text: str) -> str:
+    """The text without secrets: tokens of the usual form, and the values of environment variables named as such."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return SECRET.sub("***", text)
 
 
 def nearest(name: str, names) -> str:
@@ -109,8 +125,12 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
         for name, setting in settings.items():
             if not has_type(namespace[name], setting["types"]):
                 raise UserError(f"{name} = {namespace[name]!r} in the script has the wrong type.")
+            refuse_secret(name, str(namespace[name]))
         for argument in argv:
             name, equals, text = argument.partition("=")
+            refuse_secret(name, text)
+            if name not in settings and SECRET_NAME.search(name):
+                raise UserError(f"{name} is no setting. Secrets are read from the environment, or `hf auth login`.")
             if name not in settings:
                 raise UserError(f"{name} is no setting of this script.{nearest(name, settings)} --help lists them all.")
             if not equals:
@@ -120,6 +140,12 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             namespace[name] = value
     except UserError as error:
         exit_with(error)
+
+
+def refuse_secret(name: str, value: str) -> None:
+    """Settings are printed and kept; a secret among them would be, too."""
+    if redact(value) != value:
+        raise UserError(f"{name} holds a secret. Set it in the environment (HF_TOKEN), or `hf auth login`.")
 
 
 def help_text(namespace: dict, settings) -> str:
@@ -140,12 +166,16 @@ def current(namespace: dict) -> dict:
 
 def exit_with(error: UserError):
     """Print the error to stderr and end with its exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    print(redact(f"error: {error}"), file=sys.stderr)
     raise SystemExit(error.code)
 
 
 def run_main(main) -> None:
-    """Run a script's main; a UserError becomes one line and its exit code, Ctrl-C exit code 130."""
+    """Run a script's main; a UserError or a full disk becomes one line and its exit code, Ctrl-C exit code 130.
+
+    Secrets are left out of tracebacks.
+    """
+    sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), file=sys.stderr, end="")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
@@ -153,6 +183,12 @@ def run_main(main) -> None:
         main()
     except UserError as error:
         exit_with(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        exit_with(
+            UserError(f"{error.filename or 'OUT_DIR'}: {error.strerror}. Make room, then the same command again.")
+        )
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None

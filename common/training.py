@@ -1,9 +1,7 @@
-"""Training: settings checked and put into TRL's terms, and its SFTTrainer with our loss and learning-rate schedule."""
+"""Training: settings checked and put into TRL's terms, and a trainer with our loss and learning-rate schedule."""
 
 import math
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -11,13 +9,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from common import checkpoints
 from common.loss import add_chunked_loss, supports_chunked_loss
+from common.resumable import ResumableTrainer
 from common.settings import UserError, check_choice
 
-MAX_BAD_STEPS = 3  # not finite, in a row
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -86,37 +83,21 @@ def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) 
     return config
 
 
-class ChatTrainer(SFTTrainer):
-    """SFTTrainer on tokenised rows; counts the tokens it trains on.
+class ChatTrainer(ResumableTrainer):
+    """ResumableTrainer on tokenised rows, with our loss; counts the tokens it trains on.
 
     schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
     kl_weight: adds kl_weight * KL(base || model), measured where nothing is learned, to the loss; the base is the model
     without its adapter. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
     """
 
-    # What a checkpoint holds of the trainer itself, beside what Trainer saves.
-    PROGRESS = (
-        "tokens",
-        "entries",
-        "bad_steps",
-        "divergences",
-        "_total_loss_scalar",
-        "_globalstep_last_logged",
-        "_initial_global_step",
-    )
+    PROGRESS = (*ResumableTrainer.PROGRESS, "divergences")
 
-    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, save_total_limit=2, data_digest="", **kwargs):
+    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.save_total_limit, self.data_digest = save_total_limit, data_digest
-        self.progress = None
         self.schedule = schedule
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
-        self.micro_losses: list[torch.Tensor] = []  # of the step that is being computed
-        self.bad_steps = self.bad_in_a_row = self.bad_since_log = 0  # whose loss or gradient was not finite
-        self.gave_up = False  # after too many of them
-        self.entries = 0  # of metrics.jsonl
-        self.tokens = 0  # seen in training by all processes, padding left out
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.chunked = supports_chunked_loss(base.config)
         if self.chunked:
@@ -129,79 +110,6 @@ class ChatTrainer(SFTTrainer):
             # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
             if parameter.requires_grad and isinstance(self.model, PeftModel):
                 parameter.data = parameter.data.float()
-
-    def _save_checkpoint(self, model, trial):
-        if self.gave_up:
-            return
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(checkpoint, ignore_errors=True)  # the remains of a save that was cut short
-        super()._save_checkpoint(model, trial)
-        (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
-        progress = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
-        about = {"step": self.state.global_step, "data": self.data_digest, "progress": progress}
-        checkpoints.publish(checkpoint, about)
-        checkpoints.rotate(checkpoint.parent, self.save_total_limit)
-
-    def train(self, checkpoint: tuple[Path, dict] | None = None):
-        """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped.
-
-        Raises UserError with exit code 4 after too many steps that are not finite.
-        """
-        self.progress = checkpoint[1]["progress"] if checkpoint else None
-        result = super().train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
-        if self.gave_up:
-            raise UserError(
-                f"stopped: {self.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
-                f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA. Checkpoints in "
-                f"{self.args.output_dir} are sound.",
-                code=4,
-            )
-        return result
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.micro_losses.append(loss)
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm of a step's gradients; where it or a loss is not finite, the gradients go, and with them the update.
-
-        Trainer calls this right before the optimizer, which skips parameters without a gradient. It would apply such
-        an update and log a loss of 0. After MAX_BAD_STEPS in a row, or 1 % of all steps, training stops.
-        """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = bool(torch.stack(self.micro_losses).isfinite().all())
-        self.micro_losses = []
-        if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
-            finite &= math.isfinite(norm)
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        if not finite:
-            model.zero_grad(set_to_none=True)
-            self.bad_steps += 1
-            self.bad_since_log += 1
-            print(f"step {self.state.global_step + 1}: loss or gradient not finite, no update", file=sys.stderr)
-            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= max(MAX_BAD_STEPS, self.state.max_steps / 100):
-                self.gave_up = self.control.should_training_stop = True
-        return norm
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # Trainer would train one step more
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def restore_progress(self) -> None:
-        """Go on counting and averaging where the checkpoint was written; Trainer starts anew with each call."""
-        if self.progress:
-            for name in self.PROGRESS:
-                setattr(self, name, self.progress[name])
-            self._tr_loss.fill_(self.progress["_tr_loss"])
-            # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
-            scheduler, peak = self.lr_scheduler, self.args.learning_rate
-            scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
-            scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["initial_lr"], group["lr"] = peak, rate
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
@@ -226,6 +134,8 @@ class ChatTrainer(SFTTrainer):
         return loss
 
     def log(self, logs, start_time=None):
+        if "loss" in logs and self.spike:
+            logs["spike"], self.spike = self.spike, None
         if "loss" in logs and self.bad_since_log:  # Trainer has put other numbers in the place of those not finite
             logs |= {"loss": None, "grad_norm": None, "bad_steps": self.bad_since_log}
             self.bad_since_log, self.divergences[2:] = 0, (0.0, 0)
@@ -240,16 +150,28 @@ class ChatTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        """Mean loss over the held-out tokens; Trainer's own is a mean over batches, whatever their size."""
+        """Mean loss over the held-out tokens; Trainer's own is a mean over batches, whatever their size.
+
+        A wished stop ends the program in the middle; the run evaluates anew when it goes on.
+        """
+        if self.evaluation and self.evaluation["step"] == self.state.global_step:
+            return self.evaluation
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # summed loss, positions
-        for inputs in self.get_eval_dataloader():
-            inputs = self._prepare_inputs(inputs)
-            count = learned_positions(inputs["labels"])
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs) * count
-            total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed; training must not depend on it
+            for inputs in self.get_eval_dataloader():
+                if self.stop_wished():
+                    break
+                inputs = self._prepare_inputs(inputs)
+                count = learned_positions(inputs["labels"])
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, inputs) * count
+                total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
+        if self.stop_wished():
+            self.evaluation_due = self.is_in_train
+            self.leave()
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
+        self.evaluation, self.evaluation_due = metrics | {"step": self.state.global_step}, False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

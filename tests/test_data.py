@@ -205,7 +205,7 @@ def prepare_folder(run_here, tiny, chats_file, tmp_path):
 def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepare_folder, tiny, chats_file, tokenizer, tmp_path):
     folder, out = prepare_folder()
     assert {p.name for p in folder.iterdir()} == {
-        "train.parquet", "eval.parquet", "report.json", "lengths.png", "settings.json",
+        "train.parquet", "eval.parquet", "report.json", "lengths.png", "settings.json", ".lock",
     }  # fmt: skip
     table = pyarrow.parquet.read_table(folder / "train.parquet")
     assert table.column_names == ["input_ids", "assistant_masks"]

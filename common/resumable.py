@@ -1,0 +1,293 @@
+"""A trainer whose runs survive: checkpoints published whole, exact resume, stop signals, bad numbers, a full disk."""
+
+import itertools
+import json
+import math
+import pickle
+import shutil
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from trl import SFTTrainer
+
+from common import checkpoints
+from common.settings import UserError
+
+MAX_BAD_STEPS = 3  # not finite, in a row
+# A spike is a loss so many standard deviations above the mean of the last steps; OLMo-core's SkipStepOptimizer's rule.
+SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_WINDOW_MIN = 6, 128, 20
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch and safetensors on a full disk
+
+
+class ResumableTrainer(SFTTrainer):
+    """SFTTrainer that saves, stops and goes on without a trace in the result.
+
+    stop: a runs.StopRequest, set before training; when it is wished, the run saves and ends.
+    data_digest: of the training data; goes into the checkpoints.
+    """
+
+    # What a checkpoint holds of the trainer itself, beside what Trainer saves.
+    PROGRESS = (
+        "tokens",
+        "entries",
+        "bad_steps",
+        "bad_in_a_row",
+        "bad_since_log",
+        "recent_losses",
+        "spike",
+        "evaluation",
+        "evaluation_due",
+        "_total_loss_scalar",
+        "_globalstep_last_logged",
+        "_initial_global_step",
+    )
+
+    def __init__(self, *args, save_total_limit: int = 2, data_digest: str = "", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run = Path(self.args.output_dir)
+        self.save_total_limit, self.data_digest = save_total_limit, data_digest
+        self.stop = self.progress = None
+        self.entries = 0  # of metrics.jsonl
+        self.tokens = 0  # seen in training by all processes, padding left out
+        self.micro_steps: list[tuple[dict, torch.Tensor]] = []  # batch and loss, of the step that is being computed
+        self.bad_steps = self.bad_in_a_row = self.bad_since_log = 0  # whose loss or gradient was not finite
+        self.gave_up = False  # after too many of them
+        self.recent_losses: list[float] = []  # of steps
+        self.spike: dict | None = None  # since the last log
+        self.evaluation: dict | None = None  # the last one: step and eval_loss
+        self.evaluation_due = False  # the checkpoint was written in the middle of one
+        self.publisher = ThreadPoolExecutor(1)
+        self.publishing = None  # the checkpoint being published, and its future
+        self.saved_step = None
+        self.retry_at, self.retry_after = math.inf, 1  # steps, when a save has failed
+
+    def train(self, checkpoint: tuple[Path, dict] | None = None):
+        """Train from the start, or from a checkpoint with its mark, exactly as if the run had never stopped.
+
+        Ends the program where a stop was wished. Raises UserError with exit code 4 after too many steps that are not
+        finite, with 2 where the disk is too small or a checkpoint holds code.
+        """
+        folder, mark = checkpoint or (None, {"step": 0, "progress": None})
+        self.progress, self.saved_step = mark["progress"], mark["step"]
+        if folder:
+            print(f"going on from {folder.name}")
+            now = self.about()["versions"]
+            before = mark["versions"]
+            for name in [name for name in now if before.get(name) != now[name]]:
+                print(f"{name} was {before.get(name)}, now {now[name]}: results may differ a little", file=sys.stderr)
+        checkpoints.clear(self.run, self.saved_step)
+        self.check_space()
+        try:
+            result = super().train(resume_from_checkpoint=folder and str(folder))
+        except pickle.UnpicklingError as error:
+            raise UserError(f"RESUME=auto: {folder} holds more than numbers and is not loaded: {error}") from error
+        finally:
+            self.finish_publishing()
+        if self.gave_up:
+            raise UserError(
+                f"stopped: {self.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
+                f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA. Checkpoints in {self.run} are sound.",
+                code=4,
+            )
+        if self.stop and self.stop.number is not None and self.state.global_step < self.state.max_steps:
+            self.leave()
+        return result
+
+    def checkpoint_bytes(self) -> float:
+        """What the next checkpoint will take: as much as the last, or weights and what Adam keeps of each."""
+        if last := checkpoints.published(self.run):
+            return sum(file.stat().st_size for file in last[0].rglob("*"))
+        weights, optim = self.weight_bytes(), self.args.optim
+        return weights * (1 if "adam" not in optim else 2 if "8bit" in optim else 3)
+
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
+    def check_space(self) -> None:
+        """UserError where the disk cannot hold the checkpoints that are to be kept, one more, and the final model."""
+        if self.args.save_strategy == "no":
+            return
+        kept = self.save_total_limit + (self.args.eval_strategy != "no")  # and the best
+        more = max(1, kept + 1 - len(checkpoints.published(self.run)))
+        size = self.checkpoint_bytes()
+        try:
+            checkpoints.check_space(self.run, more * size + self.weight_bytes())
+        except OSError as error:
+            raise UserError(
+                f"OUT_DIR={self.run.parent} has no space for {more} checkpoints of {size / checkpoints.GIB:.2f} GiB "
+                f"and the final model: {error.strerror}. Make room, lower SAVE_TOTAL_LIMIT={self.save_total_limit}, "
+                "or name another OUT_DIR."
+            ) from error
+
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint and publish it in a thread; a save that fails is told and tried again, the run goes on."""
+        step = self.state.global_step
+        self.finish_publishing()
+        if self.gave_up or step == self.saved_step:
+            return
+        checkpoint = self.run / f"checkpoint-{step}"
+        try:
+            checkpoints.check_space(self.run, self.checkpoint_bytes())
+            super()._save_checkpoint(model, trial)
+        except SAVE_ERRORS as error:
+            self.save_failed(checkpoint, error)
+            return
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
+        about = self.about() | {"step": step, "data": self.data_digest, "eval_loss": None}
+        if self.evaluation and self.evaluation["step"] == step:
+            about["eval_loss"] = self.evaluation["eval_loss"]
+        about["progress"] = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
+        self.publishing = checkpoint, self.publisher.submit(self.publish, checkpoint, about)
+
+    def about(self) -> dict:
+        """Command, versions and settings of the run."""
+        return json.loads((self.run / "settings.json").read_text(encoding="utf-8"))
+
+    def publish(self, checkpoint: Path, about: dict) -> None:
+        checkpoints.publish(checkpoint, about)
+        try:
+            checkpoints.rotate(self.run, self.save_total_limit)
+        except OSError as error:
+            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr)
+
+    def finish_publishing(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
+        if self.publishing:
+            checkpoint, publishing = self.publishing
+            self.publishing = None
+            try:
+                publishing.result()
+            except OSError as error:
+                self.save_failed(checkpoint, error)
+            else:
+                self.saved_step = checkpoints.step_of(checkpoint)
+                self.retry_at, self.retry_after = math.inf, 1
+
+    def save_failed(self, checkpoint: Path, error: Exception) -> None:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # what is left does not count, and goes when the run starts again
+        self.retry_at = self.state.global_step + self.retry_after
+        self.retry_after *= 2
+        again = f"; tried again at step {self.retry_at}" if self.retry_at <= self.state.max_steps else ""
+        print(f"{checkpoint.name} could not be saved: {error}{again}", file=sys.stderr)
+
+    def leave(self):
+        """Save and end the program with the signal's exit code."""
+        self._save_checkpoint(self.model, None)
+        self.finish_publishing()
+        step = self.state.global_step
+        if self.saved_step != step:
+            raise UserError(
+                f"stopped at step {step}, which could not be saved: the same command goes on from the checkpoint "
+                f"before. Make room in OUT_DIR={self.run.parent}."
+            )
+        print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + self.stop.number)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.micro_steps.append((inputs, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of a step's gradients; where it or a loss is not finite, the gradients go, and with them the update.
+
+        Trainer calls this right before the optimizer, which skips parameters without a gradient. It would apply such
+        an update and log a loss of 0. After MAX_BAD_STEPS in a row, or 1 % of all steps, training stops.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finish_publishing()  # overlaps with forward and backward, so no more than SAVE_STEPS updates can be lost
+        loss = torch.stack([loss for _, loss in self.micro_steps]).sum().item()
+        finite = math.isfinite(loss)
+        if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
+            finite &= math.isfinite(norm)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        step = self.state.global_step + 1
+        if not finite:
+            model.zero_grad(set_to_none=True)
+            self.bad_steps += 1
+            self.bad_since_log += 1
+            print(f"step {step}: loss or gradient not finite, no update", file=sys.stderr)
+            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= max(MAX_BAD_STEPS, self.state.max_steps / 100):
+                self.gave_up = self.control.should_training_stop = True
+        else:
+            if is_spike(loss, self.recent_losses):
+                self.report_spike(step, loss)
+            self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]
+        self.micro_steps = []
+        self.control.should_save |= step >= self.retry_at
+        return norm
+
+    def report_spike(self, step: int, loss: float) -> None:
+        """Tell of a step's loss with the chats in it that have the highest."""
+        chats = []
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for ids, labels in itertools.chain.from_iterable(chats_of(inputs) for inputs, _ in self.micro_steps):
+                mean = self.compute_loss(self.model, self._prepare_inputs({"input_ids": ids, "labels": labels})).item()
+                chats.append({"loss": mean, "begins": self.processing_class.decode(ids[0, :100])})
+        chats = sorted(chats, key=lambda chat: -chat["loss"])[:3]
+        usual = statistics.fmean(self.recent_losses)
+        self.spike = {"step": step, "loss": loss, "usual": usual, "chats": chats}
+        print(f"step {step}: loss {loss:.2f}, usually {usual:.2f}; most of it from:", file=sys.stderr)
+        for chat in chats:
+            print(f"  loss {chat['loss']:.2f}: {chat['begins']!r}", file=sys.stderr)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer would train one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def restore_progress(self) -> None:
+        """Go on counting and averaging where the checkpoint was written; Trainer starts anew with each call."""
+        if not self.progress:
+            return
+        for name in self.PROGRESS:
+            setattr(self, name, self.progress[name])
+        self._tr_loss.fill_(self.progress["_tr_loss"])
+        # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
+        scheduler, peak = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if getattr(optimizer, "is_paged", False):
+            page_states(optimizer)
+
+    def stop_wished(self) -> bool:
+        return self.stop is not None and self.stop.wished()
+
+
+def is_spike(loss: float, recent: list[float]) -> bool:
+    """Whether a step's loss stands out from those of the steps before."""
+    if len(recent) < SPIKE_WINDOW_MIN:
+        return False
+    return loss > statistics.fmean(recent) + SPIKE_DEVIATIONS * statistics.pstdev(recent)
+
+
+def chats_of(inputs: dict):
+    """(input_ids, labels) of each chat in a batch, packed or padded; (1, T) each."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if "attention_mask" in inputs:
+        for row, present in enumerate(inputs["attention_mask"].bool()):
+            yield ids[row, present][None], labels[row, present][None]
+    else:
+        starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for start, end in itertools.pairwise([*starts, ids.shape[1]]):
+            yield ids[:, start:end], labels[:, start:end]
+
+
+def page_states(optimizer) -> None:
+    """Give an optimizer of bitsandbytes that was just loaded its paged memory back, which load_state_dict loses.
+
+    Without it a run that just fitted would not fit after a resume (bitsandbytes 0.50, `Optimizer8bit.load_state_dict`).
+    """
+    for state in optimizer.state.values():
+        for name in ("state1", "state2"):
+            if name in state:
+                state[name] = optimizer.get_state_buffer(state[name], dtype=state[name].dtype).copy_(state[name])
