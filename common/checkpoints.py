@@ -129,4 +129,4 @@ def check_space(run: Path, needed: float) -> None:
     """OSError where the disk has fewer bytes left than needed."""
     free = shutil.disk_usage(run).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / GIB:.2f} GiB are needed, {free / GIB:.2f} are free", str(run))
+        raise OSError(errno.ENOSPC, f"{needed / GIB:.3g} GiB are needed, {free / GIB:.3g} are free", str(run))

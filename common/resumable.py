@@ -20,6 +20,7 @@ from common.settings import UserError
 MAX_BAD_STEPS = 3  # not finite, in a row
 # A spike is a loss so many standard deviations above the mean of the last steps; OLMo-core's SkipStepOptimizer's rule.
 SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_WINDOW_MIN = 6, 128, 20
+METRICS = "metrics.jsonl"  # of a run; a checkpoint holds it as it was
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch and safetensors on a full disk
 
 
@@ -33,7 +34,6 @@ class ResumableTrainer(SFTTrainer):
     # What a checkpoint holds of the trainer itself, beside what Trainer saves.
     PROGRESS = (
         "tokens",
-        "entries",
         "bad_steps",
         "bad_in_a_row",
         "bad_since_log",
@@ -51,7 +51,6 @@ class ResumableTrainer(SFTTrainer):
         self.run = Path(self.args.output_dir)
         self.save_total_limit, self.data_digest = save_total_limit, data_digest
         self.stop = self.progress = None
-        self.entries = 0  # of metrics.jsonl
         self.tokens = 0  # seen in training by all processes, padding left out
         self.micro_steps: list[tuple[dict, torch.Tensor]] = []  # batch and loss, of the step that is being computed
         self.bad_steps = self.bad_in_a_row = self.bad_since_log = 0  # whose loss or gradient was not finite
@@ -79,6 +78,10 @@ class ResumableTrainer(SFTTrainer):
             before = mark["versions"]
             for name in [name for name in now if before.get(name) != now[name]]:
                 print(f"{name} was {before.get(name)}, now {now[name]}: results may differ a little", file=sys.stderr)
+        if folder:
+            shutil.copyfile(folder / METRICS, self.run / METRICS)
+        else:
+            (self.run / METRICS).write_text("")
         checkpoints.clear(self.run, self.saved_step)
         self.check_space()
         try:
@@ -133,6 +136,7 @@ class ResumableTrainer(SFTTrainer):
         try:
             checkpoints.check_space(self.run, self.checkpoint_bytes())
             super()._save_checkpoint(model, trial)
+            shutil.copyfile(self.run / METRICS, checkpoint / METRICS)
         except SAVE_ERRORS as error:
             self.save_failed(checkpoint, error)
             return

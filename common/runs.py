@@ -128,10 +128,8 @@ class RunLog(TrainerCallback):
         self.progress = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.file.touch()
         self.trainer.restore_progress()
         self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
-        self.truncate(self.trainer.entries)
         if self.trainer.evaluation_due:
             self.trainer.evaluate()
         if sys.stderr.isatty():
@@ -141,11 +139,6 @@ class RunLog(TrainerCallback):
             )  # fmt: skip
             self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, line="")
             self.progress.start()
-
-    def truncate(self, entries: int) -> None:
-        """Leave out of metrics.jsonl what came after the checkpoint that a run goes on from."""
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        self.file.write_text("".join(lines[:entries]), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = now()
@@ -170,7 +163,6 @@ class RunLog(TrainerCallback):
             entry["tokens_per_second"] = self.speed()
         entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
         self.write(json.dumps(entry) + "\n")
-        self.trainer.entries += 1
         self.show(state, entry)
 
     def write(self, line: str) -> None:

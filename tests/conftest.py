@@ -113,6 +113,38 @@ def chats_file(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
 
 
+@pytest.fixture
+def arguments(tiny, chats_file, tmp_path):
+    """arguments(run, "NAME=value", ...): of a run of six steps with dropout and a checkpoint after each."""
+
+    def make(run, *more):
+        return [
+            f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", f"RUN_NAME={run}", "MAX_STEPS=6",
+            "LORA_R=4", "MAX_LENGTH=128", "EVAL_SIZE=4", "EVAL_STEPS=3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9",
+            "LORA_DROPOUT=0.1", "LEARNING_RATE=1e-2", *more,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step({step: action}): the action is taken in the forward pass of this optimizer step (from 1)."""
+    from common.training import ChatTrainer
+
+    honest = ChatTrainer.compute_loss
+
+    def plan(actions):
+        def compute_loss(self, *args, **kwargs):
+            if self.model.training and self.state.global_step + 1 in actions:
+                actions[self.state.global_step + 1]()
+            return honest(self, *args, **kwargs)
+
+        monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
+
+    return plan
+
+
 def write_jsonl(file: Path, rows: list) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -127,21 +159,19 @@ def run_script(script: str, *arguments, stdin: str | None = None, **environment)
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
+def run_here(capsys):
     """run_here(module, "NAME=value", ...): a script's real overrides and main in this process; exit code, out, err."""
     from common import settings
 
     def run(module, *arguments):
-        for name, value in settings.current(vars(module)).items():
-            monkeypatch.setattr(module, name, value)  # put back after the test
-        code = 0
+        before, code = settings.current(vars(module)), 0
         try:
             settings.apply_overrides(vars(module), list(map(str, arguments)))
             settings.run_main(module.main)
         except SystemExit as stop:
             code = stop.code
         finally:
-            monkeypatch.undo()
+            vars(module).update(before)
         return code, *capsys.readouterr()
 
     return run

@@ -18,20 +18,6 @@ from common import checkpoints
 CLOCK = ("step_seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
 
 
-@pytest.fixture
-def arguments(tiny, chats_file, tmp_path):
-    """arguments(run, "NAME=value", ...): of a run of six steps with dropout and a checkpoint after each."""
-
-    def make(run, *more):
-        return [
-            f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", f"RUN_NAME={run}", "MAX_STEPS=6",
-            "LORA_R=4", "MAX_LENGTH=128", "EVAL_SIZE=4", "EVAL_STEPS=3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9",
-            "LORA_DROPOUT=0.1", "LEARNING_RATE=1e-2", *more,
-        ]  # fmt: skip
-
-    return make
-
-
 def result_of(folder):
     """Final weights, and metrics without what the clock and the machine tell."""
     metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
@@ -42,7 +28,9 @@ def result_of(folder):
 def assert_same_run(one, other):
     (weights, metrics), (others, other_metrics) = result_of(one), result_of(other)
     assert metrics == other_metrics
-    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert weights.keys() == others.keys() and all(
+        weights[name].dtype == others[name].dtype and torch.equal(weights[name], others[name]) for name in weights
+    )
 
 
 def cut_back(folder, step):
@@ -251,35 +239,16 @@ def test_many_steps_that_are_not_finite_end_the_run_with_4(arguments, tmp_path, 
     assert all(torch.equal(good[name], last[name]) for name in good) and checkpoints.step_of(newest) == 4
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(step, action): the action is taken in the forward pass of this optimizer step (from 1)."""
-    from common.training import ChatTrainer
-
-    honest = ChatTrainer.compute_loss
-
-    def plan(step, action):
-        def compute_loss(self, *args, **kwargs):
-            if self.model.training and self.state.global_step + 1 == step:
-                action()
-            return honest(self, *args, **kwargs)
-
-        monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
-
-    yield plan
-    monkeypatch.setattr(ChatTrainer, "compute_loss", honest)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
 def test_a_stopped_run_saves_and_goes_on_without_a_lost_step(how, arguments, tmp_path, run_here, at_step):
     assert run_here(qlora_train, *arguments("whole", "SAVE_STEPS=None"))[0] == 0
     stop = (tmp_path / "cut" / "STOP").touch if how == "STOP" else lambda: os.kill(os.getpid(), getattr(signal, how))
-    at_step(3, stop)
+    at_step({3: stop})
     code, _, error = run_here(qlora_train, *arguments("cut", "SAVE_STEPS=None"))
     assert code == (143 if how == "SIGTERM" else 130) and "stopped at step 3" in error
     assert [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "cut")] == [3]
-    at_step(0, None)
+    at_step({})
     code, _, error = run_here(qlora_train, *arguments("cut", "SAVE_STEPS=None"))
     assert code == 0, error
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -287,7 +256,7 @@ def test_a_stopped_run_saves_and_goes_on_without_a_lost_step(how, arguments, tmp
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_a_second_ctrl_c_ends_at_once(arguments, tmp_path, run_here, at_step):
-    at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    at_step({3: lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]})
     code, _, error = run_here(qlora_train, *arguments("run", "SAVE_STEPS=2"))
     assert code == 130 and [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "run")] == [2]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
