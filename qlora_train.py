@@ -63,12 +63,11 @@ if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
     check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
 
-import time
 from pathlib import Path
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
 from common.loss import supports_chunked_loss
@@ -102,7 +101,7 @@ def main():
     print(note)
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
     checkpoint = checkpoints.newest_sound(folder) if RESUME else None
-    begun_with = checkpoint[1] if checkpoint and "DATA" not in ALLOW_CHANGE else None
+    begun_with = checkpoint[1] if checkpoint and not runs.allowed_changes(settings) & set(runs.DATA_SETTINGS) else None
     train_set, eval_set, account = prepared.datasets_for(
         settings, encoder, folder / "data", bool(kl_weight), begun_with
     )
@@ -122,30 +121,21 @@ def main():
     print(f"{source.name}: {trainable:,} trainable parameters")
 
     # Training
-    log = runs.RunLog(folder)
     trainer = training.ChatTrainer(
         model=model,
         args=training.arguments(settings, folder, dtype, evaluate=bool(eval_set)),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
-        callbacks=[log],
         schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
         kl_weight=kl_weight,
         save_total_limit=SAVE_TOTAL_LIMIT,
         data_digest=account["digest"],
+        base_fingerprint=base_fingerprint,
     )
-    trainer.remove_callback(PrinterCallback)
-    log.trainer = trainer
-    started = time.perf_counter()
-    with gpu.HardwareMonitor(folder / "hardware.csv"), runs.StopRequest(folder) as trainer.stop, log:
-        result = trainer.train(checkpoint)
-        train_seconds = time.perf_counter() - started
-        models.save_final(trainer.model, tokenizer, base_fingerprint, folder / "final")
-        eval_loss = trainer.evaluate()["eval_loss"] if eval_set else None
-
-    # Results
-    runs.finish(folder, log, result.metrics["train_loss"], eval_loss, train_seconds)
+    runs.carry_out(
+        trainer, folder, checkpoint, lambda final: models.save_final(final, trainer.model, tokenizer, base_fingerprint)
+    )
 
 
 def locate_model() -> models.Source:

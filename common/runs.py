@@ -19,13 +19,20 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from common import gpu
+from common import checkpoints, gpu
 from common.checkpoints import write_whole
 from common.settings import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+# What takes effect when a run goes on; the first ones decide what the data becomes.
+DATA_SETTINGS = ("DATA", "EVAL_DATA", "EVAL_SIZE", "TOO_LONG", "DROP_PATTERN")
+CHANGEABLE = (
+    *DATA_SETTINGS, *"""NUM_TRAIN_EPOCHS MAX_STEPS GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER
+    WARMUP_RATIO MAX_GRAD_NORM KL_WEIGHT NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING ATTN_IMPLEMENTATION LORA_DROPOUT
+    GALORE_SCALE GALORE_UPDATE_GAP DOCTOR LOGGING_STEPS EVAL_STEPS SAVE_STEPS SAVE_TOTAL_LIMIT""".split(),
+)  # fmt: skip
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
 LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps", "spike")  # in metrics.jsonl
 # The columns of runs.md; `row` fills them from a summary.
@@ -48,7 +55,8 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
         lock(folder)
     except OSError as error:
         raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
-    if any((folder / f).exists() for f in ("metrics.jsonl", "report.json")):
+    (folder / "STOP").unlink(missing_ok=True)  # of an earlier time
+    if checkpoints.folders(folder) or any((folder / f).exists() for f in ("metrics.jsonl", "report.json")):
         if not settings.get("RESUME"):
             raise UserError(
                 f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder."
@@ -78,9 +86,17 @@ def lock(folder: Path) -> None:
 
 
 def refuse_changes(folder: Path, settings: dict) -> None:
-    """Exit code 3 when a resume would go on with other settings than the run began with."""
-    before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
-    allowed = {"RESUME", "OUT_DIR", "ALLOW_CHANGE", *settings["ALLOW_CHANGE"].replace(" ", "").split(",")}
+    """Exit code 3 when a resume would go on with other settings than the newest checkpoint, or the run, began with."""
+    for file in [
+        *(checkpoint / checkpoints.MARK for checkpoint in checkpoints.published(folder)),
+        folder / "settings.json",
+    ]:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            break
+        except (OSError, ValueError, KeyError, TypeError):
+            before = settings  # damaged; without any checkpoint the run starts again
+    allowed = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", *allowed_changes(settings)}
     changed = [k for k, v in settings.items() if k not in allowed and before.get(k) != v]
     if changed:
         difference = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in changed)
@@ -89,6 +105,17 @@ def refuse_changes(folder: Path, settings: dict) -> None:
             f"(ALLOW_CHANGE={','.join(changed)}), or start a new run.",
             code=3,
         )
+
+
+def allowed_changes(settings: dict) -> set[str]:
+    """The settings that ALLOW_CHANGE names; UserError for one that cannot change within a run."""
+    allowed = {name for name in settings["ALLOW_CHANGE"].replace(" ", "").split(",") if name}
+    if fixed := sorted(allowed - set(CHANGEABLE)):
+        raise UserError(
+            f"ALLOW_CHANGE={settings['ALLOW_CHANGE']}: {fixed[0]} cannot change within a run; start a new one. "
+            f"These can: {', '.join(CHANGEABLE)}."
+        )
+    return allowed
 
 
 def command() -> str:
@@ -114,24 +141,34 @@ def git_commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "") if head.returncode == 0 else None
 
 
+def carry_out(trainer, folder: Path, checkpoint, save) -> None:
+    """Train (on from a checkpoint with its mark), save, evaluate, and write the results into the run folder."""
+    log = RunLog(folder, trainer)
+    trainer.add_callback(log)
+    trainer.remove_callback(PrinterCallback)
+    started = now()
+    with gpu.HardwareMonitor(folder / "hardware.csv"), StopRequest(folder) as trainer.stop, log:
+        train_loss = trainer.train(checkpoint).metrics["train_loss"]
+        train_seconds = now() - started
+        save(folder / "final")  # before the evaluation, which may crash
+        eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
+    finish(folder, log, train_loss, eval_loss, train_seconds)
+
+
 class RunLog(TrainerCallback):
     """Writes metrics.jsonl and shows progress: a bar on a terminal, plain lines in a log file.
 
-    trainer: a ChatTrainer, set before training starts.
+    trainer: a ChatTrainer.
     """
 
-    def __init__(self, folder: Path):
-        self.file = folder / "metrics.jsonl"
-        self.unwritten = ""  # lines that a full disk did not take
-        self.trainer = None
+    def __init__(self, folder: Path, trainer):
+        self.trainer = trainer
         self.step_seconds: list[float] = []
         self.progress = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_progress()
+        self.trainer.begin()
         self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
-        if self.trainer.evaluation_due:
-            self.trainer.evaluate()
         if sys.stderr.isatty():
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
@@ -156,26 +193,15 @@ class RunLog(TrainerCallback):
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         entry |= {k: logs[k] for k in LOGGED if k in logs}
         if "eval_loss" in logs:
-            entry["eval_perplexity"] = math.exp(logs["eval_loss"])
+            entry["eval_perplexity"] = perplexity(logs["eval_loss"])
         entry["tokens"] = self.trainer.tokens
         if "loss" in logs:
             entry["step_seconds"] = self.step_seconds[-1]
             entry["tokens_per_second"] = self.speed()
         entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
-        self.write(json.dumps(entry) + "\n")
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self.trainer.write_metrics(json.dumps(entry) + "\n")
         self.show(state, entry)
-
-    def write(self, line: str) -> None:
-        """Append to metrics.jsonl; on a full disk the line waits for the next one."""
-        self.unwritten += line
-        size = self.file.stat().st_size
-        try:
-            with open(self.file, "a", encoding="utf-8") as stream:
-                stream.write(self.unwritten)
-            self.unwritten = ""
-        except OSError as error:
-            os.truncate(self.file, size)
-            print(f"{self.file} could not be written, later again: {error}", file=sys.stderr)
 
     def speed(self) -> float | None:
         """Tokens a second since the start or the last resume; evaluation and saving left out."""
@@ -185,7 +211,8 @@ class RunLog(TrainerCallback):
     def show(self, state, entry: dict) -> None:
         memory = f"{entry['vram_gib']:.1f} GiB VRAM" if entry["vram_gib"] is not None else f"{entry['rss_gib']:.1f} GiB"
         if "eval_loss" in entry:
-            line = f"eval loss {entry['eval_loss']:.4f}  perplexity {entry['eval_perplexity']:.2f}"
+            shown = [float("nan") if entry[k] is None else entry[k] for k in ("eval_loss", "eval_perplexity")]
+            line = f"eval loss {shown[0]:.4f}  perplexity {shown[1]:.2f}"
         else:
             loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
             line = f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
@@ -218,9 +245,8 @@ class StopRequest:
         self.file, self.number, self.before = folder / "STOP", None, {}
 
     def __enter__(self):
-        self.file.unlink(missing_ok=True)  # of an earlier time
-        for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # the last on Windows only
-            if hasattr(signal, name):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):  # the last on Windows only
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup
                 self.before[name] = signal.signal(getattr(signal, name), self.receive)
         return self
 
@@ -228,6 +254,8 @@ class StopRequest:
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone; writing to it would end the run
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         print("stopping after this step, with a checkpoint; once more: at once", file=sys.stderr)
 
     def wished(self) -> bool:
@@ -247,6 +275,11 @@ def now() -> float:
     return time.perf_counter()
 
 
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss), None where there is none or it is beyond all numbers."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
 def read_metrics(folder: Path) -> list[dict]:
     with open(folder / "metrics.jsonl", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
@@ -254,12 +287,14 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float) -> None:
     """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last."""
+    if eval_loss is not None and not math.isfinite(eval_loss):
+        eval_loss = None
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     seconds = log.step_seconds
     summary = dict(
         train_loss=train_loss,
         eval_loss=eval_loss,
-        eval_perplexity=None if eval_loss is None else math.exp(eval_loss),
+        eval_perplexity=perplexity(eval_loss),
         steps=log.trainer.state.global_step,
         tokens=log.trainer.tokens,
         tokens_per_second=log.speed(),

@@ -11,13 +11,14 @@ import math
 import os
 import re
 import sys
+import threading
 import tokenize
 import traceback
 from pathlib import Path
 
 # What a secret looks like, and the names of environment variables that hold one.
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 
@@ -36,7 +37,7 @@ class UserError(Exception):
 def redact(text: str) -> str:
     """The text without secrets: tokens of the usual form, and the values of environment variables named as such."""
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
+        if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
             text = text.replace(value, "***")
     return SECRET.sub("***", text)
 
@@ -125,10 +126,10 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
         for name, setting in settings.items():
             if not has_type(namespace[name], setting["types"]):
                 raise UserError(f"{name} = {namespace[name]!r} in the script has the wrong type.")
-            refuse_secret(name, str(namespace[name]))
+            refuse_secret(name, str(namespace[name]), "script")
         for argument in argv:
             name, equals, text = argument.partition("=")
-            refuse_secret(name, text)
+            refuse_secret(name, text, "command")
             if name not in settings and SECRET_NAME.search(name):
                 raise UserError(f"{name} is no setting. Secrets are read from the environment, or `hf auth login`.")
             if name not in settings:
@@ -142,9 +143,12 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
         exit_with(error)
 
 
-def refuse_secret(name: str, value: str) -> None:
-    """Settings are printed and kept; a secret among them would be, too."""
-    if redact(value) != value:
+def refuse_secret(name: str, value: str, source: str) -> None:
+    """Settings are printed and kept; a secret among them would be, too.
+
+    A default of the script is none for being what some variable of the environment happens to be.
+    """
+    if (redact(value) if source == "command" else SECRET.sub("", value)) != value:
         raise UserError(f"{name} holds a secret. Set it in the environment (HF_TOKEN), or `hf auth login`.")
 
 
@@ -176,6 +180,7 @@ def run_main(main) -> None:
     Secrets are left out of tracebacks.
     """
     sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), file=sys.stderr, end="")
+    threading.excepthook = lambda error: sys.excepthook(*error[:3])
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world

@@ -88,12 +88,12 @@ class ChatTrainer(ResumableTrainer):
 
     schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
     kl_weight: adds kl_weight * KL(base || model), measured where nothing is learned, to the loss; the base is the model
-    without its adapter. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
+    without its adapter, or base_model. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
     """
 
     PROGRESS = (*ResumableTrainer.PROGRESS, "divergences")
 
-    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, **kwargs):
+    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.schedule = schedule
         self.kl_weight = kl_weight
@@ -101,7 +101,8 @@ class ChatTrainer(ResumableTrainer):
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.chunked = supports_chunked_loss(base.config)
         if self.chunked:
-            add_chunked_loss(base, self.model.disable_adapter if kl_weight else None)
+            without_adapter = self.model.disable_adapter if kl_weight and base_model is None else None
+            add_chunked_loss(base, without_adapter, base_model)
         for module in self.model.modules():
             # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
             if isinstance(module, BaseTunerLayer):
@@ -142,11 +143,11 @@ class ChatTrainer(ResumableTrainer):
             super().log(logs, start_time)
             return
         if self.kl_weight and "loss" in logs:
-            logs["kl"] = self.divergences[2] / self.divergences[3]
+            logs["kl"] = self.divergences[2] / max(1, self.divergences[3])
             logs["loss"] -= self.kl_weight * logs["kl"]
             self.divergences[2:] = 0.0, 0
         if self.kl_weight and "train_loss" in logs:
-            logs["train_loss"] -= self.kl_weight * self.divergences[0] / self.divergences[1]
+            logs["train_loss"] -= self.kl_weight * self.divergences[0] / max(1, self.divergences[1])
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):

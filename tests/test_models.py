@@ -69,7 +69,7 @@ def test_a_saved_adapter_gives_the_same_logits_when_loaded_and_when_merged(varia
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
-    models.save_final(model, models.load_tokenizer(source), print_of_base, tmp_path)
+    models.save_final(tmp_path, model, models.load_tokenizer(source), print_of_base)
     loaded = models.load_model(models.locate(str(tmp_path)), None, torch.float32, "sdpa").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)

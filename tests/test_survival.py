@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_checkpoints import assert_same_run, cut_back
 
 import evaluate_model
 import qlora_train
-from common import checkpoints, models, prepared, resumable, runs
+from common import checkpoints, models, prepared, resumable
 from common.training import ChatTrainer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -68,16 +69,16 @@ def test_a_full_disk_does_not_end_a_run(noticed, arguments, small_disk, tmp_path
 
 
 def test_lines_that_a_full_disk_does_not_take_come_later(small_disk):
-    log = runs.RunLog(small_disk)
-    log.file.touch()
+    trainer = SimpleNamespace(metrics=small_disk / "metrics.jsonl", unwritten=b"")
     lines = [f"{number}" * 5000 + "\n" for number in range(6)]
     for number, line in enumerate(lines):
         if number == 2:
             fill(small_disk)
         if number == 4:
             (small_disk / "ballast").unlink()
-        log.write(line)
-        assert log.file.read_text() == "".join(lines[: 2 if number in (2, 3) else number + 1])
+        waiting = resumable.ResumableTrainer.write_metrics(trainer, line)
+        assert bool(waiting) == (number in (2, 3))
+        assert trainer.metrics.read_text() == "".join(lines[: 2 if number in (2, 3) else number + 1])
 
 
 def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(arguments, small_disk, run_here, at_step):
@@ -214,8 +215,6 @@ def test_new_tokens_go_on_bit_for_bit(arguments, run_here, tmp_path, base_tokeni
     assert run_here(qlora_train, *arguments("whole", *more))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     cut_back(tmp_path / "run", 4)
-    settings = (tmp_path / "run" / "settings.json").read_text()
-    (tmp_path / "run" / "settings.json").write_text(settings.replace('"RUN_NAME": "whole"', '"RUN_NAME": "run"'))
     code, _, error = run_here(qlora_train, *arguments("run", *more))
     assert code == 0, error
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -297,11 +296,198 @@ def test_a_loaded_optimizer_gets_its_pages_back():
     assert after["state2"].dtype == torch.uint8 and after["step"] == 3
 
 
+def test_what_a_file_manager_leaves_behind_spoils_no_checkpoint(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 4)
+    (tmp_path / "run" / "checkpoint-4" / ".DS_Store").write_text("x")
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-copy-3")
+    (tmp_path / "run" / "checkpoint-9").write_text("a file")
+    code, out, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0 and "going on from checkpoint-4" in out, error
+    assert (tmp_path / "run" / "checkpoint-copy-3" / checkpoints.MARK).is_file()
+
+
+def test_a_rejected_checkpoint_is_put_aside_not_deleted(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 4)
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    code, out, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0 and "going on from checkpoint-3" in out and "checkpoint-4 is rejected: optimizer.pt" in error
+    assert (tmp_path / "run" / "rejected-4" / "adapter_model.safetensors").is_file()
+
+
+def test_checkpoints_alone_make_a_run(arguments, run_here, tmp_path):
+    """Even when a person has removed the other files, nothing is begun anew on top of them."""
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 4)
+    for name in ("metrics.jsonl", "settings.json"):
+        (tmp_path / "run" / name).unlink()
+    assert run_here(qlora_train, *arguments("run", "LEARNING_RATE=1e-3"))[0] == 3
+    assert run_here(qlora_train, *arguments("run", "RESUME=None"))[0] == 2
+    assert steps_of(tmp_path / "run") == [4, 3, 2, 1]
+    code, out, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0 and "going on from checkpoint-4" in out, error
+
+
+def test_other_weights_under_the_same_name_are_refused(arguments, run_here, tmp_path, tiny):
+    model = tmp_path / "model"
+    shutil.copytree(tiny(), model)
+    assert run_here(qlora_train, *arguments("run", f"MODEL={model}"))[0] == 0
+    cut_back(tmp_path / "run", 4)
+    weights = {name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, error = run_here(qlora_train, *arguments("run", f"MODEL={model}"))
+    assert code == 3 and "MODEL has other weights" in error
+
+
+def test_allowed_changes_take_effect_and_others_cannot_be_allowed(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 1)
+    code, _, error = run_here(qlora_train, *arguments("run", "OPTIM=adafactor", "ALLOW_CHANGE=OPTIM"))
+    assert code == 2 and "OPTIM cannot change within a run" in error
+    more = ["SAVE_STEPS=4", "EVAL_STEPS=2", "LOGGING_STEPS=2", "ALLOW_CHANGE=SAVE_STEPS,EVAL_STEPS,LOGGING_STEPS"]
+    code, _, error = run_here(qlora_train, *arguments("run", *more))
+    assert code == 0 and steps_of(tmp_path / "run") == [6, 4, 1], error
+    entries = list(map(json.loads, open(tmp_path / "run" / "metrics.jsonl")))
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 4, 6]
+    assert [e["step"] for e in entries if "eval_loss" in e] == [2, 4, 6]
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(arguments, run_here, tmp_path, chats_file):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 3)
+    text = chats_file.read_text()
+    chats_file.write_text(text.replace('"content": "', '"content": "x', 1))
+    try:
+        assert run_here(qlora_train, *arguments("run", "LEARNING_RATE=1e-3", "ALLOW_CHANGE=LEARNING_RATE"))[0] == 3
+        assert run_here(qlora_train, *arguments("run", "ALLOW_CHANGE=LEARNING_RATE,SAVE_STEPS"))[0] == 3
+    finally:
+        chats_file.write_text(text)
+    code, _, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0, error
+
+
+def test_a_finished_run_does_nothing(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, out, _ = run_here(qlora_train, *arguments("run"))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    changed = {path.name for path in after if before.get(path) != after[path]}
+    assert code == 0 and "is finished: nothing to do" in out and changed <= {".lock"}
+
+
+def test_damaged_files_of_the_run_folder_are_no_traceback(arguments, run_here, tmp_path):
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    cut_back(tmp_path / "run", 4)
+    (tmp_path / "run" / "settings.json").write_text("")
+    (tmp_path / "run" / "checkpoint-4" / checkpoints.MARK).write_text('{"step": 4, "files": {}}')
+    (tmp_path / "run" / "checkpoint-1" / checkpoints.MARK).write_text("[]")
+    code, out, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0 and "going on from checkpoint-3" in out and "does not tell" in error, error
+
+
+def test_numbers_of_the_trainer_survive(arguments, run_here, tmp_path, monkeypatch):
+    """Bad steps before the stop count after it: one at step 2, two more at 4 and 6 are the three that end the run."""
+    honest = ChatTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = honest(self, *args, **kwargs)
+        return loss * float("nan") if self.model.training and self.state.global_step + 1 in (2, 4, 6) else loss
+
+    monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
+    assert run_here(qlora_train, *arguments("whole", "MAX_STEPS=5"))[0] == 0  # good ones between them: not in a row
+    assert run_here(qlora_train, *arguments("run"))[0] == 4  # 1 % of all steps, at least three
+    newest = checkpoints.newest_sound(tmp_path / "run")
+    assert newest[1]["progress"]["bad_steps"] == 2 and checkpoints.step_of(newest[0]) == 5
+    code, _, error = run_here(qlora_train, *arguments("run"))
+    assert code == 4 and "3 steps with a loss" in error
+
+
+def test_a_gradient_that_is_not_finite_is_refused_though_the_loss_is(arguments, run_here, tmp_path, monkeypatch):
+    honest = ChatTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = honest(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(ChatTrainer, "training_step", training_step)
+    code, _, error = run_here(qlora_train, *arguments("run"))
+    assert code == 0 and error.count("not finite, no update") == 1
+    before, after = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_publishing_thread_that_fails_costs_one_checkpoint(arguments, run_here, tmp_path, monkeypatch):
+    honest, calls = checkpoints.publish, []
+
+    def publish(checkpoint, about):
+        calls.append(checkpoint.name)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        honest(checkpoint, about)
+
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    code, _, error = run_here(qlora_train, *arguments("run", "SAVE_STEPS=2"))
+    assert code == 0 and "checkpoint-4 could not be saved: [Errno 5]" in error
+    assert steps_of(tmp_path / "run") == [6, 5, 2]
+
+
+def test_evaluating_does_not_change_the_training(arguments, run_here, tmp_path):
+    for run, often in (("often", "1"), ("never", "None")):
+        assert run_here(qlora_train, *arguments(run, f"EVAL_STEPS={often}", "PACKING=False"))[0] == 0
+    one, other = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("often", "never"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_endless_loss_is_no_crash(arguments, run_here, tmp_path, monkeypatch):
+    for scale in (1e6, float("nan")):
+        with monkeypatch.context() as patch:
+            honest = ChatTrainer.compute_loss
+            patch.setattr(
+                ChatTrainer,
+                "compute_loss",
+                lambda self, *a, honest=honest, scale=scale, **k: (
+                    honest(self, *a, **k) * (1 if self.model.training else scale)
+                ),
+            )
+            assert run_here(qlora_train, *arguments(f"run{scale}"))[0] == 0
+        summary = json.loads((tmp_path / f"run{scale}" / "summary.json").read_text())
+        assert (
+            summary["eval_perplexity"] is None and "NaN" not in (tmp_path / f"run{scale}" / "metrics.jsonl").read_text()
+        )
+
+
+@posix
+def test_a_closed_terminal_stops_and_saves(arguments, tmp_path, run_here, at_step):
+    assert run_here(qlora_train, *arguments("whole"))[0] == 0
+    out, err = sys.stdout, sys.stderr
+    at_step({3: lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    code, *_ = run_here(qlora_train, *arguments("run", "SAVE_STEPS=None"))
+    sys.stdout, sys.stderr = out, err
+    assert code == 129 and steps_of(tmp_path / "run") == [3]
+    at_step({})
+    assert run_here(qlora_train, *arguments("run", "ALLOW_CHANGE=SAVE_STEPS"))[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_killed_final_save_leaves_no_half_model(arguments, tmp_path, run_here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "sync_files", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(qlora_train, *arguments("run"))
+    assert not (tmp_path / "run" / "final").exists()
+    assert run_here(qlora_train, *arguments("run"))[0] == 0
+    assert (tmp_path / "run" / "final").is_dir() and not (tmp_path / "run" / "final.partial").exists()
+
+
 # Spikes
 
 
 def test_a_spike_stands_out():
     usual = [1.0, 1.1, 0.9, 1.05] * 5
+    assert not resumable.is_spike(1e-6, [0.0] * 20) and not resumable.is_spike(0.0502, [0.05] * 20)
     assert resumable.is_spike(2.0, usual) and not resumable.is_spike(1.3, usual)
     assert not resumable.is_spike(9.0, usual[:19]) and not resumable.is_spike(0.1, usual)
 
@@ -410,6 +596,20 @@ def test_secrets_are_left_out_of_tracebacks():
     environment = {**os.environ, "HF_TOKEN": "hf_canary"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "RuntimeError: 401 for *** and ***" in done.stderr and "hf_" not in done.stderr
+
+
+def test_secrets_in_settings_are_refused_and_not_printed():
+    token = "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
+    for arguments, environment in (
+        ([f"MODEL={token}"], {}),
+        (["DATA=hf_canary"], {"HF_TOKEN": "hf_canary"}),
+        ([f"HF_TOKEN={token}"], {}),
+        ([token], {}),
+    ):
+        done = run_script("qlora_train.py", *arguments, **environment)
+        assert done.returncode == 2 and token not in done.stderr and "hf_canary" not in done.stderr, done.stderr
+    done = run_script("qlora_train.py", "MAX_STEPS=x", SORT_KEY="adamw_torch_fused", S3_KEY="data/brief.jsonl")
+    assert "MAX_STEPS=x has the wrong type" in done.stderr  # defaults that a variable happens to hold are no secrets
 
 
 # The sweep
