@@ -1,6 +1,6 @@
 """Checkpoints: published whole or not at all, verified before they are trusted, rotated by step.
 
-A folder checkpoint-N counts once it holds COMPLETE.json, written last, with the size and SHA-256 of every file.
+A folder checkpoint-N counts once it holds COMPLETE.json, written last, with the size and XXH3 hash of every file.
 """
 
 import errno
@@ -12,6 +12,8 @@ import re
 import shutil
 import sys
 from pathlib import Path
+
+import xxhash
 
 from common.settings import UserError
 
@@ -67,13 +69,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def hash_of(stream) -> str:
+    """Of a file open for reading; 13 times as fast as SHA-256, as no one but chance is to be found out."""
+    return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+
+
 def publish(checkpoint: Path, about: dict) -> None:
     """Bring every file of a checkpoint to the disk, and then the mark that makes it count; about goes into it."""
     sync_files(checkpoint)
     files = {}
     for name in names(checkpoint):
         with open(checkpoint / name, "rb") as stream:
-            files[name] = [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            files[name] = [os.fstat(stream.fileno()).st_size, hash_of(stream)]
     write_whole(checkpoint / MARK, json.dumps(about | {"files": files}, indent=1))
     sync_folder(checkpoint.parent)
 
@@ -89,7 +96,7 @@ def read_mark(checkpoint: Path) -> dict:
         raise ValueError(f"{sorted(different)[0]} is missing or does not belong to it")
     for name, (size, digest) in about["files"].items():
         with open(checkpoint / name, "rb") as stream:
-            if os.fstat(stream.fileno()).st_size != size or hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+            if os.fstat(stream.fileno()).st_size != size or hash_of(stream) != digest:
                 raise ValueError(f"{name} is damaged")
     return about
 

@@ -1,7 +1,6 @@
 """Prepared data: sources encoded and split into a folder of Parquet files, with an account; and read to train on."""
 
 import bisect
-import hashlib
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from common import data, sources
-from common.checkpoints import write_whole
+from common.checkpoints import hash_of, write_whole
 from common.encoding import ChatEncoder
 from common.settings import UserError
 
@@ -101,7 +100,7 @@ def source_hashes(settings: dict) -> dict[str, str]:
 
 def hash_file(file: Path) -> str:
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_of(stream)
 
 
 def publish(folder: Path, about: dict) -> None:
