@@ -1,0 +1,234 @@
+"""Fine-tune every weight of a causal language model into a chat model, with GaLore's low-rank gradients and moments.
+
+    python galore_train.py
+    python galore_train.py MODEL=stabilityai/stablelm-2-1_6b DATA=chats.jsonl GALORE_RANK=256 RUN_NAME=full
+
+Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
+checkpoint-N/ and final/ (model, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/full
+"""
+
+from common.settings import UserError, apply_overrides, check_choice, current, run_main
+from common.sources import check_files
+
+# Model
+MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
+DTYPE: str | None = None  # of weights, gradients and moments; None: bfloat16, float32 on older devices
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
+# GaLore
+GALORE_RANK = 128  # of gradients and moments; memory grows with it. Matrices with a side no longer learn as with adamw
+GALORE_UPDATE_GAP = 50  # steps from one refresh of a matrix's basis to the next
+GALORE_SCALE = 0.25  # factor on the updates of projected matrices, beside LEARNING_RATE
+GALORE_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
+# Data
+DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
+EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
+EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
+MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
+TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
+DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
+PACKING = True  # fill rows with several chats that do not see each other
+TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it is printed
+# Optimization
+OPTIM = "galore"  # galore, galore_8bit (moments), galore_exact_svd, galore_torch (the authors'), adamw, adamw_8bit
+NUM_TRAIN_EPOCHS: int | float = 2
+MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # chats at once (packed: rows of MAX_LENGTH, as one); activations grow with it
+GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
+LEARNING_RATE = 1e-4  # peak
+MIN_LR = 0.0  # where linear and cosine end
+LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
+WARMUP_RATIO = 0.1  # share of the steps
+WEIGHT_DECAY = 0.0
+MAX_GRAD_NORM = 1.0
+KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
+NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
+GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
+TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
+SEED = 0
+# Logging and output
+LOGGING_STEPS = 1
+EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
+SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
+SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
+OUT_DIR = "out"
+RUN_NAME: str | None = None  # None: galore_train-<time>
+RESUME: str | None = "auto"  # the same command again goes on from the newest sound checkpoint; None: never
+ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LEARNING_RATE, SAVE_STEPS"
+
+if __name__ == "__main__":
+    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
+
+import math
+import sys
+
+import torch
+from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
+
+from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
+from common.galore import GaLore
+from common.loss import supports_chunked_loss
+
+# OPTIM, and what it is called in transformers; None: made here.
+OPTIMIZERS = {
+    "galore": None,
+    "galore_8bit": None,
+    "galore_exact_svd": None,
+    "galore_torch": None,
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+}
+
+
+def main():
+    # Settings and data: every mistake that can be found without the model is found here
+    settings = current(globals())
+    check_choice("OPTIM", OPTIM, OPTIMIZERS)
+    in_libraries_terms = settings | {"OPTIM": OPTIMIZERS[OPTIM] or "adamw_torch_fused"}
+    if OPTIM == "galore_torch":
+        in_libraries_terms["SAVE_STEPS"] = None
+        print("OPTIM=galore_torch keeps code in its state, which is not loaded again: no checkpoints", file=sys.stderr)
+    training.check_settings(in_libraries_terms)
+    check_galore_settings()
+    source = models.locate(MODEL)
+    data.check_settings(settings)
+    dtype = models.choose_dtype(DTYPE)
+    refuse_untrainable(source, dtype)
+    models.check_length(source, MAX_LENGTH)
+    tokenizer = models.load_tokenizer(source)
+    kl_weight = choose_kl_weight(source, tokenizer)
+    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    print(note)
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
+    begun_with = checkpoint[1] if checkpoint and not runs.allowed_changes(settings) & set(runs.DATA_SETTINGS) else None
+    train_set, eval_set, account = prepared.datasets_for(
+        settings, encoder, folder / "data", bool(kl_weight), begun_with
+    )
+    print(prepared.describe(account))
+    doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), encoder.unseen)
+
+    # Model
+    set_seed(SEED)
+    # Compiled, attention per document would be compiled again for every length of a document.
+    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
+    print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    model = load_whole(source, dtype, attention, len(tokenizer))
+    base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
+
+    # Training
+    optimizer = make_optimizer(model)
+    trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else training.ChatTrainer)(
+        model=model,
+        args=training.arguments(in_libraries_terms, folder, dtype, evaluate=bool(eval_set)),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
+        kl_weight=kl_weight,
+        base_model=base,
+        save_total_limit=SAVE_TOTAL_LIMIT,
+        data_digest=account["digest"],
+        base_fingerprint=model.base_fingerprint,
+    )
+    runs.carry_out(trainer, folder, checkpoint, lambda final: models.save_final(final, trainer.model, tokenizer))
+
+
+class GaloreTrainer(training.ChatTrainer):
+    """ChatTrainer whose gradients lie in the optimizer, which knows their norm."""
+
+    def _clip_grad_norm(self, model):
+        return self.optimizer.optimizer.clip_grad_norm_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # MAX_GRAD_NORM=0
+            grad_norm = self.optimizer.optimizer.clip_grad_norm_(math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+
+def check_galore_settings():
+    """Refuse what GaLore cannot work with; warn of what did not work for others."""
+    if GALORE_RANK < 1 or GALORE_UPDATE_GAP < 1 or GALORE_SCALE <= 0:
+        raise UserError(
+            f"GALORE_RANK={GALORE_RANK} GALORE_UPDATE_GAP={GALORE_UPDATE_GAP} GALORE_SCALE={GALORE_SCALE}: rank and "
+            "gap are at least 1, the scale is above 0."
+        )
+    if OPTIM.startswith("galore") and GALORE_SCALE >= 1:
+        print(
+            f"GALORE_SCALE={GALORE_SCALE}: of two long runs elsewhere, one with a scale of 2 diverged. 0.25 is usual.",
+            file=sys.stderr,
+        )
+
+
+def refuse_untrainable(source: models.Source, dtype: torch.dtype):
+    """Refuse weights that cannot be trained by a gradient, with the reason."""
+    if getattr(models.load_config(source), "quantization_config", None):
+        raise UserError(
+            f"MODEL={source.name} is quantised: its weights have no gradient to train by. Take the 16-bit model, or "
+            "qlora_train.py, which leaves the base as it is."
+        )
+    if dtype == torch.float16:
+        raise UserError(f"DTYPE={DTYPE}: gradients of float16 weights cannot be unscaled. Set DTYPE=float32.")
+    if OPTIM == "adamw_8bit" and not torch.cuda.is_available():
+        raise UserError("OPTIM=adamw_8bit: bitsandbytes needs a GPU for it. OPTIM=adamw works.")
+
+
+def choose_kl_weight(source: models.Source, tokenizer) -> float:
+    """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
+    possible = supports_chunked_loss(models.load_config(source))
+    if KL_WEIGHT and not possible:
+        raise UserError(f"KL_WEIGHT={KL_WEIGHT} does not work with {source.name}. Set KL_WEIGHT=0.")
+    chosen = 1.0 if possible and tokenizer.chat_template and TRAIN_ON == "assistant" else 0.0
+    weight = chosen if KL_WEIGHT is None else KL_WEIGHT
+    print(f"weight of holding the base's predictions: {weight}")
+    return weight
+
+
+def load_whole(source: models.Source, dtype: torch.dtype, attention: str, vocabulary: int):
+    """The model with all its weights; an adapter on it is merged first."""
+    model = models.load_model(source, None, dtype, attention, trainable=True, vocabulary=vocabulary)
+    return (model.merge_and_unload() if source.adapter else model).requires_grad_(True)
+
+
+def make_optimizer(model):
+    """The optimizer that OPTIM names, None for one that transformers makes."""
+    if not OPTIM.startswith("galore"):
+        return None
+    projected = projected_matrices(model)
+    ids = {id(p) for p in projected}
+    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())
+    print(f"GaLore: {len(projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights")
+    usual = dict(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    if OPTIM == "galore_torch":
+        from galore_torch import GaLoreAdamW
+
+        special = dict(rank=GALORE_RANK, update_proj_gap=GALORE_UPDATE_GAP, scale=GALORE_SCALE, proj_type="std")
+        return GaLoreAdamW([{"params": plain}, {"params": projected, **special}], no_deprecation_warning=True, **usual)
+    kind = dict(exact_svd=OPTIM == "galore_exact_svd", eight_bit=OPTIM == "galore_8bit")
+    return GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
+
+
+def projected_matrices(model) -> list[torch.nn.Parameter]:
+    """The weights of linear layers that GALORE_TARGET_MODULES names and that have both sides above GALORE_RANK."""
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    names = {name.rpartition(".")[2] for name in layers}
+    wanted = names if GALORE_TARGET_MODULES == "auto" else set(GALORE_TARGET_MODULES.replace(" ", "").split(","))
+    chosen = [
+        m.weight for n, m in layers.items() if n.rpartition(".")[2] in wanted and min(m.weight.shape) > GALORE_RANK
+    ]
+    if not chosen or wanted - names:
+        raise UserError(
+            f"GALORE_TARGET_MODULES={GALORE_TARGET_MODULES} GALORE_RANK={GALORE_RANK}: no such linear layer with both "
+            f"sides above the rank. The model has: {', '.join(sorted(names))}."
+        )
+    return chosen
+
+
+if __name__ == "__main__":
+    run_main(main)
