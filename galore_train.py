@@ -210,7 +210,9 @@ def make_optimizer(model):
         special = dict(rank=GALORE_RANK, update_proj_gap=GALORE_UPDATE_GAP, scale=GALORE_SCALE, proj_type="std")
         return GaLoreAdamW([{"params": plain}, {"params": projected, **special}], no_deprecation_warning=True, **usual)
     kind = dict(exact_svd=OPTIM == "galore_exact_svd", eight_bit=OPTIM == "galore_8bit")
-    return GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
+    galore = GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
+    galore.attach(model)
+    return galore
 
 
 def projected_matrices(model) -> list[torch.nn.Parameter]:

@@ -8,6 +8,7 @@ al. 2011, https://arxiv.org/abs/0909.4061) instead of an SVD, a few matrices a s
 moments are carried over into it (compare LDAdam, https://arxiv.org/abs/2410.16103), not read in other coordinates.
 """
 
+import functools
 import math
 
 import torch
@@ -51,6 +52,25 @@ class GaLore(torch.optim.AdamW):
             self.put_moments(self.state[parameter], *torch.zeros(2, rank, long, **like))
             parameter.register_post_accumulate_grad_hook(self.project)
 
+    def attach(self, model) -> None:
+        """Let the model's linear layers compute their projected gradients without the full ones.
+
+        (m, n) gradients are products over the tokens; with one factor projected first, rank instead of min(m, n) of
+        their rows or columns are computed, and of a tall matrix only the projected input is kept for backward (CompAct,
+        https://arxiv.org/abs/2410.15352).
+        """
+        ids = {id(parameter) for parameter in self.projected}
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and id(module.weight) in ids:
+                module.forward = functools.partial(self.linear, module)
+
+    def linear(self, module, inputs):
+        weight = module.weight
+        # Under autocast to another dtype than the weights', and for a new basis, autograd makes the full gradient.
+        if not torch.is_grad_enabled() or inputs.dtype != weight.dtype or self.is_due(weight):
+            return torch.nn.functional.linear(inputs, weight, module.bias)
+        return ProjectedLinear.apply(inputs, weight, module.bias, self)
+
     def is_due(self, parameter) -> bool:
         step, (first, turn) = self.state[parameter]["step"], self.turns[parameter]
         return step == first or step >= FIRST_REFRESHES and step % self.update_gap == turn
@@ -58,10 +78,13 @@ class GaLore(torch.optim.AdamW):
     @torch.no_grad()
     def project(self, parameter) -> None:
         """Add a matrix's gradient to the projected sum and free it, unless it is needed for a new basis."""
-        if not self.is_due(parameter):
-            low = self.state[parameter]["basis"].T @ wide(parameter.grad)
-            self.sums[parameter] = self.sums[parameter].add_(low) if parameter in self.sums else low
+        if parameter.grad is not None and not self.is_due(parameter):  # None: a layer that was attached
+            self.add(parameter, self.state[parameter]["basis"].T @ wide(parameter.grad))
             parameter.grad = None
+
+    def add(self, parameter, low: torch.Tensor) -> None:
+        """Add a projected gradient (rank, max(m, n)) to those of this batch."""
+        self.sums[parameter] = self.sums[parameter].add_(low) if parameter in self.sums else low
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -163,6 +186,30 @@ class GaLore(torch.optim.AdamW):
             for name, value in state_dict["state"].get(number, {}).items():
                 kept = value.to(parameter.device, copy=True) if torch.is_tensor(value) else value
                 self.state[parameter][name] = kept
+
+
+class ProjectedLinear(torch.autograd.Function):
+    """inputs (..., n) @ weight (m, n).T + bias; the weight's gradient goes, projected, to the optimizer."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias, optimizer):
+        ctx.optimizer, ctx.weight, ctx.shape = optimizer, weight, inputs.shape
+        ctx.basis = optimizer.state[weight]["basis"]
+        ctx.is_tall = weight.shape[0] > weight.shape[1]
+        ctx.save_for_backward(inputs.flatten(0, -2) @ ctx.basis if ctx.is_tall else inputs)
+        return torch.nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (kept,) = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)  # (tokens, m)
+        if ctx.is_tall:
+            low = kept.T @ flat  # (rank, tokens) @ (tokens, m)
+        else:
+            low = (flat @ ctx.basis).T @ kept.flatten(0, -2)  # (rank, tokens) @ (tokens, n)
+        ctx.optimizer.add(ctx.weight, low)
+        inputs = (flat @ ctx.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return inputs, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def wide(matrix: torch.Tensor) -> torch.Tensor:

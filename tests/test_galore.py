@@ -18,10 +18,13 @@ def small_model(seed=0, dtype=torch.float32):
     return torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 12)).to(dtype)
 
 
-def optimizer_of(model, **settings):
+def optimizer_of(model, attached=True, **settings):
     settings = dict(rank=RANK, update_gap=GAP, scale=1.0, lr=1e-2, weight_decay=0.0) | settings
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    return GaLore(matrices, [p for p in model.parameters() if p.ndim == 1], **settings)
+    optimizer = GaLore(matrices, [p for p in model.parameters() if p.ndim == 1], **settings)
+    if attached:
+        optimizer.attach(model)
+    return optimizer
 
 
 def batch(step, rows=8, dtype=torch.float32):
@@ -48,14 +51,15 @@ def difference(one, other, start):
     return (apart / sum(a.square().sum() for a in changes[0]).sqrt()).item()
 
 
+@pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, FIRST_REFRESHES + 2 * GAP])
-def test_accumulated_micro_batches_are_one_batch(steps):
+def test_accumulated_micro_batches_are_one_batch(steps, attached):
     """Also over refreshes, which see the whole batch. In float64: after many steps, rounding is all that is left."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
         start = small_model(dtype=dtype)
         one, four = copy.deepcopy(start), copy.deepcopy(start)
-        train(one, optimizer_of(one), steps)
-        train(four, optimizer_of(four), steps, parts=4)
+        train(one, optimizer_of(one, attached), steps)
+        train(four, optimizer_of(four, attached), steps, parts=4)
         assert 0 < difference(one, four, start) < bound or (dtype == torch.float32 and steps > 3)
 
 
@@ -83,9 +87,39 @@ def test_the_layerwise_recipe_of_galore_torch_takes_a_step_for_each_micro_batch(
     assert difference(*results, start) > 0.1
 
 
+def test_attached_layers_give_the_same_gradients_without_the_full_ones():
+    start = small_model(dtype=torch.float64)
+    models = [copy.deepcopy(start) for _ in range(2)]
+    optimizers = [optimizer_of(model, attached) for model, attached in zip(models, (True, False), strict=True)]
+    full = []
+    models[0][0].weight.register_hook(full.append)  # called with a full gradient only
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, FIRST_REFRESHES + 2 * GAP, parts=2)
+    assert difference(*models, start) < 1e-9
+    refreshes = 1 + sum(step % GAP == 0 for step in range(FIRST_REFRESHES, FIRST_REFRESHES + 2 * GAP))
+    assert len([gradient for gradient in full if gradient is not None]) == 2 * refreshes  # two micro steps each
+
+
+def test_attached_layers_have_the_gradients_of_inputs_and_bias():
+    model = small_model(dtype=torch.float64)
+    optimizer_of(model, update_gap=50)
+    for parameter in model.parameters():
+        parameter.grad = None
+    inputs = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    twin = small_model(dtype=torch.float64)
+    model(inputs).square().sum().backward()
+    expected = inputs.grad.clone()
+    inputs.grad = None
+    twin(inputs).square().sum().backward()
+    assert torch.allclose(inputs.grad, expected)
+    assert all(torch.allclose(model[i].bias.grad, twin[i].bias.grad) for i in (0, 2))
+    with torch.no_grad():
+        assert torch.equal(model(inputs), twin(inputs))
+
+
 def test_gradients_are_freed_as_they_come_but_those_whose_turn_it_is():
     model = small_model()
-    optimizer, turns = optimizer_of(model, update_gap=2), []
+    optimizer, turns = optimizer_of(model, attached=False, update_gap=2), []
     for step in range(20):
         due = [optimizer.is_due(p) for p in optimizer.projected]
         functional.mse_loss(model(batch(step)[0]), batch(step)[1]).backward()
@@ -98,11 +132,10 @@ def test_gradients_are_freed_as_they_come_but_those_whose_turn_it_is():
 
 def test_updates_lie_in_the_basis_and_match_adam_there():
     """One step of a projected matrix: basis @ Adam(basis' gradient), times the scale."""
-    model = small_model()
+    model, twin = small_model(), small_model()
     optimizer = optimizer_of(model, scale=0.5, update_gap=5)
     last = optimizer.projected[1]  # not due in the first step
     before, basis = last.detach().clone(), optimizer.state[last]["basis"].clone()
-    twin = copy.deepcopy(model)
     functional.mse_loss(twin(batch(0)[0]), batch(0)[1]).backward()
     gradient = wide(twin[2].weight.grad)
     train(model, optimizer, 1)
@@ -291,3 +324,37 @@ def test_two_processes_are_one(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert difference(one, two, start) < 1e-3  # 41 steps of float32
     assert most == RANK * 24  # nothing larger than a projected gradient was exchanged
+
+
+@pytest.mark.slow
+def test_gradients_and_states_take_at_most_35_percent_of_adamws():
+    """SmolLM2-135M at rank 128, random weights: storages of the projected matrices, alive at the end of backward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    ids = torch.arange(16)[None]
+    peaks = {}
+    for name in ("galore", "adamw"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        matrices = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+        others = [p for p in model.parameters() if p.ndim == 1]
+        if name == "galore":
+            optimizer = GaLore(matrices, others, rank=128, update_gap=50)
+            optimizer.attach(model)
+        else:
+            optimizer = torch.optim.AdamW([*matrices, *others])
+        peaks[name] = 0
+        for _ in range(FIRST_REFRESHES + 2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            tensors = [p.grad for p in matrices if p.grad is not None] + list(getattr(optimizer, "sums", {}).values())
+            tensors += [t for p in matrices for t in optimizer.state[p].values() if torch.is_tensor(t)]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            peaks[name] = max(peaks[name], sum(storages.values()))
+            optimizer.step()
+            optimizer.zero_grad()
+    print({name: f"{peak / 2**20:.0f} MiB" for name, peak in peaks.items()})
+    assert peaks["galore"] <= 0.35 * peaks["adamw"], peaks
