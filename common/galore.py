@@ -228,16 +228,12 @@ def add_stochastically(weights: torch.Tensor, update: torch.Tensor, seed: int) -
     To the nearest, an update of less than half a step of bfloat16 (a 256th of the weight) would be lost every time
     (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). The seed makes it the same in all processes, and on resume.
     """
-    noise = random_bits(weights.shape, weights.device, seed)
+    generator = torch.Generator(weights.device).manual_seed(seed)
+    # One number a column will do: what is left over differs from row to row.
+    noise = torch.randint(2**16, weights.shape[-1:], generator=generator, dtype=torch.int32, device=weights.device)
     total = update.add_(weights)
     total.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # the upper 16 bits of a float32 are a bfloat16
     weights.copy_(total)
-
-
-@functools.lru_cache(maxsize=8)  # matrices of one shape share the noise of a step
-def random_bits(shape, device, seed: int) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randint(2**16, shape, generator=generator, dtype=torch.int32, device=device)
 
 
 def average(tensor: torch.Tensor) -> torch.Tensor:
