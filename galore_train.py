@@ -70,7 +70,6 @@ from transformers.pytorch_utils import Conv1D
 
 from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
 from common.galore import GaLore
-from common.loss import supports_chunked_loss
 
 # OPTIM, and what it is called in transformers; None: made here.
 OPTIMIZERS = {
@@ -99,7 +98,7 @@ def main():
     refuse_untrainable(source, dtype)
     models.check_length(source, MAX_LENGTH)
     tokenizer = models.load_tokenizer(source)
-    kl_weight = choose_kl_weight(source, tokenizer)
+    kl_weight = training.choose_kl_weight(settings, models.load_config(source), tokenizer)
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
@@ -176,17 +175,6 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
         raise UserError(f"DTYPE={DTYPE}: gradients of float16 weights cannot be unscaled. Set DTYPE=float32.")
     if OPTIM == "adamw_8bit" and not torch.cuda.is_available():
         raise UserError("OPTIM=adamw_8bit: bitsandbytes needs a GPU for it. OPTIM=adamw works.")
-
-
-def choose_kl_weight(source: models.Source, tokenizer) -> float:
-    """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
-    possible = supports_chunked_loss(models.load_config(source))
-    if KL_WEIGHT and not possible:
-        raise UserError(f"KL_WEIGHT={KL_WEIGHT} does not work with {source.name}. Set KL_WEIGHT=0.")
-    chosen = 1.0 if possible and tokenizer.chat_template and TRAIN_ON == "assistant" else 0.0
-    weight = chosen if KL_WEIGHT is None else KL_WEIGHT
-    print(f"weight of holding the base's predictions: {weight}")
-    return weight
 
 
 def load_whole(source: models.Source, dtype: torch.dtype, attention: str, vocabulary: int):

@@ -70,7 +70,6 @@ from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 from transformers import set_seed
 
 from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
-from common.loss import supports_chunked_loss
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
 # direction apart), 2312.03732 (rsLoRA: scaled by the root of the rank), 2404.02948 (PiSSA: starts from the principal
@@ -96,7 +95,8 @@ def main():
     refuse_untrainable(source, dtype)
     models.check_length(source, MAX_LENGTH)
     tokenizer = models.load_tokenizer(source)
-    kl_weight = choose_kl_weight(source)
+    base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
+    kl_weight = training.choose_kl_weight(settings, models.load_config(source), base_tokenizer, keeps_base(source))
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
@@ -169,21 +169,11 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
             raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
 
 
-def choose_kl_weight(source: models.Source) -> float:
-    """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0."""
-    # PiSSA and LoftQ change the base itself; models with other logits than their head's keep TRL's loss.
+def keeps_base(source: models.Source) -> bool:
+    """Whether leaving out the adapter gives the base's predictions; PiSSA and LoftQ change the base itself."""
     begun = PeftConfig.from_pretrained(source.adapter) if source.adapter else None
     variant = getattr(begun, "init_lora_weights", True) if begun else ADAPTER
-    possible = variant not in (None, "pissa", "loftq") and supports_chunked_loss(models.load_config(source))
-    if KL_WEIGHT and not possible:
-        raise UserError(
-            f"KL_WEIGHT={KL_WEIGHT} does not work with ADAPTER={ADAPTER} on {source.name}. Set KL_WEIGHT=0."
-        )
-    base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
-    chosen = 1.0 if possible and base_tokenizer.chat_template and TRAIN_ON == "assistant" else 0.0
-    weight = chosen if KL_WEIGHT is None else KL_WEIGHT
-    print(f"weight of holding the base's predictions: {weight}")
-    return weight
+    return variant not in (None, "pissa", "loftq")
 
 
 def trained_rows(source: models.Source, encoder) -> list[int]:

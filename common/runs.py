@@ -143,7 +143,7 @@ def git_commit() -> str | None:
 
 def carry_out(trainer, folder: Path, checkpoint, save) -> None:
     """Train (on from a checkpoint with its mark), save, evaluate, and write the results into the run folder."""
-    log = RunLog(folder, trainer)
+    log = RunLog(trainer)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     started = now()
@@ -161,7 +161,7 @@ class RunLog(TrainerCallback):
     trainer: a ChatTrainer.
     """
 
-    def __init__(self, folder: Path, trainer):
+    def __init__(self, trainer):
         self.trainer = trainer
         self.step_seconds: list[float] = []
         self.progress = None

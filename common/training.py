@@ -52,6 +52,21 @@ def check_settings(settings: dict) -> None:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process only, so far. Start it with plain python.")
 
 
+def choose_kl_weight(settings: dict, config, base_tokenizer, keeps_base: bool = True) -> float:
+    """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0.
+
+    keeps_base: whether the base's predictions can be had. Models with other logits than their head's keep TRL's loss.
+    """
+    possible, weight = keeps_base and supports_chunked_loss(config), settings["KL_WEIGHT"]
+    if weight and not possible:
+        adapter = f"ADAPTER={settings['ADAPTER']} on " if "ADAPTER" in settings else ""
+        raise UserError(f"KL_WEIGHT={weight} does not work with {adapter}{settings['MODEL']}. Set KL_WEIGHT=0.")
+    if weight is None:
+        weight = 1.0 if possible and base_tokenizer.chat_template and settings["TRAIN_ON"] == "assistant" else 0.0
+    print(f"weight of holding the base's predictions: {weight}")
+    return weight
+
+
 def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
     """A run's settings in TRL's terms; `evaluate`: whether there are held-out rows."""
     on_gpu = torch.cuda.is_available()
