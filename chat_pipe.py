@@ -3,19 +3,26 @@
     python chat_pipe.py MODEL=out/first
     echo "What is your name?" | python chat_pipe.py MODEL=out/first TEMPERATURE=0
 
-/reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer. Piped input gets one answer line per
-prompt line and nothing else on standard output.
+In the terminal /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Piped input gets one answer line per
+prompt line and nothing else on standard output. PROMPTS=file.jsonl writes an answer for every row of a file.
 """
 
-from common.settings import apply_overrides, run_main
+from common.settings import UserError, apply_overrides, current, declared, nearest, parse, run_main
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
+COMPARE: str | None = None  # a second model, which answers the same prompts; each goes on from its own answers
 QUANTIZATION: str | None = None  # nf4 or int8; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 # Conversation
 SYSTEM: str | None = None  # system message put before the conversation
 PROMPT: str | None = None  # answer this one prompt and leave
+CONTEXT: int | None = None  # tokens in view, the oldest turns beyond are left out; None: as many as the model takes
+HISTORY: str | None = "~/.chat_pipe_history"  # file of the prompts typed, for the arrow keys; None: none
+# A file of prompts
+PROMPTS: str | None = None  # .jsonl of {"prompt"}, or chats whose last question is to be answered
+ANSWERS: str | None = None  # .jsonl to write; None: <PROMPTS>-answers.jsonl. The same command again goes on with it
+BATCH_SIZE = 16  # prompts answered at once
 # Generation
 MAX_NEW_TOKENS = 512
 TEMPERATURE = 0.7  # 0: always the likeliest token
@@ -25,29 +32,67 @@ SEED = 0
 if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
 
+import contextlib
+import json
+import re
 import sys
-import time
+from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
 from transformers import set_seed
 from transformers.utils import logging
 
-from common import generation
+from common import generation, gpu, shapes, sources
+
+HELP = '''\
+/reset           forget the conversation
+/system TEXT     set the system message; without a text, remove it
+/set NAME=VALUE  change TEMPERATURE, TOP_P, MAX_NEW_TOKENS or CONTEXT
+/show            the settings and the conversation
+/retry           answer the last prompt again
+/undo            take the last prompt and its answer back
+/save FILE       add the conversation to a .jsonl file, as a row to train on
+/load FILE       go on with the last conversation of such a file
+/stats           tokens and time so far
+/quit            leave (or Ctrl-D)
+"""              begins and ends a prompt of several lines; pasted lines stay together anyway'''
+CHANGEABLE = ("TEMPERATURE", "TOP_P", "MAX_NEW_TOKENS", "CONTEXT")
+COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
+QUOTES = '"' * 3
+STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
+MADE_BY = ("MODEL", "QUANTIZATION", "SYSTEM", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "BATCH_SIZE", "SEED")
 
 
 def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, tokenizer = generation.load_for_chat(MODEL, QUANTIZATION, DTYPE)
+    check_settings()
+    rows = read_prompts(Path(PROMPTS)) if PROMPTS else []
+    names = [MODEL, COMPARE] if COMPARE else [MODEL]
+    speakers = {name: generation.Speaker(*generation.load_for_chat(name, QUANTIZATION, DTYPE)) for name in names}
     set_seed(SEED)
-    if PROMPT is not None:
-        answer(model, tokenizer, opening() + [{"role": "user", "content": PROMPT}])
-        print()
+    if PROMPTS:
+        answer_file(speakers[MODEL], rows, Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl"))
+    elif PROMPT is not None:
+        Talk(speakers).ask(PROMPT)
     elif not sys.stdin.isatty():
         for line in sys.stdin:
             if line.strip():
-                print(one_line(model, tokenizer, line.strip()), flush=True)
+                print(one_line(speakers[MODEL], line.strip()), flush=True)
     else:
-        converse(model, tokenizer)
+        converse(Talk(speakers))
+
+
+def check_settings():
+    """Refuse values that cannot work, and combinations of which one would be ignored."""
+    if TEMPERATURE < 0 or not 0 < TOP_P <= 1 or min(MAX_NEW_TOKENS, BATCH_SIZE, CONTEXT or 1) < 1:
+        raise UserError(
+            f"TEMPERATURE={TEMPERATURE} TOP_P={TOP_P} MAX_NEW_TOKENS={MAX_NEW_TOKENS} BATCH_SIZE={BATCH_SIZE} "
+            f"CONTEXT={CONTEXT}: temperature is 0 or more, TOP_P above 0 and at most 1, the others are at least 1."
+        )
+    if COMPARE and (PROMPTS or PROMPT is None and not sys.stdin.isatty()):
+        raise UserError(f"COMPARE={COMPARE} is for the terminal and for PROMPT=. Run the second model by itself.")
 
 
 def opening() -> list[dict]:
@@ -55,55 +100,240 @@ def opening() -> list[dict]:
     return [{"role": "system", "content": SYSTEM}] if SYSTEM else []
 
 
-def stream(model, tokenizer, messages):
+def has_system(messages: list[dict]) -> bool:
+    return bool(messages) and messages[0]["role"] == "system"
+
+
+def context_of(speaker) -> int:
+    return min(CONTEXT or speaker.context, speaker.context)
+
+
+def window(speaker, messages: list[dict]) -> tuple[list[dict], list[int]]:
+    """The messages without the oldest turns, so that an answer fits into the context, too; and their token ids."""
+    context = context_of(speaker)
+    room, first = min(MAX_NEW_TOKENS, context // 4), int(has_system(messages))
+    while len(ids := speaker.encoder.prompt(messages)) + room > context:
+        later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
+        if not later:
+            raise UserError(f"the prompt has {len(ids)} tokens, CONTEXT={context} leaves {context - room}. Shorten it.")
+        messages = messages[:first] + messages[later[0] :]
+    return messages, ids
+
+
+def stream(speaker, ids: list[int]):
     """The pieces of the answer, as the generation settings say."""
-    return generation.stream_answer(
-        model, tokenizer, messages, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
-    )
+    return speaker.stream(ids, min(MAX_NEW_TOKENS, context_of(speaker) - len(ids)), TEMPERATURE, TOP_P)
 
 
-def answer(model, tokenizer, messages: list[dict]) -> str:
-    """Print the answer while it comes, and return it; Ctrl-C keeps what has come so far."""
-    text = ""
-    try:
-        for piece in stream(model, tokenizer, messages):
-            print(piece, end="", flush=True)
-            text += piece
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    return text.strip()
-
-
-def one_line(model, tokenizer, prompt: str) -> str:
+def one_line(speaker, prompt: str) -> str:
     """The answer to a single prompt, without line breaks."""
-    pieces = stream(model, tokenizer, opening() + [{"role": "user", "content": prompt}])
-    return " ".join("".join(pieces).split())
+    _, ids = window(speaker, [*opening(), {"role": "user", "content": prompt}])
+    return " ".join("".join(stream(speaker, ids)).split())
 
 
-def converse(model, tokenizer):
+class Talk:
+    """A conversation with one model, or two side by side.
+
+    speakers: the models by name. histories: what was said with each, lists of messages.
+    """
+
+    def __init__(self, speakers: dict):
+        self.speakers = speakers
+        self.histories = {name: opening() for name in speakers}
+        self.answers: list[generation.Answer] = []
+
+    def ask(self, prompt: str) -> None:
+        """Answer a prompt, streaming; where Ctrl-C stops the answer, what has come counts."""
+        for name, speaker in self.speakers.items():
+            history = self.histories[name]
+            messages = [*history, {"role": "user", "content": prompt}]
+            kept, ids = window(speaker, messages)
+            if len(self.speakers) > 1:
+                print(f"[{name}]")
+            if len(kept) < len(messages):
+                print(f"(the context is full: the oldest {len(messages) - len(kept)} messages are left out)")
+            try:
+                with contextlib.closing(stream(speaker, ids)) as pieces:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            print(flush=True)
+            self.answers.append(speaker.last)
+            if answer := speaker.last.text.strip():
+                history[:] = [*messages, {"role": "assistant", "content": answer}]
+            if PROMPT is None:
+                print(self.describe(speaker))
+
+    def describe(self, speaker) -> str:
+        """The line after an answer."""
+        last = speaker.last
+        used = f"context {last.prompt_tokens + last.tokens} of {context_of(speaker)}"
+        return f"[{last.tokens} tokens, {last.tokens / last.seconds:.1f} tokens/s, {used}, {STOPS[last.stop]}]"
+
+    def undo(self) -> str:
+        """Take the last prompt and its answers back; returns the prompt."""
+        for history in self.histories.values():
+            asked = [i for i, message in enumerate(history) if message["role"] == "user"]
+            if not asked:
+                raise UserError("there is no prompt yet.")
+            prompt = history[asked[-1]]["content"]
+            del history[asked[-1] :]
+        return prompt
+
+    def obey(self, line: str) -> None:
+        """Carry out a command of HELP; UserError where it cannot be."""
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match command:
+            case "/help":
+                print(HELP)
+            case "/reset":
+                self.histories = {name: opening() for name in self.speakers}
+                print("(forgotten)")
+            case "/system":
+                for history in self.histories.values():
+                    history[: has_system(history)] = [{"role": "system", "content": rest}] if rest else []
+            case "/set":
+                print(change_setting(rest))
+            case "/show":
+                print(", ".join(f"{name}={value}" for name, value in current(globals()).items() if value is not None))
+                for name, history in self.histories.items():
+                    print(f"[{name}]", *(f"{message['role']}: {message['content']}" for message in history), sep="\n")
+            case "/retry":
+                self.ask(self.undo())
+            case "/undo":
+                print(f"(taken back: {self.undo()})")
+            case "/save":
+                self.save(rest)
+            case "/load":
+                self.load(rest)
+            case "/stats":
+                tokens, seconds = (sum(getattr(a, key) for a in self.answers) for key in ("tokens", "seconds"))
+                memory = f"{gpu.vram_gib():.1f} GiB VRAM" if gpu.vram_gib() is not None else f"{gpu.rss_gib():.1f} GiB"
+                print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {gpu.device_name()}, {memory}")
+            case _:
+                raise UserError(f"{command} is no command.{nearest(command, COMMANDS)} /help lists them all.")
+
+    def save(self, file: str) -> None:
+        """Add the conversation to a file of chats; of two models, that with MODEL."""
+        with open(Path(file).expanduser(), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"messages": self.histories[MODEL]}, ensure_ascii=False) + "\n")
+        print(f"(saved as a row of {file})")
+
+    def load(self, file: str) -> None:
+        """Go on with the last chat of a file."""
+        chat = shapes.to_chat([row for _, row in sources.read_jsonl(Path(file).expanduser())][-1])
+        if isinstance(chat, str):
+            raise UserError(f"{file}: {chat}")
+        self.histories = {name: list(chat) for name in self.speakers}
+        print(f"(loaded: {len(chat)} messages, the last: {chat[-1]['content'][:60]!r})")
+
+
+def converse(talk: Talk):
     """Prompt, answer, repeat, with the conversation so far in view of the model."""
-    print(f"{MODEL}: /reset forgets the conversation, /quit leaves")
-    messages = opening()
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    session = PromptSession(history=FileHistory(Path(HISTORY).expanduser()) if HISTORY else InMemoryHistory())
+    print(f"{' and '.join(talk.speakers)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
-            prompt = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+            prompt = session.prompt("\n> ").strip()
+            while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
+                prompt += "\n" + session.prompt(". ").rstrip()
+            prompt = prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
             return
         if prompt == "/quit":
             return
-        if prompt == "/reset":
-            messages = opening()
-            print("(forgotten)")
-        elif prompt.startswith("/"):
-            print("commands: /reset /quit")
-        elif prompt:
-            messages.append({"role": "user", "content": prompt})
-            started = time.perf_counter()
-            text = answer(model, tokenizer, messages)
-            messages.append({"role": "assistant", "content": text})
-            tokens = len(tokenizer.encode(text, add_special_tokens=False))
-            print(f"\n[{tokens} tokens, {tokens / (time.perf_counter() - started):.1f} tokens/s]")
+        try:
+            if prompt.startswith("/"):
+                talk.obey(prompt)
+            elif prompt:
+                talk.ask(prompt)
+        except (UserError, OSError) as error:
+            print(f"({error})")
+
+
+def change_setting(text: str) -> str:
+    """Set one of CHANGEABLE as NAME=VALUE says."""
+    name, equals, value = text.partition("=")
+    if name not in CHANGEABLE or not equals:
+        raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
+    before = globals()[name]
+    globals()[name] = parse(name, value, next(s["types"] for s in declared(__file__) if s["name"] == name))
+    try:
+        check_settings()
+    except UserError:
+        globals()[name] = before
+        raise
+    return f"({name}={globals()[name]}, was {before})"
+
+
+def read_prompts(file: Path) -> list[dict]:
+    """The rows of PROMPTS; UserError for one that holds no question."""
+    if not file.is_file():
+        raise UserError(f"PROMPTS={file}: there is no such file.")
+    rows = []
+    for number, row in sources.read_jsonl(file):
+        try:
+            question_of(row)
+        except UserError as error:
+            raise UserError(f"{file}:{number}: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def question_of(row) -> list[dict]:
+    """The chat up to the question that is to be answered, the last of a row."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
+        return [*opening(), {"role": "user", "content": row["prompt"]}]
+    turns = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
+        row = row | {"messages": [*turns, {"role": "assistant", "content": "to be answered"}]}
+    chat = shapes.to_chat(row)
+    if isinstance(chat, str) or chat[0]["role"] == "text":
+        raise UserError(chat if isinstance(chat, str) else "row: a text without a question")
+    chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+    return chat if has_system(chat) else opening() + chat
+
+
+def answer_file(speaker, rows: list[dict], file: Path) -> None:
+    """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
+    by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
+    for row, line in zip(rows, lines, strict=False):
+        if json.loads(line) | row | {"by": by} != json.loads(line):
+            raise UserError(
+                f"ANSWERS={file} holds answers to other prompts or with other settings: name another.", code=3
+            )
+    done = len(rows) if len(lines) >= len(rows) else len(lines) // BATCH_SIZE * BATCH_SIZE
+    with open(file, "ab") as stream:
+        stream.truncate(sum(map(len, lines[:done])))
+        starts = range(done, len(rows), BATCH_SIZE)
+        for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
+            set_seed(SEED + start)
+            batch = rows[start : start + BATCH_SIZE]
+            chats, ids = zip(*(window(speaker, question_of(row)) for row in batch), strict=True)
+            length = min(MAX_NEW_TOKENS, context_of(speaker) - max(map(len, ids)))
+            given = generation.answers(
+                speaker.model,
+                speaker.tokenizer,
+                chats,
+                BATCH_SIZE,
+                max_new_tokens=length,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+            )
+            for row, answer in zip(batch, given, strict=True):
+                made = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
+                stream.write(json.dumps(row | made, ensure_ascii=False).encode() + b"\n")
+            stream.flush()
+    print(f"{len(rows)} answers: {file}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def score(name: str, facts: list[dict], chats: list[list[dict]]) -> dict:
     model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
     print(f"\n{name}")
     asked = [[{"role": "user", "content": fact["question"]}] for fact in facts]
-    given = list(generation.answers(model, tokenizer, asked, max_new_tokens=64, temperature=0.0, top_p=1.0))
+    given = [a.text for a in generation.answers(model, tokenizer, asked, max_new_tokens=64, temperature=0.0, top_p=1.0)]
     right = [bool(re.search(fact["pattern"], answer)) for fact, answer in zip(facts, given, strict=True)]
     result = {"answers": given}
     for kind in dict.fromkeys(fact["kind"] for fact in facts):

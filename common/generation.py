@@ -1,14 +1,15 @@
-"""Answers: load a model for chatting, stream one answer, or answer many prompts in batches."""
+"""Answers: load a model for chatting, stream an answer token by token, or answer many prompts in batches."""
 
 import functools
-import json
 import sys
-import threading
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import TextIteratorStreamer
+from tokenizers.decoders import DecodeStream
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from common import models
 from common.encoding import ChatEncoder
@@ -21,8 +22,9 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     tokenizer = models.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
-    if source.adapter:
-        note_quantization(Path(source.adapter).parent / "settings.json", quantization)
+    if (trained := models.trained_with(source)) != quantization and source.adapter:
+        note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
+        print(note, file=sys.stderr)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -31,16 +33,6 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if source.adapter and not quantization:
         model = model.merge_and_unload()
     return model.eval(), tokenizer
-
-
-def note_quantization(run_settings: Path, quantization: str | None) -> None:
-    """Say so when an adapter is loaded on a base in another form than it was trained on."""
-    if run_settings.is_file():
-        trained = json.loads(run_settings.read_text(encoding="utf-8"))["settings"]["QUANTIZATION"]
-        if trained != quantization:
-            print(
-                f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}", file=sys.stderr
-            )
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -77,43 +69,97 @@ def encoder_of(tokenizer, template: str) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def stream_answer(model, tokenizer, messages: list[dict], **settings) -> Iterator[str]:
-    """Yield the answer to a chat as pieces of text while it is generated; settings as in `generation_settings`."""
-    inputs = prompts(model, tokenizer, [messages])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = threading.Event()  # set when the reader goes away: Ctrl-C, or the caller has had enough
-    arguments = dict(
-        **inputs,
-        **generation_settings(model, tokenizer, **settings),
-        streamer=streamer,
-        stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stopped.is_set(), device=ids.device)],
-    )
-    failure = []
+class Answer(NamedTuple):
+    """An answer and how it came about.
 
-    def generate():
+    stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
+    read: tokens of the prompt that had to be read; those of earlier turns need not be.
+    """
+
+    text: str
+    tokens: int
+    stop: str
+    prompt_tokens: int = 0
+    read: int = 0
+    seconds: float = 0.0
+
+
+class Speaker:
+    """A model in a conversation; it keeps its keys and values, so that a turn reads only what is new.
+
+    last: the last `Answer`. context: tokens that the model has positions for.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
+        self.ends = set(end_tokens(model, tokenizer))
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.seen: list[int] = []  # tokens whose keys and values are in the cache
+        # Layers with a window forget what is outside of it, and could not go back; plain ones keep all. Layers with a
+        # running state cannot go back anyway: there each turn is read from the start.
+        layers = DynamicCache(config=model.config).layers
+        self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        self.cache = None
+        self.last: Answer | None = None
+
+    @torch.no_grad()
+    def stream(self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
+        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0."""
+        started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
+        decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        self.rewind(prompt)
+        new = prompt[len(self.seen) :]
+        read = len(new)
         try:
-            model.generate(**arguments)
-        except BaseException as error:  # noqa: B036  handed over to the thread that reads the stream
-            failure.append(error)
-            streamer.end()
+            while True:
+                ids = torch.tensor([new], device=self.model.device)
+                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.cache, self.seen = output.past_key_values, self.seen + new
+                new = [choose_token(output.logits[:, -1], temperature, top_p)]
+                tokens += 1
+                if new[0] in self.ends:
+                    stop = "end"
+                    break
+                if piece := decoder.step(backend, new[0]):
+                    text += piece
+                    yield piece
+                if tokens == max_new_tokens or len(self.seen) == self.context:
+                    stop = "length" if tokens == max_new_tokens else "context"
+                    break
+        finally:  # also when the reader goes away: Ctrl-C, or it has had enough
+            self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
-    thread = threading.Thread(target=generate, daemon=True)
-    thread.start()
-    try:
-        yield from streamer
-    finally:
-        stopped.set()
-        thread.join()
-    if failure:
-        raise failure[0]
+    def rewind(self, prompt: list[int]) -> None:
+        """Keep of the cache what the prompt begins with; but for its last token, whose prediction is wanted."""
+        same = 0
+        while same < min(len(self.seen), len(prompt) - 1) and self.seen[same] == prompt[same]:
+            same += 1
+        if self.seen and self.can_rewind:
+            for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
+                layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
+        else:
+            same, self.cache = 0, DynamicCache() if self.can_rewind else None
+        self.seen = self.seen[:same]
+
+
+def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
+    """The next token, by its logits (1, vocabulary): the likeliest at temperature 0, else a sample of the top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
+    return int(torch.multinomial(scores.softmax(-1), 1))
 
 
 @torch.no_grad()
-def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **settings) -> Iterator[str]:
+def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **settings) -> Iterator[Answer]:
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
     arguments = generation_settings(model, tokenizer, **settings)
+    ends = set(arguments["eos_token_id"])
     for start in range(0, len(chats), batch_size):
         inputs = prompts(model, tokenizer, chats[start : start + batch_size])
         outputs = model.generate(**inputs, **arguments)
-        new = outputs[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
-        yield from (text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True))
+        for new in outputs[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((i for i, token in enumerate(new) if token in ends), None)
+            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+            yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")

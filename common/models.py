@@ -177,6 +177,20 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
+def trained_with(source: Source) -> str | None:
+    """The quantisation of the base under which the source's adapter was trained; None also where no run tells."""
+    settings = Path(source.adapter).parent / "settings.json" if source.adapter else None
+    if settings is None or not settings.is_file():
+        return None
+    return json.loads(settings.read_text(encoding="utf-8"))["settings"].get("QUANTIZATION")
+
+
+def count_weights(config) -> int:
+    """The number of weights of a model, by its config alone."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def check_length(source: Source, max_length: int) -> None:
     """Refuse sequences longer than the model has positions for."""
     positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
@@ -269,7 +283,8 @@ def save_final(folder: Path, model, tokenizer, base_fingerprint: list[float] | N
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
-        model.save_pretrained(partial, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": "5GB"}
+        model.save_pretrained(partial, **options)
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
     tokenizer.save_pretrained(partial)

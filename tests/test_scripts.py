@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
@@ -69,29 +66,6 @@ def test_chat_pipe_answers_one_line_per_prompt_and_nothing_else(trained):
     assert piped.stdout.count("\n") == 2
     again = run_script("chat_pipe.py", *settings, "PROMPT=Who are you?")
     assert again.returncode == 0 and again.stdout.split() == piped.stdout.splitlines()[0].split()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_chat_pipe_on_a_terminal(trained):
-    import pty
-
-    folder, _ = trained
-    ours, theirs = pty.openpty()
-    chat = subprocess.Popen(
-        [sys.executable, "chat_pipe.py", f"MODEL={folder}", "MAX_NEW_TOKENS=4"],
-        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    os.close(theirs)
-    os.write(ours, b"Hi\n/reset\n/what\n/quit\n")
-    text = b""
-    while True:
-        try:
-            piece = os.read(ours, 4096)
-        except OSError:  # Linux reports the end of a pseudo-terminal so
-            break
-        text += piece
-    assert chat.wait() == 0
-    assert b"tokens/s]" in text and b"(forgotten)" in text and b"commands: /reset /quit" in text
 
 
 def test_evaluate_model_scores_and_compares(trained, tiny, chats_file, tmp_path):
