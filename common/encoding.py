@@ -7,12 +7,14 @@ become ordinary text. All three are dropped from the ids.
 """
 
 import hashlib
+import json
 import re
 from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.settings import UserError
@@ -44,6 +46,7 @@ class ChatEncoder:
         end = max((t for t in self.special if answer.endswith(t.content)), key=lambda t: len(t.content), default=None)
         self.end_token = end and end.content
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.prefix = take_prefix(self.backend)
         self.backend.no_padding()
         self.backend.no_truncation()
         # An end token that swallows the white space after it must do so here, too, with our mark in between.
@@ -115,12 +118,24 @@ class ChatEncoder:
 
         return [{"role": m["role"], "content": self.control.sub(broken_up, m["content"])} for m in messages]
 
+    def prefixed(self, text: str) -> str:
+        """The text with the spaces that its tokenizer would put before passages, had they not our marks in them."""
+        if self.prefix is None:
+            return text
+        pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
+        for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
+            bare = pieces[i].lstrip(START + END + BREAK)
+            if bare and not (bare.startswith(" ") and self.prefix.once):
+                pieces[i] = pieces[i].removesuffix(bare) + "\u2581" + bare
+        return "".join(pieces)
+
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
         """Tokens, mask and ends of answers of each chat; answers of weight 0 are not learned.
 
         train_on: "assistant", or "all" for every token.
         """
-        batch = self.backend.encode_batch_fast([self.mark(chat) for chat in chats], add_special_tokens=False)
+        texts = [self.prefixed(self.mark(chat)) for chat in chats]
+        batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
         for chat, encoding in zip(chats, batch, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
@@ -145,8 +160,30 @@ class ChatEncoder:
             text = self.mark(messages, add_generation_prompt=True)
         except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
             text = self.render(self.as_text(messages), add_generation_prompt=True)[0]
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(self.prefixed(text), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
+
+
+class Prefix(NamedTuple):
+    """How a tokenizer of SentencePiece's kind puts a space before text."""
+
+    everywhere: bool  # after every special token, not only at the start
+    once: bool  # not where there is a space already
+
+
+def take_prefix(backend: Tokenizer) -> Prefix | None:
+    """Let a tokenizer no longer put a space before text, which it would do after each of our marks; how it did it."""
+    spec = json.loads(backend.to_str())
+    steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
+    if any(step.get("type") == "Prepend" for step in steps):
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [s for s in steps if s.get("type") == "Replace"]}
+        backend.normalizer = Tokenizer.from_str(json.dumps(spec)).normalizer
+        return Prefix(everywhere=True, once=False)
+    metaspace = spec["pre_tokenizer"] or {}
+    if metaspace.get("type") != "Metaspace" or metaspace["prepend_scheme"] == "never":
+        return None
+    backend.pre_tokenizer = Metaspace(metaspace["replacement"], "never", metaspace["split"])
+    return Prefix(everywhere=metaspace["prepend_scheme"] == "always", once=True)
 
 
 class Encoded(NamedTuple):

@@ -56,7 +56,7 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
     except OSError as error:
         raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
     (folder / "STOP").unlink(missing_ok=True)  # of an earlier time
-    if checkpoints.folders(folder) or any((folder / f).exists() for f in ("metrics.jsonl", "report.json")):
+    if checkpoints.folders(folder) or any((folder / f).exists() for f in ("metrics.jsonl", "report.json", "final")):
         if not settings.get("RESUME"):
             raise UserError(
                 f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove the folder."

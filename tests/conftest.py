@@ -83,12 +83,18 @@ def tiny_config(architecture: str, **changes):
     return AutoConfig.for_model(architecture, **settings | changes)
 
 
-def save_tiny(architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0, **changes) -> Path:
+def save_tiny(
+    architecture: str, folder: Path, tokenizer_folder: Path, seed: int = 0, endless: bool = False, **changes
+) -> Path:
+    """endless: the first tokens of the vocabulary, the special ones, are never the likeliest."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16)
+    if endless:
+        model.get_output_embeddings().weight.data[:3] = 0
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     return folder
 

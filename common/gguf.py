@@ -1,0 +1,325 @@
+"""GGUF files for llama.cpp and what is built on it: written from a merged model, with its real tokenizer.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights are read, converted and written one
+tensor at a time.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter, LlamaFileType, RopeScalingType, TokenType, get_tensor_name_map, quants
+from gguf.constants import MODEL_ARCH_NAMES
+from safetensors import safe_open
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from common.encoding import ChatEncoder
+from common.settings import UserError, check_choice
+
+# model_type of a config -> architecture of llama.cpp
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "stablelm": "stablelm", "gpt2": "gpt2",
+}  # fmt: skip
+# name -> (file type, type of the weights, of those that matter most, of the joint q, k and v of GPT-2); the K-quants as
+# llama.cpp mixes them, the others with embeddings and head in 8 bits.
+KINDS = {
+    "f32": (LlamaFileType.ALL_F32, Type.F32, Type.F32, Type.F32),
+    "f16": (LlamaFileType.MOSTLY_F16, Type.F16, Type.F16, Type.F16),
+    "bf16": (LlamaFileType.MOSTLY_BF16, Type.BF16, Type.BF16, Type.BF16),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0, Type.Q8_0, Type.Q8_0),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0, Type.Q4_0, Type.Q4_0),
+    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0, Type.Q5_0, Type.Q5_0),
+    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K, Type.Q6_K, Type.Q5_K),
+    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, Type.Q5_K, Type.Q6_K, Type.Q6_K),
+    "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K, Type.Q6_K, Type.Q6_K),
+}
+K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # and what stands in for short rows
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# Steps of the pre-tokenizer -> its name in llama.cpp, which knows each by name only.
+PRE_TOKENIZERS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (SPLIT, "ByteLevel"): "llama-bpe",
+    (SPLIT.replace("{1,3}", ""), "ByteLevel"): "qwen2",
+}
+
+
+def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
+    """UserError for a kind of file, or a feature of the model, that cannot be written. llama_cpp: a checkout of it."""
+    for kind in kinds:
+        check_choice("GGUF", kind, KINDS)
+    if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
+        raise UserError(f"LLAMA_CPP={llama_cpp} holds no convert_hf_to_gguf.py. Name a checkout of llama.cpp.")
+    if llama_cpp or not kinds:
+        return
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"GGUF: {config.model_type} models are not written here ({', '.join(ARCHITECTURES)} are). "
+            "Set LLAMA_CPP to a checkout of llama.cpp, whose converter knows more."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for wrong, what in (
+        (rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"), f"rope {rope}"),
+        (getattr(config, "qk_layernorm", False), "qk_layernorm"),
+        (getattr(config, "use_sliding_window", False), "use_sliding_window"),
+        (getattr(config, "mlp_bias", False), "mlp_bias"),
+        (getattr(config, "scale_attn_by_inverse_layer_idx", False), "scale_attn_by_inverse_layer_idx"),
+    ):
+        if wrong:
+            raise UserError(f"GGUF: the model has {what}, which is not written here. Set LLAMA_CPP.")
+    if any(KINDS[kind][1] in K_QUANTS for kind in kinds):
+        try:
+            import libgguf  # noqa: F401
+        except ImportError:
+            raise UserError(f"GGUF={','.join(kinds)}: K-quants need libgguf: pip install libgguf==0.2.2") from None
+
+
+def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
+    """Write the model in a folder (safetensors, Hugging Face names) as a GGUF file; returns a note on its tensors.
+
+    pre_tokenizer: the name that llama.cpp has for the tokenizer's way to split text; None: found out.
+    Raises UserError where that is not known, or weights do not fit into float16.
+    """
+    writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
+    writer.add_name(folder.parent.name)
+    writer.add_file_type(KINDS[kind][0])
+    writer.add_quantization_version(2)
+    add_config(writer, config)
+    add_tokenizer(writer, tokenizer, config, pre_tokenizer)
+    types = {}
+    for name, tensor in tensors(folder, config):
+        types[name] = tensor_type(name, tensor.shape, kind, config)
+        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(tensor.shape, types[name])))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors(folder, config):
+        writer.write_tensor_data(quantized(name, tensor, types[name]))
+    writer.close()
+    wanted = [name for name, type in types.items() if KINDS[kind][1] in K_QUANTS and type not in (Type.F32, *K_QUANTS)]
+    return (
+        f"{len(wanted)} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0" if wanted else ""
+    )
+
+
+def add_config(writer: GGUFWriter, config) -> None:
+    """What llama.cpp must know to compute the model."""
+    heads = config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(heads)
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = head_size(config)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    if config.model_type == "stablelm":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(config.use_parallel_residual)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights as llama.cpp wants them, one after another."""
+    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    seen = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            for name in stream.keys():
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                tensor, new = stream.get_tensor(name), names.get_name(name, (".weight", ".bias"))
+                if new is None:
+                    raise UserError(f"GGUF: {file} has a tensor that is unknown in {config.model_type}: {name}")
+                if ARCHITECTURES[config.model_type] == "llama" and re.search(r"attn_[qk]\.", new):
+                    heads = config.num_attention_heads if "attn_q" in new else config.num_key_value_heads
+                    tensor = interleaved(tensor, heads)
+                if config.model_type == "gpt2" and re.search(r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", new):
+                    tensor = tensor.T.contiguous()  # Conv1D
+                seen.add(new)
+                yield new, tensor
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
+        plain = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, head_size(config), 2) / head_size(config))
+        yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head in the order of llama.cpp's rotary embedding, which turns neighbours, not halves."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def tensor_type(name: str, shape, kind: str, config) -> Type:
+    """How a tensor is stored. The rules of K-quants are llama.cpp's (llama_tensor_get_type)."""
+    _, usual, important, joint = KINDS[kind]
+    if len(shape) == 1 or "norm" in name or name == "position_embd.weight":
+        return Type.F32
+    chosen = usual
+    tied_embeddings = name == "token_embd.weight" and config.tie_word_embeddings
+    if name == "output.weight" or tied_embeddings:
+        chosen = Type.Q8_0 if usual in (Type.Q4_0, Type.Q5_0) else important
+    elif "attn_qkv" in name:
+        chosen = joint
+    elif re.search(r"attn_v|ffn_down", name) and more_bits(int(name.split(".")[1]), config.num_hidden_layers):
+        chosen = important
+    if chosen in K_QUANTS and shape[-1] % 256:
+        chosen = K_QUANTS[chosen]
+    return Type.F16 if chosen not in (Type.F32, Type.F16, Type.BF16) and shape[-1] % 32 else chosen
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """Whether a layer is among those that suffer most: the first, the last, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def quantized(name: str, tensor: torch.Tensor, type: Type) -> np.ndarray:
+    data = tensor.float().numpy()
+    if type in K_QUANTS:
+        import libgguf
+
+        return libgguf.quantize_rows(data, int(type))
+    with np.errstate(over="ignore"):
+        packed = quants.quantize(data, type)
+    if type == Type.F16 and not np.isfinite(packed).all():
+        raise UserError(f"GGUF=f16: {name} has weights beyond float16's range. Take bf16 or q8_0.")
+    return packed
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
+    """Vocabulary, merges, kinds of tokens, the tokens that begin and end, and the template."""
+    spec, encoder = json.loads(tokenizer.backend_tokenizer.to_str()), ChatEncoder(tokenizer)
+    model, count = spec["model"], config.vocab_size
+    if model["type"] != "BPE":
+        raise UserError(f"GGUF: a tokenizer of type {model['type']} is not written here. Set LLAMA_CPP.")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    texts = {id: token for token, id in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(count)])
+    writer.add_token_types([token_type(i, texts.get(i), added.get(i), tokenizer.unk_token) for i in range(count)])
+    if model.get("byte_fallback"):  # as SentencePiece made it: tokens are merged by score
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre(pre_tokenizer or "default")
+        ranks = {"".join(merge.split(" ")): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([ranks.get(texts.get(i), -1e6) for i in range(count)])
+        writer.add_add_space_prefix("Prepend" in str(spec["normalizer"]) or "'always'" in str(spec["pre_tokenizer"]))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer or pre_tokenizer_name(spec, config))
+        writer.add_token_merges(merges)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
+    # llama.cpp puts a BOS before a chat, and takes away one that the template has written.
+    writer.add_add_bos_token(bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))
+    writer.add_add_eos_token(False)
+    end = tokenizer.convert_tokens_to_ids(encoder.end_token)
+    writer.add_eos_token_id(end)
+    writer.add_eot_token_id(end)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def token_type(id: int, text: str | None, added, unknown: str | None) -> TokenType:
+    if text is None:
+        return TokenType.UNUSED
+    if added is not None and text == unknown:
+        return TokenType.UNKNOWN
+    if added is not None:
+        control = added.special or re.fullmatch(r"<\|.*\|>", text)
+        return TokenType.CONTROL if control else TokenType.USER_DEFINED
+    return TokenType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
+
+
+def pre_tokenizer_name(spec: dict, config) -> str:
+    """llama.cpp's name for the way a byte-level tokenizer splits text; UserError where none is known to fit."""
+    part = spec["pre_tokenizer"] or {}
+    steps = part.get("pretokenizers", [part])
+    key = tuple(s["pattern"].get("Regex") if s.get("type") == "Split" else s.get("type") for s in steps)
+    name = PRE_TOKENIZERS.get(key)
+    splits = len(key) > 1 and key[0] != "Digits"
+    for step in steps:
+        if step.get("type") == "ByteLevel" and (step["add_prefix_space"] or step["use_regex"] == splits):
+            name = None
+        if step.get("type") == "Digits" and not step["individual_digits"]:
+            name = None
+        if step.get("type") == "Split" and (step["behavior"] != "Isolated" or step["invert"]):
+            name = None
+    normalizer = (spec["normalizer"] or {}).get("type")
+    if (
+        name is None
+        or normalizer not in (None, "NFC")
+        or spec["model"].get("ignore_merges", False) != (name == "llama-bpe")
+    ):
+        raise UserError(
+            "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does. Name one with "
+            f"PRE_TOKENIZER=, and see whether the proof agrees. ({json.dumps(part)[:300]})"
+        )
+    return "stablelm2" if (name, config.model_type) == ("qwen2", "stablelm") else name
+
+
+def modelfile(gguf_name: str, tokenizer) -> str:
+    """A Modelfile for Ollama: the file, where to stop, and the template in Go's language, as far as that can say it."""
+    encoder = ChatEncoder(tokenizer)
+    template = go_template(encoder, tokenizer.bos_token or "")
+    lines = [f"FROM ./{gguf_name}", f'PARAMETER stop "{encoder.end_token}"']
+    if template is None:
+        lines.append("# The chat template could not be put into Ollama's language: use /api/generate with raw prompts.")
+    else:
+        lines.append(f'TEMPLATE """{template}"""')
+    return "\n".join(lines) + "\n"
+
+
+def go_template(encoder: ChatEncoder, bos: str) -> str | None:
+    """The chat template as Go text; None where it is more than fixed texts around the messages."""
+    system, user, answer = ({"role": role, "content": f"\0{role}\0"} for role in ("system", "user", "assistant"))
+
+    def texts(*messages: dict) -> list[str]:
+        """What stands before, between and after messages, without the BOS that Ollama puts there by itself."""
+        text = encoder.render(list(messages), add_generation_prompt=True)[0].removeprefix(bos)
+        return re.split("\0[a-z]*\0", text)
+
+    try:
+        first_system, system_user, user_answer, answer_user, prompt = texts(system, user, answer, user)
+        first_user, *following = texts(user, answer, user)
+    except (UserError, ValueError):  # no system messages, or a message left out
+        return None
+    if prompt != user_answer or following != [user_answer, answer_user, prompt]:
+        return None
+    return (
+        "{{ range $i, $m := .Messages }}"
+        f'{{{{ if eq $m.Role "system" }}}}{first_system}'
+        f'{{{{ else if eq $m.Role "assistant" }}}}{user_answer}'
+        f"{{{{ else if eq $i 0 }}}}{first_user}"
+        f'{{{{ else if eq (index $.Messages 0).Role "system" | and (eq $i 1) }}}}{system_user}'
+        f"{{{{ else }}}}{answer_user}{{{{ end }}}}{{{{ $m.Content }}}}{{{{ end }}}}{prompt}"
+    )

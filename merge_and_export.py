@@ -1,0 +1,260 @@
+"""Merge an adapter into its base and write GGUF files for llama.cpp and Ollama; each result is proved before it counts.
+
+    python merge_and_export.py MODEL=out/first
+    python merge_and_export.py MODEL=out/first GGUF="f16,q8_0,q4_k_m" RUN_NAME=export
+
+Writes OUT_DIR/RUN_NAME/: final/ (the merged model), <kind>.gguf, Modelfile and export.json. What fails its proof is
+renamed .rejected, and the exit code is 5.
+"""
+
+from common.settings import UserError, apply_overrides, check_choice, current, run_main
+from common.sources import check_files
+
+# Model
+MODEL = "out/demo"  # run folder of ours, adapter, local folder, hub id or .gguf file
+QUANTIZATION: str | None = None  # of the base under an adapter: nf4, int8; None: as it was trained
+MERGE_INTO: str | None = (
+    None  # original or dequantized base, where the adapter was trained on a quantised one; None: the better
+)
+DTYPE = "bfloat16"  # of the merged weights
+# GGUF
+GGUF: str | None = None  # files to write: "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q6_k; None: merge only
+PRE_TOKENIZER: str | None = None  # llama.cpp's name for the way the tokenizer splits text; None: found out
+LLAMA_CPP: str | None = None  # folder of llama.cpp, whose converter and quantiser are used instead of ours
+# Proof
+CHATS: str | None = None  # chats to compare on, as DATA in training; None: what the run held out, or data/brief.jsonl
+PROOF_DTYPE = "float32"  # of its computations; bfloat16 takes half the memory, and its noise passes for a KL of 1e-4
+PROOF_TOKENS = 1000  # tokens of answers that are compared; each takes 4 bytes for every token of the vocabulary
+MAX_LENGTH = 1024  # tokens of each of these chats
+# Output
+HUB_ID: str | None = None  # org/name: upload what is proved there, with the token of the environment
+HUB_PRIVATE = True
+OUT_DIR = "out"
+RUN_NAME: str | None = None  # None: merge_and_export-<time>
+
+if __name__ == "__main__":
+    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    check_files(CHATS=CHATS)
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each model that is loaded would hide the table
+
+import pyarrow.parquet as parquet
+import torch
+from peft import PeftModel
+from transformers.utils import logging
+
+from common import checkpoints, generation, gguf, models, prepared, proof, runs, sources
+from common.encoding import ChatEncoder
+
+BASES = ["original", "dequantized"]
+MERGE_BOUND = 0.05  # mean KL divergence of the merged model from the trained one, in nats a token
+BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+}  # of a weight; the others: at most 9
+
+
+def main():
+    # Settings: every mistake that can be found without the model is found here
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    check_choice("DTYPE", DTYPE, models.DTYPES[1:])
+    check_choice("PROOF_DTYPE", PROOF_DTYPE, models.DTYPES[1:])
+    check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
+    source = models.locate(MODEL)
+    config = models.load_config(source)
+    kinds = [kind for kind in (GGUF or "").replace(" ", "").split(",") if kind]
+    gguf.check(config, kinds, LLAMA_CPP)
+    compute = getattr(torch, PROOF_DTYPE)
+    tokenizer = chat_tokenizer(source)
+    rows = held_out(ChatEncoder(tokenizer))
+    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
+    weights = models.count_weights(config)
+    checkpoints.check_space(folder, sum(weights * BITS.get(kind, 9) / 8 for kind in (DTYPE, *kinds)))
+    trained_with = models.trained_with(source) if QUANTIZATION is None else QUANTIZATION
+    about = {"model": MODEL, "base": source.name, "quantization": trained_with, "merges": [], "files": []}
+
+    # The model as it was trained, with which everything is compared
+    live = models.load_model(source, trained_with, compute, "sdpa", vocabulary=len(tokenizer)).eval()
+    reference = proof.Reference(live, tokenizer, rows)
+    print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens of answers")
+    del live
+
+    # Merge it, into the base that gives the better model
+    into = [MERGE_INTO] if MERGE_INTO else BASES if source.adapter and trained_with else BASES[:1]
+    for base in into:
+        model = merged(source, base, trained_with, tokenizer)
+        about["merges"].append({"into": base} | reference.compare(model.to(compute)))
+        print(
+            "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}".format(
+                **about["merges"][-1]
+            )
+        )
+    best = min(about["merges"], key=lambda merge: merge["kl"])
+    if best["into"] != base:
+        model = merged(source, best["into"], trained_with, tokenizer)
+    save(folder / "final", model.to(getattr(torch, DTYPE)), tokenizer, about)
+    del model
+    saved = models.load_model(models.locate(str(folder)), None, compute, "sdpa").eval()
+    best["saved_kl"] = reference.compare(saved)["kl"]
+    if best["saved_kl"] > MERGE_BOUND:
+        (folder / "final").rename(folder / "final.rejected")
+        raise UserError(
+            f"the merged model is not the one that was trained: KL {best['saved_kl']:.2g}, bound {MERGE_BOUND}", 5
+        )
+
+    # GGUF files; each has its name only when it is proved
+    reference = proof.Reference(saved, tokenizer, rows)
+    config = saved.config
+    del saved
+    if kinds:
+        print("file                          MiB        KL  perplexity  answers ended  tokens/s")
+    for kind in kinds:
+        file = folder / f"{Path(MODEL).stem}-{kind}.gguf"
+        partial = file.with_name(f"{file.name}.partial")
+        note = write_gguf(partial, folder / "final", config, tokenizer, kind)
+        result = {"file": file.name, "kind": kind} | proof.examine(partial, kind, config, tokenizer, reference, compute)
+        about["files"].append(result | {"note": note})
+        print(
+            f"{file.name:<26}{result['bytes'] / 2**20:>7.1f}{result['kl']:>10.2g}{result['perplexity']:>12.3f}"
+            f"{result['ended']:>9} of {result['prompts']}{result['tokens_per_second']:>10.1f}"
+        )
+        for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in result["faults"]]:
+            print(f"  {line}")
+        partial.rename(f"{file}.rejected" if result["faults"] else file)
+    sound = [result["file"] for result in about["files"] if not result["faults"]]
+    if sound:
+        checkpoints.write_whole(folder / "Modelfile", gguf.modelfile(sound[-1], tokenizer))
+    checkpoints.write_whole(folder / "export.json", json.dumps(about, indent=1))
+    print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
+    if len(sound) < len(kinds):
+        raise UserError("a file failed its proof; see above, and export.json", code=5)
+    if HUB_ID:
+        upload(folder, sound)
+
+
+def chat_tokenizer(source: models.Source):
+    """The model's tokenizer with its template, from which the marks that only training needs are taken."""
+    tokenizer = models.load_tokenizer(source)
+    if not tokenizer.chat_template:
+        raise UserError(f"MODEL={MODEL} has no chat template: it is a base model. Fine-tune it first.")
+    # A comment in place of a mark: the white space around it stays as it is.
+    tokenizer.chat_template = re.sub(r"{%(-?)\s*(?:end)?generation\s*(-?)%}", r"{#\1 \2#}", tokenizer.chat_template)
+    encoder = ChatEncoder(tokenizer)
+    if encoder.end_token is None:
+        raise UserError(f"MODEL={MODEL}: its template writes no end token after an answer, so answers would not end.")
+    tokenizer.eos_token = encoder.end_token
+    return tokenizer
+
+
+def held_out(encoder: ChatEncoder) -> list[proof.Row]:
+    """Chats that no training saw, with PROOF_TOKENS tokens of answers in all."""
+    files = [run / "data" / "eval.parquet" for run in (Path(MODEL), Path(MODEL).parent)]
+    found = [file for file in files if file.is_file() and parquet.read_metadata(file).num_rows]
+    if found and not CHATS:
+        dataset = prepared.as_dataset(parquet.read_table(found[0]))
+        chats = ((row["input_ids"], [label != prepared.IGNORE_INDEX for label in row["labels"]]) for row in dataset)
+    else:
+        encoded = (encoder.encode([chat])[0] for chat in sources.sound_chats(CHATS or "data/brief.jsonl", "CHATS"))
+        chats = ((row.ids.tolist(), row.learned.tolist()) for row in encoded)
+    rows, count = [], 0
+    for ids, learned in chats:
+        answers = [t - 1 for t in range(1, min(len(ids), MAX_LENGTH)) if learned[t]][: PROOF_TOKENS - count]
+        if answers:
+            rows.append(proof.Row(ids[: answers[-1] + 2], answers))
+            count += len(answers)
+    if not rows:
+        raise UserError(f"CHATS={CHATS}: no answer to compare predictions on.")
+    return rows
+
+
+def merged(source: models.Source, base: str, quantization: str | None, tokenizer):
+    """The model in DTYPE with its adapter merged into the original base, or into what a quantised one stands for."""
+    dtype, loading = getattr(torch, DTYPE), dict(attention="sdpa", vocabulary=len(tokenizer))
+    if base == "original":
+        model = models.load_model(source, None, dtype, **loading)
+        model = model.merge_and_unload(safe_merge=True) if source.adapter else model
+    else:
+        model = models.load_model(
+            dataclasses.replace(source, adapter=None), quantization, dtype, **loading
+        ).dequantize()
+        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = torch.equal(head, embeddings)  # an adapter may have brought a head of its own
+    return model.to(dtype).eval()
+
+
+def save(folder: Path, model, tokenizer, about: dict) -> None:
+    """Write the merged model, its tokenizer, when to stop, and a card."""
+    model.generation_config.eos_token_id = generation.end_tokens(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    models.save_final(folder, model, tokenizer)
+    checkpoints.write_whole(folder / "README.md", card(about))
+
+
+def card(about: dict) -> str:
+    """The model's card: what it was made from, how, and what it scored."""
+    text = f"---\nbase_model: {about['base']}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+    text += f"# {Path(MODEL).name}\n\n{about['base']}, fine-tuned.\n"
+    for run in (Path(MODEL), Path(MODEL).parent):
+        for name in ("settings.json", "summary.json", "evaluation.json"):
+            if (run / name).is_file():
+                told = json.loads((run / name).read_text(encoding="utf-8"))
+                told = told.get(MODEL, told) if name == "evaluation.json" else told.get("settings", told)
+                rows = (f"| {key} | {value} |" for key, value in told.items() if not isinstance(value, (list, dict)))
+                text += f"\n| {name.removesuffix('.json')} | |\n|---|---|\n" + "\n".join(rows) + "\n"
+    return text
+
+
+def write_gguf(file: Path, folder: Path, config, tokenizer, kind: str) -> str:
+    """Write a GGUF file by our own code, or llama.cpp's where LLAMA_CPP names a checkout of it; returns a note."""
+    if not LLAMA_CPP:
+        return gguf.write(file, folder, config, tokenizer, kind, PRE_TOKENIZER)
+    converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
+    whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
+    converter = Path(LLAMA_CPP) / "convert_hf_to_gguf.py"
+    commands = [[sys.executable, converter, folder, "--outfile", whole, "--outtype", converted]]
+    if kind != converted:
+        quantizers = [path for path in Path(LLAMA_CPP).rglob("llama-quantize*") if path.suffix in ("", ".exe")]
+        if not quantizers:
+            raise UserError(f"LLAMA_CPP={LLAMA_CPP} holds no llama-quantize, which GGUF={kind} needs. Build it.")
+        commands.append([quantizers[0], whole, file, kind.upper()])
+    for command in commands:
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if result.returncode:
+            last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
+            raise UserError(f"LLAMA_CPP={LLAMA_CPP}: {Path(command[0]).name} failed: {last}")
+    if whole != file:
+        whole.unlink()
+    return "by llama.cpp"
+
+
+def upload(folder: Path, files: list[str]) -> None:
+    """Put the merged model and the proved files into a repository of the hub, with the token of the environment."""
+    from huggingface_hub import HfApi
+
+    chosen = [path for path in sorted((folder / "final").iterdir()) if path.is_file()]
+    chosen += [folder / name for name in (*files, "Modelfile", "export.json") if (folder / name).is_file()]
+    print(f"uploading to {HUB_ID}, {'private' if HUB_PRIVATE else 'PUBLIC'}:")
+    for path in chosen:
+        print(f"  {path.relative_to(folder)}  {path.stat().st_size / 2**20:.1f} MiB")
+    hub = HfApi()
+    hub.create_repo(HUB_ID, private=HUB_PRIVATE, exist_ok=True)
+    for path in chosen:
+        hub.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=HUB_ID)
+
+
+if __name__ == "__main__":
+    run_main(main)
