@@ -13,9 +13,7 @@ from common.sources import check_files
 # Model
 MODEL = "out/demo"  # run folder of ours, adapter, local folder, hub id or .gguf file
 QUANTIZATION: str | None = None  # of the base under an adapter: nf4, int8; None: as it was trained
-MERGE_INTO: str | None = (
-    None  # original or dequantized base, where the adapter was trained on a quantised one; None: the better
-)
+MERGE_INTO: str | None = None  # after training on a quantised base: into the original or dequantized; None: the better
 DTYPE = "bfloat16"  # of the merged weights
 # GGUF
 GGUF: str | None = None  # files to write: "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q6_k; None: merge only
@@ -28,7 +26,7 @@ PROOF_TOKENS = 1000  # tokens of answers that are compared; each takes 4 bytes f
 MAX_LENGTH = 1024  # tokens of each of these chats
 # Output
 HUB_ID: str | None = None  # org/name: upload what is proved there, with the token of the environment
-HUB_PRIVATE = True
+HUB_PRIVATE = True  # False: anyone can read it
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: merge_and_export-<time>
 
