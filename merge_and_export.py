@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -54,14 +55,6 @@ from common.encoding import ChatEncoder
 
 BASES = ["original", "dequantized"]
 MERGE_BOUND = 0.05  # mean KL divergence of the merged model from the trained one, in nats a token
-BITS = {
-    "float32": 32,
-    "float16": 16,
-    "bfloat16": 16,
-    "f32": 32,
-    "f16": 16,
-    "bf16": 16,
-}  # of a weight; the others: at most 9
 
 
 def main():
@@ -73,74 +66,51 @@ def main():
     check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
     source = models.locate(MODEL)
     config = models.load_config(source)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"MODEL={source.name} is quantised, and cannot be merged into. Take the 16-bit model.")
     kinds = [kind for kind in (GGUF or "").replace(" ", "").split(",") if kind]
     gguf.check(config, kinds, LLAMA_CPP)
-    compute = getattr(torch, PROOF_DTYPE)
     tokenizer = chat_tokenizer(source)
     rows = held_out(ChatEncoder(tokenizer))
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
-    weights = models.count_weights(config)
-    checkpoints.check_space(folder, sum(weights * BITS.get(kind, 9) / 8 for kind in (DTYPE, *kinds)))
-    trained_with = models.trained_with(source) if QUANTIZATION is None else QUANTIZATION
-    about = {"model": MODEL, "base": source.name, "quantization": trained_with, "merges": [], "files": []}
+    checkpoints.check_space(folder, models.count_weights(config) * sum(map(bytes_a_weight, (DTYPE, *kinds))))
 
-    # The model as it was trained, with which everything is compared
-    live = models.load_model(source, trained_with, compute, "sdpa", vocabulary=len(tokenizer)).eval()
+    # The model as it was trained, with which the merged one is compared
+    quantization = QUANTIZATION or models.trained_with(source)
+    live = models.load_model(source, quantization, proof_dtype(), "sdpa", vocabulary=len(tokenizer)).eval()
     reference = proof.Reference(live, tokenizer, rows)
     print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens of answers")
     del live
 
-    # Merge it, into the base that gives the better model
-    into = [MERGE_INTO] if MERGE_INTO else BASES if source.adapter and trained_with else BASES[:1]
-    for base in into:
-        model = merged(source, base, trained_with, tokenizer)
-        about["merges"].append({"into": base} | reference.compare(model.to(compute)))
-        print(
-            "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}".format(
-                **about["merges"][-1]
-            )
-        )
-    best = min(about["merges"], key=lambda merge: merge["kl"])
-    if best["into"] != base:
-        model = merged(source, best["into"], trained_with, tokenizer)
-    save(folder / "final", model.to(getattr(torch, DTYPE)), tokenizer, about)
-    del model
-    saved = models.load_model(models.locate(str(folder)), None, compute, "sdpa").eval()
-    best["saved_kl"] = reference.compare(saved)["kl"]
-    if best["saved_kl"] > MERGE_BOUND:
+    # Merge it, write it, and read it again
+    merges = merge(source, quantization, tokenizer, folder / "final", reference)
+    saved = models.load_model(models.locate(str(folder)), None, proof_dtype(), "sdpa").eval()
+    if (kl := reference.compare(saved)["kl"]) > MERGE_BOUND:
         (folder / "final").rename(folder / "final.rejected")
         raise UserError(
-            f"the merged model is not the one that was trained: KL {best['saved_kl']:.2g}, bound {MERGE_BOUND}", 5
+            f"the merged model is not the one that was trained: KL {kl:.2g}, the bound is {MERGE_BOUND}.", 5
         )
 
-    # GGUF files; each has its name only when it is proved
-    reference = proof.Reference(saved, tokenizer, rows)
-    config = saved.config
-    del saved
-    if kinds:
-        print("file                          MiB        KL  perplexity  answers ended  tokens/s")
-    for kind in kinds:
-        file = folder / f"{Path(MODEL).stem}-{kind}.gguf"
-        partial = file.with_name(f"{file.name}.partial")
-        note = write_gguf(partial, folder / "final", config, tokenizer, kind)
-        result = {"file": file.name, "kind": kind} | proof.examine(partial, kind, config, tokenizer, reference, compute)
-        about["files"].append(result | {"note": note})
-        print(
-            f"{file.name:<26}{result['bytes'] / 2**20:>7.1f}{result['kl']:>10.2g}{result['perplexity']:>12.3f}"
-            f"{result['ended']:>9} of {result['prompts']}{result['tokens_per_second']:>10.1f}"
-        )
-        for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in result["faults"]]:
-            print(f"  {line}")
-        partial.rename(f"{file}.rejected" if result["faults"] else file)
-    sound = [result["file"] for result in about["files"] if not result["faults"]]
-    if sound:
-        checkpoints.write_whole(folder / "Modelfile", gguf.modelfile(sound[-1], tokenizer))
+    # GGUF files, and what there is to tell
+    files = (
+        write_files(kinds, folder, saved.config, tokenizer, proof.Reference(saved, tokenizer, rows)) if kinds else []
+    )
+    about = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=kl, files=files)
     checkpoints.write_whole(folder / "export.json", json.dumps(about, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
-    if len(sound) < len(kinds):
-        raise UserError("a file failed its proof; see above, and export.json", code=5)
+    if rejected := [file["file"] for file in files if file["faults"]]:
+        raise UserError(f"{', '.join(rejected)} failed the proof; the faults are above and in export.json.", code=5)
     if HUB_ID:
-        upload(folder, sound)
+        upload(folder, [file["file"] for file in files])
+
+
+def proof_dtype() -> torch.dtype:
+    return getattr(torch, PROOF_DTYPE)
+
+
+def bytes_a_weight(kind: str) -> float:
+    """At most, of a dtype or a kind of GGUF file."""
+    return 4 if "32" in kind else 2 if "16" in kind else 9 / 8
 
 
 def chat_tokenizer(source: models.Source):
@@ -178,6 +148,27 @@ def held_out(encoder: ChatEncoder) -> list[proof.Row]:
     return rows
 
 
+def merge(source: models.Source, quantization: str | None, tokenizer, final: Path, reference) -> list[dict]:
+    """Merge into the original base and, after training on a quantised one, into what that stands for; keep the better.
+
+    Returns how far each was from the reference.
+    """
+    bases = [MERGE_INTO] if MERGE_INTO else BASES if source.adapter and quantization else BASES[:1]
+    merges = []
+    for base in bases:
+        model = merged(source, base, quantization, tokenizer)
+        merges.append({"into": base} | reference.compare(model.to(proof_dtype())))
+        print("merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}".format(**merges[-1]))
+    best = min(merges, key=lambda candidate: candidate["kl"])["into"]
+    if best != base:
+        model = merged(source, best, quantization, tokenizer)
+    model.generation_config.eos_token_id = generation.end_tokens(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    models.save_final(final, model.to(getattr(torch, DTYPE)), tokenizer)
+    checkpoints.write_whole(final / "README.md", card(source.name))
+    return merges
+
+
 def merged(source: models.Source, base: str, quantization: str | None, tokenizer):
     """The model in DTYPE with its adapter merged into the original base, or into what a quantised one stands for."""
     dtype, loading = getattr(torch, DTYPE), dict(attention="sdpa", vocabulary=len(tokenizer))
@@ -185,27 +176,18 @@ def merged(source: models.Source, base: str, quantization: str | None, tokenizer
         model = models.load_model(source, None, dtype, **loading)
         model = model.merge_and_unload(safe_merge=True) if source.adapter else model
     else:
-        model = models.load_model(
-            dataclasses.replace(source, adapter=None), quantization, dtype, **loading
-        ).dequantize()
+        bare = dataclasses.replace(source, adapter=None)
+        model = models.load_model(bare, quantization, dtype, **loading).dequantize()
         model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     model.config.tie_word_embeddings = torch.equal(head, embeddings)  # an adapter may have brought a head of its own
     return model.to(dtype).eval()
 
 
-def save(folder: Path, model, tokenizer, about: dict) -> None:
-    """Write the merged model, its tokenizer, when to stop, and a card."""
-    model.generation_config.eos_token_id = generation.end_tokens(model, tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    models.save_final(folder, model, tokenizer)
-    checkpoints.write_whole(folder / "README.md", card(about))
-
-
-def card(about: dict) -> str:
+def card(base: str) -> str:
     """The model's card: what it was made from, how, and what it scored."""
-    text = f"---\nbase_model: {about['base']}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-    text += f"# {Path(MODEL).name}\n\n{about['base']}, fine-tuned.\n"
+    text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+    text += f"# {Path(MODEL).name}\n\n{base}, fine-tuned.\n"
     for run in (Path(MODEL), Path(MODEL).parent):
         for name in ("settings.json", "summary.json", "evaluation.json"):
             if (run / name).is_file():
@@ -214,6 +196,30 @@ def card(about: dict) -> str:
                 rows = (f"| {key} | {value} |" for key, value in told.items() if not isinstance(value, (list, dict)))
                 text += f"\n| {name.removesuffix('.json')} | |\n|---|---|\n" + "\n".join(rows) + "\n"
     return text
+
+
+def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) -> list[dict]:
+    """Write and prove a GGUF file of each kind; it gets its name when it is proved. What there is to say of each."""
+    results, width = [], len(Path(MODEL).stem) + 14
+    print(f"{'file':<{width}}    MiB        KL  perplexity  answers ended  tokens/s")
+    for kind in kinds:
+        file = folder / f"{Path(MODEL).stem}-{kind}.gguf"
+        partial = file.with_name(f"{file.name}.partial")
+        note = write_gguf(partial, folder / "final", config, tokenizer, kind)
+        r = {"file": file.name, "note": note} | proof.examine(
+            partial, kind, config, tokenizer, reference, proof_dtype()
+        )
+        partial.rename(f"{file}.rejected" if r["faults"] else file)
+        results.append({name: None if value == math.inf else value for name, value in r.items()})
+        print(
+            f"{file.name:<{width}}{r['bytes'] / 2**20:>7.1f}{r['kl']:>10.2g}{r['perplexity']:>12.3f}"
+            f"{r['ended']:>10} of {r['prompts']}{r['tokens_per_second']:>10.1f}"
+        )
+        for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in r["faults"]]:
+            print(f"  {line}")
+    if sound := [r["file"] for r in results if not r["faults"]]:
+        checkpoints.write_whole(folder / "Modelfile", gguf.modelfile(sound[-1], tokenizer))
+    return results
 
 
 def write_gguf(file: Path, folder: Path, config, tokenizer, kind: str) -> str:

@@ -4,6 +4,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights a
 tensor at a time.
 """
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -57,6 +58,10 @@ def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
         check_choice("GGUF", kind, KINDS)
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
         raise UserError(f"LLAMA_CPP={llama_cpp} holds no convert_hf_to_gguf.py. Name a checkout of llama.cpp.")
+    k_quants = not llama_cpp and any(KINDS[kind][1] in K_QUANTS for kind in kinds)
+    for package in ["xllamacpp"] * bool(kinds) + ["libgguf"] * k_quants:
+        if not importlib.util.find_spec(package):
+            raise UserError(f"GGUF={','.join(kinds)} needs the package {package}: pip install {package}")
     if llama_cpp or not kinds:
         return
     if config.model_type not in ARCHITECTURES:
@@ -74,11 +79,6 @@ def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
     ):
         if wrong:
             raise UserError(f"GGUF: the model has {what}, which is not written here. Set LLAMA_CPP.")
-    if any(KINDS[kind][1] in K_QUANTS for kind in kinds):
-        try:
-            import libgguf  # noqa: F401
-        except ImportError:
-            raise UserError(f"GGUF={','.join(kinds)}: K-quants need libgguf: pip install libgguf==0.2.2") from None
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:

@@ -144,8 +144,11 @@ def examine(file: Path, kind: str, config, tokenizer, reference: Reference, dtyp
 
     dtype: of the computations.
     """
-    result = {"bytes": file.stat().st_size} | reference.compare(load_gguf(file, config, dtype))
-    faults = []
+    result, faults = {"kind": kind, "bytes": file.stat().st_size, "kl": math.inf, "perplexity": math.inf}, []
+    try:
+        result |= reference.compare(load_gguf(file, config, dtype))
+    except (ValueError, NotImplementedError) as error:
+        faults.append(f"transformers cannot read it: {error}")
     bound = KL_BOUNDS[kind] if dtype == torch.float32 else max(KL_BOUNDS[kind], NOISE)
     if not result["kl"] <= bound:
         faults.append(f"it predicts something else: KL {result['kl']:.2g} nats a token, the bound is {bound}")
