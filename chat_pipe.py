@@ -223,11 +223,11 @@ class Talk:
 
     def load(self, file: str) -> None:
         """Go on with the last chat of a file."""
-        chat = shapes.to_chat([row for _, row in sources.read_jsonl(Path(file).expanduser())][-1])
-        if isinstance(chat, str):
-            raise UserError(f"{file}: {chat}")
-        self.histories = {name: list(chat) for name in self.speakers}
-        print(f"(loaded: {len(chat)} messages, the last: {chat[-1]['content'][:60]!r})")
+        chats = list(sources.sound_chats(file, "/load"))
+        if not chats:
+            raise UserError(f"/load {file}: there is no chat in it.")
+        self.histories = {name: list(chats[-1]) for name in self.speakers}
+        print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
 
 def converse(talk: Talk):
@@ -235,7 +235,14 @@ def converse(talk: Talk):
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    session = PromptSession(history=FileHistory(Path(HISTORY).expanduser()) if HISTORY else InMemoryHistory())
+    history = InMemoryHistory()
+    try:
+        if HISTORY:
+            open(Path(HISTORY).expanduser(), "ab").close()
+            history = FileHistory(Path(HISTORY).expanduser())
+    except OSError as error:
+        print(f"HISTORY={HISTORY} cannot be written ({error.strerror}): what you type is not kept")
+    session = PromptSession(history=history)
     print(f"{' and '.join(talk.speakers)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
@@ -261,10 +268,11 @@ def converse(talk: Talk):
 def change_setting(text: str) -> str:
     """Set one of CHANGEABLE as NAME=VALUE says."""
     name, equals, value = text.partition("=")
+    name = name.strip().upper()
     if name not in CHANGEABLE or not equals:
         raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
     before = globals()[name]
-    globals()[name] = parse(name, value, next(s["types"] for s in declared(__file__) if s["name"] == name))
+    globals()[name] = parse(name, value.strip(), next(s["types"] for s in declared(__file__) if s["name"] == name))
     try:
         check_settings()
     except UserError:
@@ -289,6 +297,8 @@ def read_prompts(file: Path) -> list[dict]:
 
 def question_of(row) -> list[dict]:
     """The chat up to the question that is to be answered, the last of a row."""
+    if isinstance(row, shapes.Fault):
+        raise UserError(row)
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return [*opening(), {"role": "user", "content": row["prompt"]}]
     turns = row.get("messages") if isinstance(row, dict) else None
