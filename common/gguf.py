@@ -235,9 +235,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
         writer.add_token_merges(merges)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
-    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
-    # llama.cpp puts a BOS before a chat, and takes away one that the template has written.
-    writer.add_add_bos_token(bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))
+    writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
     writer.add_eos_token_id(end)
@@ -247,6 +245,15 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def adds_bos(encoder: ChatEncoder) -> bool:
+    """Whether a file is to ask for a BOS before every text: then llama.cpp takes away one that the template has written.
+
+    Where the template has none, though the tokenizer adds it to plain text, training has seen none either.
+    """
+    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
+    return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
 
 
 def token_type(id: int, text: str | None, added, unknown: str | None) -> TokenType:
@@ -290,7 +297,7 @@ def pre_tokenizer_name(spec: dict, config) -> str:
 def modelfile(gguf_name: str, tokenizer) -> str:
     """A Modelfile for Ollama: the file, where to stop, and the template in Go's language, as far as that can say it."""
     encoder = ChatEncoder(tokenizer)
-    template = go_template(encoder, tokenizer.bos_token or "")
+    template = go_template(encoder)
     lines = [f"FROM ./{gguf_name}", f'PARAMETER stop "{encoder.end_token}"']
     if template is None:
         lines.append("# The chat template could not be put into Ollama's language: use /api/generate with raw prompts.")
@@ -299,12 +306,13 @@ def modelfile(gguf_name: str, tokenizer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def go_template(encoder: ChatEncoder, bos: str) -> str | None:
+def go_template(encoder: ChatEncoder) -> str | None:
     """The chat template as Go text; None where it is more than fixed texts around the messages."""
+    bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
     system, user, answer = ({"role": role, "content": f"\0{role}\0"} for role in ("system", "user", "assistant"))
 
     def texts(*messages: dict) -> list[str]:
-        """What stands before, between and after messages, without the BOS that Ollama puts there by itself."""
+        """What stands before, between and after messages, without a BOS that is put there anyway."""
         text = encoder.render(list(messages), add_generation_prompt=True)[0].removeprefix(bos)
         return re.split("\0[a-z]*\0", text)
 
