@@ -122,7 +122,7 @@ def window(speaker, messages: list[dict]) -> tuple[list[dict], list[int]]:
 
 def stream(speaker, ids: list[int]):
     """The pieces of the answer, as the generation settings say."""
-    return speaker.stream(ids, min(MAX_NEW_TOKENS, context_of(speaker) - len(ids)), TEMPERATURE, TOP_P)
+    return speaker.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
 
 
 def one_line(speaker, prompt: str) -> str:

@@ -104,8 +104,14 @@ class Speaker:
         self.last: Answer | None = None
 
     @torch.no_grad()
-    def stream(self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
-        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0."""
+    def stream(
+        self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, context: int | None = None
+    ) -> Iterator[str]:
+        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0.
+
+        context: tokens in view at most; None: as many as the model takes.
+        """
+        context = min(context or self.context, self.context)
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
         self.rewind(prompt)
@@ -124,7 +130,7 @@ class Speaker:
                 if piece := decoder.step(backend, new[0]):
                     text += piece
                     yield piece
-                if tokens == max_new_tokens or len(self.seen) == self.context:
+                if tokens == max_new_tokens or len(self.seen) >= context:
                     stop = "length" if tokens == max_new_tokens else "context"
                     break
         finally:  # also when the reader goes away: Ctrl-C, or it has had enough

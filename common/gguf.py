@@ -248,7 +248,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
 
 
 def adds_bos(encoder: ChatEncoder) -> bool:
-    """Whether a file is to ask for a BOS before every text: then llama.cpp takes away one that the template has written.
+    """Whether a file asks for a BOS before every text; llama.cpp then takes away one that the template has written.
 
     Where the template has none, though the tokenizer adds it to plain text, training has seen none either.
     """

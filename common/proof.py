@@ -19,8 +19,8 @@ from common import generation
 from common.encoding import ChatEncoder
 
 # Mean KL divergence from the 16-bit model that a file may have, in nats a token. In f32, f16 and bf16 nothing but
-# rounding is allowed. The others leave room for small models, which lose most (SmolLM2-135M: runs.md), and are far below
-# what a wrong layout of weights gives, which is several nats.
+# rounding is allowed. The others leave room for small models, which lose most (SmolLM2-135M: runs.md); a wrong layout
+# of the weights gives several nats.
 KL_BOUNDS = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
     "q4_0": 0.6,

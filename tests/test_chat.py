@@ -76,6 +76,11 @@ def test_the_oldest_turns_leave_a_full_context(chatty, monkeypatch):
     for context, kept in ((whole + 10, CHAT[:4]), (whole + 9, [CHAT[0], CHAT[3]])):
         monkeypatch.setattr(chat_pipe, "CONTEXT", context)
         assert chat_pipe.window(speaker, CHAT[:4]) == (kept, speaker.encoder.prompt(kept))
+    list(chat_pipe.stream(speaker, speaker.encoder.prompt(CHAT[:4])))
+    assert speaker.last.stop == "length" and speaker.last.tokens == 10
+    monkeypatch.setattr(chat_pipe, "CONTEXT", whole + 4)
+    list(chat_pipe.stream(speaker, speaker.encoder.prompt(CHAT[:4])))
+    assert speaker.last.stop == "context" and len(speaker.seen) == whole + 4
     monkeypatch.setattr(chat_pipe, "CONTEXT", 20)
     with pytest.raises(UserError, match="CONTEXT=20"):
         chat_pipe.window(speaker, CHAT[:4])
