@@ -43,7 +43,7 @@ from rich.progress import track
 from transformers import set_seed
 from transformers.utils import logging
 
-from common import generation, gpu, shapes, sources
+from common import generation, gpu, models, shapes, sources
 
 HELP = '''\
 /reset           forget the conversation
@@ -61,7 +61,8 @@ CHANGEABLE = ("TEMPERATURE", "TOP_P", "MAX_NEW_TOKENS", "CONTEXT")
 COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
 QUOTES = '"' * 3
 STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
-MADE_BY = ("MODEL", "QUANTIZATION", "SYSTEM", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "BATCH_SIZE", "SEED")
+MADE_BY = "MODEL QUANTIZATION DTYPE SYSTEM CONTEXT MAX_NEW_TOKENS TEMPERATURE TOP_P BATCH_SIZE SEED".split()
+ADDED = {"answer", "tokens", "stop", "by"}  # to the rows of PROMPTS
 
 
 def main():
@@ -143,15 +144,17 @@ class Talk:
         self.answers: list[generation.Answer] = []
 
     def ask(self, prompt: str) -> None:
-        """Answer a prompt, streaming; where Ctrl-C stops the answer, what has come counts."""
+        """Answer a prompt, streaming; where Ctrl-C stops the answer, what has come counts, if anything has."""
+        asked = {"role": "user", "content": prompt}
+        views = {name: window(self.speakers[name], [*history, asked]) for name, history in self.histories.items()}
+        answers = {}
         for name, speaker in self.speakers.items():
-            history = self.histories[name]
-            messages = [*history, {"role": "user", "content": prompt}]
-            kept, ids = window(speaker, messages)
+            kept, ids = views[name]
+            left_out = len(self.histories[name]) + 1 - len(kept)
             if len(self.speakers) > 1:
                 print(f"[{name}]")
-            if len(kept) < len(messages):
-                print(f"(the context is full: the oldest {len(messages) - len(kept)} messages are left out)")
+            if left_out:
+                print(f"(the context is full: the oldest {left_out} messages are left out)")
             try:
                 with contextlib.closing(stream(speaker, ids)) as pieces:
                     for piece in pieces:
@@ -159,11 +162,15 @@ class Talk:
             except KeyboardInterrupt:
                 pass
             print(flush=True)
+            if speaker.last is None:  # stopped before it began
+                return
             self.answers.append(speaker.last)
-            if answer := speaker.last.text.strip():
-                history[:] = [*messages, {"role": "assistant", "content": answer}]
+            answers[name] = speaker.last.text.strip()
             if PROMPT is None:
                 print(self.describe(speaker))
+        if all(answers.values()):
+            for name, history in self.histories.items():
+                history += [asked, {"role": "assistant", "content": answers[name]}]
 
     def describe(self, speaker) -> str:
         """The line after an answer."""
@@ -201,7 +208,10 @@ class Talk:
                 for name, history in self.histories.items():
                     print(f"[{name}]", *(f"{message['role']}: {message['content']}" for message in history), sep="\n")
             case "/retry":
+                before = {name: list(history) for name, history in self.histories.items()}
                 self.ask(self.undo())
+                if any(len(self.histories[name]) < len(history) for name, history in before.items()):
+                    self.histories = before  # nothing came, the answer before stays
             case "/undo":
                 print(f"(taken back: {self.undo()})")
             case "/save":
@@ -217,15 +227,17 @@ class Talk:
 
     def save(self, file: str) -> None:
         """Add the conversation to a file of chats; of two models, that with MODEL."""
+        if not any(message["role"] == "assistant" for message in self.histories[MODEL]) or not file.endswith(".jsonl"):
+            raise UserError("/save FILE.jsonl, when there is an answer to save.")
         with open(Path(file).expanduser(), "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"messages": self.histories[MODEL]}, ensure_ascii=False) + "\n")
         print(f"(saved as a row of {file})")
 
     def load(self, file: str) -> None:
         """Go on with the last chat of a file."""
-        chats = list(sources.sound_chats(file, "/load"))
+        chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
         if not chats:
-            raise UserError(f"/load {file}: there is no chat in it.")
+            raise UserError(f"/load {file}: there is no such file, or no chat in it.")
         self.histories = {name: list(chats[-1]) for name in self.speakers}
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
@@ -261,6 +273,8 @@ def converse(talk: Talk):
                 talk.obey(prompt)
             elif prompt:
                 talk.ask(prompt)
+        except KeyboardInterrupt:
+            print("(stopped)")
         except (UserError, OSError) as error:
             print(f"({error})")
 
@@ -300,7 +314,7 @@ def question_of(row) -> list[dict]:
     if isinstance(row, shapes.Fault):
         raise UserError(row)
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        return [*opening(), {"role": "user", "content": row["prompt"]}]
+        row = {"prompt": row["prompt"], "completion": "to be answered"}
     turns = row.get("messages") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
         row = row | {"messages": [*turns, {"role": "assistant", "content": "to be answered"}]}
@@ -313,37 +327,48 @@ def question_of(row) -> list[dict]:
 
 def answer_file(speaker, rows: list[dict], file: Path) -> None:
     """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
-    by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
+    by = {name: value for name, value in current(globals()).items() if name in MADE_BY} | {"weights": weights_written()}
+    asked = []
+    for row in rows:  # all, before the first is answered
+        if taken := ADDED & set(row):
+            raise UserError(f"PROMPTS={PROMPTS}: rows must not have a field {sorted(taken)[0]}, which the answers get.")
+        asked.append(window(speaker, question_of(row)))
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
-    for row, line in zip(rows, lines, strict=False):
-        if json.loads(line) | row | {"by": by} != json.loads(line):
-            raise UserError(
-                f"ANSWERS={file} holds answers to other prompts or with other settings: name another.", code=3
-            )
-    done = len(rows) if len(lines) >= len(rows) else len(lines) // BATCH_SIZE * BATCH_SIZE
+    whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
+    begins, ends = [as_line(row)[:-2] for row in rows], as_line({"by": by})[1:]
+    if (
+        len(lines) > len(rows)
+        or any(line[: len(begin)] != begin[: len(line)] for line, begin in zip(lines, begins, strict=False))
+        or not all(line.endswith(ends) for line in whole)
+    ):
+        raise UserError(f"ANSWERS={file} holds something else, or answers by other settings: name another.", code=3)
+    done = len(rows) if len(whole) == len(rows) else len(whole) // BATCH_SIZE * BATCH_SIZE
     with open(file, "ab") as stream:
-        stream.truncate(sum(map(len, lines[:done])))
+        stream.truncate(sum(map(len, whole[:done])))
         starts = range(done, len(rows), BATCH_SIZE)
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
             set_seed(SEED + start)
-            batch = rows[start : start + BATCH_SIZE]
-            chats, ids = zip(*(window(speaker, question_of(row)) for row in batch), strict=True)
+            chats, ids = zip(*asked[start : start + BATCH_SIZE], strict=True)
             length = min(MAX_NEW_TOKENS, context_of(speaker) - max(map(len, ids)))
-            given = generation.answers(
-                speaker.model,
-                speaker.tokenizer,
-                chats,
-                BATCH_SIZE,
-                max_new_tokens=length,
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-            )
-            for row, answer in zip(batch, given, strict=True):
-                made = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
-                stream.write(json.dumps(row | made, ensure_ascii=False).encode() + b"\n")
+            how = dict(max_new_tokens=length, temperature=TEMPERATURE, top_p=TOP_P)
+            given = generation.answers(speaker.model, speaker.tokenizer, chats, BATCH_SIZE, **how)
+            for row, answer in zip(rows[start : start + BATCH_SIZE], given, strict=True):
+                stream.write(
+                    as_line(row | {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by})
+                )
             stream.flush()
     print(f"{len(rows)} answers: {file}")
+
+
+def as_line(row: dict) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
+
+
+def weights_written() -> float | None:
+    """When MODEL's weights were written, so that answers of an earlier training are told apart; None for the hub's."""
+    source = models.locate(MODEL)
+    times = [file.stat().st_mtime for file in Path(source.adapter or source.path).glob("*.safetensors")]
+    return max(times, default=None)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each model that is loade
 import pyarrow.parquet as parquet
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from common import checkpoints, generation, gguf, models, prepared, proof, runs, sources
@@ -64,7 +65,11 @@ def main():
     check_choice("DTYPE", DTYPE, models.DTYPES[1:])
     check_choice("PROOF_DTYPE", PROOF_DTYPE, models.DTYPES[1:])
     check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
+    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
     source = models.locate(MODEL)
+    quantization = QUANTIZATION or models.trained_with(source)
+    if MERGE_INTO == "dequantized" and not (source.adapter and quantization):
+        raise UserError("MERGE_INTO=dequantized: MODEL was not trained on a quantised base. Set MERGE_INTO=None.")
     config = models.load_config(source)
     if getattr(config, "quantization_config", None):
         raise UserError(f"MODEL={source.name} is quantised, and cannot be merged into. Take the 16-bit model.")
@@ -76,25 +81,21 @@ def main():
     checkpoints.check_space(folder, models.count_weights(config) * sum(map(bytes_a_weight, (DTYPE, *kinds))))
 
     # The model as it was trained, with which the merged one is compared
-    quantization = QUANTIZATION or models.trained_with(source)
     live = models.load_model(source, quantization, proof_dtype(), "sdpa", vocabulary=len(tokenizer)).eval()
     reference = proof.Reference(live, tokenizer, rows)
     print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens of answers")
     del live
 
-    # Merge it, write it, and read it again
-    merges = merge(source, quantization, tokenizer, folder / "final", reference)
-    saved = models.load_model(models.locate(str(folder)), None, proof_dtype(), "sdpa").eval()
-    if (kl := reference.compare(saved)["kl"]) > MERGE_BOUND:
-        (folder / "final").rename(folder / "final.rejected")
-        raise UserError(
-            f"the merged model is not the one that was trained: KL {kl:.2g}, the bound is {MERGE_BOUND}.", 5
-        )
+    # Merge it; the result, read again from the disk, gets its name when it is proved
+    merges, kept = merge(source, quantization, tokenizer, folder / "unproved", reference)
+    other_base = bool(quantization) and kept["into"] == "original"  # than the adapter was trained on
+    saved, kl = prove_merged(folder / "unproved", tokenizer, reference, MERGE_BOUND + kept["kl"] * other_base)
+    (folder / "unproved").rename(folder / "final")
 
     # GGUF files, and what there is to tell
-    files = (
-        write_files(kinds, folder, saved.config, tokenizer, proof.Reference(saved, tokenizer, rows)) if kinds else []
-    )
+    reference, config = proof.Reference(saved, tokenizer, rows), saved.config
+    del saved
+    files = write_files(kinds, folder, config, tokenizer, reference) if kinds else []
     about = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=kl, files=files)
     checkpoints.write_whole(folder / "export.json", json.dumps(about, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
@@ -102,6 +103,16 @@ def main():
         raise UserError(f"{', '.join(rejected)} failed the proof; the faults are above and in export.json.", code=5)
     if HUB_ID:
         upload(folder, [file["file"] for file in files])
+
+
+def model_name() -> str:
+    return Path(MODEL).name.removesuffix(".gguf")
+
+
+def run_folders() -> tuple[Path, Path]:
+    """Where the run that made MODEL may be: itself, or above a checkpoint."""
+    path = Path(MODEL).expanduser()
+    return path, path.parent
 
 
 def proof_dtype() -> torch.dtype:
@@ -129,7 +140,7 @@ def chat_tokenizer(source: models.Source):
 
 def held_out(encoder: ChatEncoder) -> list[proof.Row]:
     """Chats that no training saw, with PROOF_TOKENS tokens of answers in all."""
-    files = [run / "data" / "eval.parquet" for run in (Path(MODEL), Path(MODEL).parent)]
+    files = [run / "data" / "eval.parquet" for run in run_folders()]
     found = [file for file in files if file.is_file() and parquet.read_metadata(file).num_rows]
     if found and not CHATS:
         dataset = prepared.as_dataset(parquet.read_table(found[0]))
@@ -148,25 +159,45 @@ def held_out(encoder: ChatEncoder) -> list[proof.Row]:
     return rows
 
 
-def merge(source: models.Source, quantization: str | None, tokenizer, final: Path, reference) -> list[dict]:
-    """Merge into the original base and, after training on a quantised one, into what that stands for; keep the better.
+def merge(source: models.Source, quantization: str | None, tokenizer, folder: Path, reference):
+    """Merge into the original base and, after training on a quantised one, into what that stands for; save the better.
 
-    Returns how far each was from the reference.
+    The better one has the lower perplexity: an adapter may do better on the original base than on the one it was
+    trained on, though it then predicts something else. Returns all that were measured, and the one that was kept.
     """
     bases = [MERGE_INTO] if MERGE_INTO else BASES if source.adapter and quantization else BASES[:1]
     merges = []
     for base in bases:
+        model = None  # the one before would be held while this one is loaded
         model = merged(source, base, quantization, tokenizer)
         merges.append({"into": base} | reference.compare(model.to(proof_dtype())))
         print("merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}".format(**merges[-1]))
-    best = min(merges, key=lambda candidate: candidate["kl"])["into"]
-    if best != base:
-        model = merged(source, best, quantization, tokenizer)
-    model.generation_config.eos_token_id = generation.end_tokens(model, tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    models.save_final(final, model.to(getattr(torch, DTYPE)), tokenizer)
-    checkpoints.write_whole(final / "README.md", card(source.name))
-    return merges
+    kept = min(merges, key=lambda candidate: candidate["perplexity"])
+    if kept["into"] != base:
+        model = None
+        model = merged(source, kept["into"], quantization, tokenizer)
+    ends, pad = generation.end_tokens(model, tokenizer), tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    models.save_final(folder, model.to(getattr(torch, DTYPE)), tokenizer)
+    checkpoints.write_whole(folder / "README.md", card(source.name))
+    return merges, kept
+
+
+def prove_merged(folder: Path, tokenizer, reference, bound: float):
+    """The saved model, and its KL divergence from the trained one; rejected where that is too far, or tokens differ."""
+    saved = models.load_model(models.locate(str(folder)), None, proof_dtype(), "sdpa").eval()
+    kl, fault = reference.compare(saved)["kl"], None
+    encoders = ChatEncoder(tokenizer), ChatEncoder(models.load_tokenizer(models.locate(str(folder))))
+    for text in proof.TEXTS:
+        prompts = [encoder.prompt([{"role": "user", "content": text}]) for encoder in encoders]
+        if prompts[0] != prompts[1]:
+            fault = f"its saved tokenizer splits {text!r} in another way"
+    if not kl <= bound:
+        fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
+    if fault:
+        folder.rename(folder.with_name("final.rejected"))
+        raise UserError(f"the merged model is not the one that was trained: {fault}.", code=5)
+    return saved, kl
 
 
 def merged(source: models.Source, base: str, quantization: str | None, tokenizer):
@@ -187,8 +218,8 @@ def merged(source: models.Source, base: str, quantization: str | None, tokenizer
 def card(base: str) -> str:
     """The model's card: what it was made from, how, and what it scored."""
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
-    text += f"# {Path(MODEL).name}\n\n{base}, fine-tuned.\n"
-    for run in (Path(MODEL), Path(MODEL).parent):
+    text += f"# {model_name()}\n\n{base}, fine-tuned.\n"
+    for run in run_folders():
         for name in ("settings.json", "summary.json", "evaluation.json"):
             if (run / name).is_file():
                 told = json.loads((run / name).read_text(encoding="utf-8"))
@@ -200,10 +231,10 @@ def card(base: str) -> str:
 
 def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) -> list[dict]:
     """Write and prove a GGUF file of each kind; it gets its name when it is proved. What there is to say of each."""
-    results, width = [], len(Path(MODEL).stem) + 14
+    results, width = [], len(model_name()) + 14
     print(f"{'file':<{width}}    MiB        KL  perplexity  answers ended  tokens/s")
     for kind in kinds:
-        file = folder / f"{Path(MODEL).stem}-{kind}.gguf"
+        file = folder / f"{model_name()}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
         note = write_gguf(partial, folder / "final", config, tokenizer, kind)
         r = {"file": file.name, "note": note} | proof.examine(
@@ -211,8 +242,9 @@ def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) ->
         )
         partial.rename(f"{file}.rejected" if r["faults"] else file)
         results.append({name: None if value == math.inf else value for name, value in r.items()})
+        kl, perplexity = ("-" if r[name] is None else f"{r[name]:.4g}" for name in ("kl", "perplexity"))
         print(
-            f"{file.name:<{width}}{r['bytes'] / 2**20:>7.1f}{r['kl']:>10.2g}{r['perplexity']:>12.3f}"
+            f"{file.name:<{width}}{r['bytes'] / 2**20:>7.1f}{kl:>10}{perplexity:>12}"
             f"{r['ended']:>10} of {r['prompts']}{r['tokens_per_second']:>10.1f}"
         )
         for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in r["faults"]]:
@@ -231,7 +263,7 @@ def write_gguf(file: Path, folder: Path, config, tokenizer, kind: str) -> str:
     converter = Path(LLAMA_CPP) / "convert_hf_to_gguf.py"
     commands = [[sys.executable, converter, folder, "--outfile", whole, "--outtype", converted]]
     if kind != converted:
-        quantizers = [path for path in Path(LLAMA_CPP).rglob("llama-quantize*") if path.suffix in ("", ".exe")]
+        quantizers = [path for path in Path(LLAMA_CPP).rglob("llama-quantize*") if path.stem == "llama-quantize"]
         if not quantizers:
             raise UserError(f"LLAMA_CPP={LLAMA_CPP} holds no llama-quantize, which GGUF={kind} needs. Build it.")
         commands.append([quantizers[0], whole, file, kind.upper()])
@@ -256,6 +288,8 @@ def upload(folder: Path, files: list[str]) -> None:
         print(f"  {path.relative_to(folder)}  {path.stat().st_size / 2**20:.1f} MiB")
     hub = HfApi()
     hub.create_repo(HUB_ID, private=HUB_PRIVATE, exist_ok=True)
+    if HUB_PRIVATE and not hub.repo_info(HUB_ID).private:
+        raise UserError(f"HUB_ID={HUB_ID} exists and is public. Set HUB_PRIVATE=False, or name another.")
     for path in chosen:
         hub.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=HUB_ID)
 

@@ -47,6 +47,7 @@ class ChatEncoder:
         self.end_token = end and end.content
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.prefix = take_prefix(self.backend)
+        self.swallows = {token.content: token.rstrip for token in self.special}  # the white space after it
         self.backend.no_padding()
         self.backend.no_truncation()
         # An end token that swallows the white space after it must do so here, too, with our mark in between.
@@ -125,8 +126,11 @@ class ChatEncoder:
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
             bare = pieces[i].lstrip(START + END + BREAK)
+            if i and self.swallows[pieces[i - 1]]:
+                bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
-                pieces[i] = pieces[i].removesuffix(bare) + "\u2581" + bare
+                marks = pieces[i][: len(pieces[i]) - len(pieces[i].lstrip(START + END + BREAK))]
+                pieces[i] = marks + "\u2581" + bare
         return "".join(pieces)
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
@@ -176,7 +180,10 @@ def take_prefix(backend: Tokenizer) -> Prefix | None:
     spec = json.loads(backend.to_str())
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
-        spec["normalizer"] = {"type": "Sequence", "normalizers": [s for s in steps if s.get("type") == "Replace"]}
+        spec["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [s for s in steps if s.get("type") not in ("Prepend", "Sequence")],
+        }
         backend.normalizer = Tokenizer.from_str(json.dumps(spec)).normalizer
         return Prefix(everywhere=True, once=False)
     metaspace = spec["pre_tokenizer"] or {}

@@ -50,6 +50,10 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
     """Arguments for generate(): greedy at temperature 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
     return dict(
+        # What a model's own generation_config may ask for, and `Speaker` does not do.
+        top_k=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -112,6 +116,7 @@ class Speaker:
         context: tokens in view at most; None: as many as the model takes.
         """
         context = min(context or self.context, self.context)
+        self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
         self.rewind(prompt)

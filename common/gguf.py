@@ -70,12 +70,16 @@ def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
             "Set LLAMA_CPP to a checkout of llama.cpp, whose converter knows more."
         )
     rope = getattr(config, "rope_parameters", None) or {}
+    activation = config.activation_function if config.model_type == "gpt2" else config.hidden_act
     for wrong, what in (
         (rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"), f"rope {rope}"),
+        (len(set(rope) & {"attention_factor", "beta_fast", "beta_slow", "mscale"}) > 0, f"rope {rope}"),
+        (activation not in ("silu", "gelu_new"), f"the activation {activation}"),
         (getattr(config, "qk_layernorm", False), "qk_layernorm"),
         (getattr(config, "use_sliding_window", False), "use_sliding_window"),
         (getattr(config, "mlp_bias", False), "mlp_bias"),
         (getattr(config, "scale_attn_by_inverse_layer_idx", False), "scale_attn_by_inverse_layer_idx"),
+        (not getattr(config, "scale_attn_weights", True), "scale_attn_weights=False"),
     ):
         if wrong:
             raise UserError(f"GGUF: the model has {what}, which is not written here. Set LLAMA_CPP.")
@@ -208,7 +212,7 @@ def quantized(name: str, tensor: torch.Tensor, type: Type) -> np.ndarray:
     with np.errstate(over="ignore"):
         packed = quants.quantize(data, type)
     if type == Type.F16 and not np.isfinite(packed).all():
-        raise UserError(f"GGUF=f16: {name} has weights beyond float16's range. Take bf16 or q8_0.")
+        raise UserError(f"GGUF: {name} has weights beyond float16's range. Take bf16.")
     return packed
 
 

@@ -4,8 +4,11 @@ A GGUF file is read by two programs that are not ours: transformers, which gives
 (package xllamacpp), which makes tokens of a chat and answers, as it will in use.
 """
 
+import itertools
 import json
 import math
+import statistics
+import sys
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common import generation
 from common.encoding import ChatEncoder
+from common.settings import UserError
 
 # Mean KL divergence from the 16-bit model that a file may have, in nats a token. In f32, f16 and bf16 nothing but
 # rounding is allowed. The others leave room for small models, which lose most (SmolLM2-135M: runs.md); a wrong layout
@@ -25,6 +29,7 @@ KL_BOUNDS = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
     "q4_0": 0.6,
 }  # fmt: skip
+LLAMA_CPP_NOISE = 0.02  # KL between llama.cpp, whose keys and values are in 16 bits, and transformers, at most
 NOISE = 1e-3  # KL between two computations of the same model in 16 bits, at most
 ANSWER_TOKENS = 128  # in which an answer must end
 PROMPTS = 4  # that are answered
@@ -53,6 +58,8 @@ class Reference:
 
     def __init__(self, model, tokenizer, rows: list[Row]):
         self.rows, self.predictions = rows, predict(model, rows)
+        if not self.predictions.isfinite().all():
+            raise UserError("the model's predictions are not finite, so nothing made from it can be proved.", code=4)
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
         speaker, self.ended = generation.Speaker(model, tokenizer), 0  # answers that end by themselves
         for prompt in self.prompts:
@@ -65,8 +72,12 @@ class Reference:
         """A model's perplexity on the same chats, and its mean KL divergence from this one in nats a token."""
         predicted = predict(model, self.rows)
         kl = (self.predictions.exp() * (self.predictions - predicted)).sum(-1).mean().item()
-        finite = predicted.isfinite().all()
-        return {"kl": max(0.0, kl) if finite else math.inf, "perplexity": perplexity(predicted, self.rows)}
+        return {"kl": max(0.0, kl) if math.isfinite(kl) else math.inf, "perplexity": perplexity(predicted, self.rows)}
+
+    def first_predictions(self) -> list[torch.Tensor]:
+        """Log-probabilities (vocabulary,) of the token after each of the prompts."""
+        starts = itertools.accumulate([0, *(len(row.answers) for row in self.rows)])
+        return [self.predictions[start] for start, _ in zip(starts, self.prompts, strict=False)]
 
 
 @torch.no_grad()
@@ -110,7 +121,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp's server, inside this process, until `close`."""
+    """A GGUF file in llama.cpp's server, inside this process, as a context manager."""
 
     def __init__(self, file: Path, context: int):
         import xllamacpp
@@ -135,34 +146,66 @@ class LlamaCpp:
         """Its likeliest answer: content, tokens, stop_type ("eos" where it ended by itself), timings."""
         return self.ask("/completion", prompt=prompt, n_predict=tokens, temperature=0, top_k=1, return_tokens=True)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
         self.server = None
 
 
 def examine(file: Path, kind: str, config, tokenizer, reference: Reference, dtype: torch.dtype) -> dict:
     """What there is to say of a GGUF file made from the reference's model, with all its `faults`.
 
-    dtype: of the computations.
+    dtype: of the computations. What transformers cannot read has kl and perplexity None, and llama.cpp's word counts.
     """
-    result, faults = {"kind": kind, "bytes": file.stat().st_size, "kl": math.inf, "perplexity": math.inf}, []
+    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None, "llama_cpp_kl": math.inf}
+    result |= {"prompts": len(reference.prompts), "ended": 0, "tokens_per_second": 0.0, "faults": []}
+    faults = result["faults"]
     try:
         result |= reference.compare(load_gguf(file, config, dtype))
     except (ValueError, NotImplementedError) as error:
-        faults.append(f"transformers cannot read it: {error}")
+        print(f"transformers cannot read {file.name}, only llama.cpp is asked: {error}", file=sys.stderr)
+    except (RuntimeError, KeyError) as error:
+        faults.append(f"transformers finds its tensors wrong: {error}")
     bound = KL_BOUNDS[kind] if dtype == torch.float32 else max(KL_BOUNDS[kind], NOISE)
-    if not result["kl"] <= bound:
+    if result["kl"] is not None and not result["kl"] <= bound:
         faults.append(f"it predicts something else: KL {result['kl']:.2g} nats a token, the bound is {bound}")
-    longest = max(map(len, reference.prompts))
-    llama = LlamaCpp(file, min(config.max_position_embeddings, longest + ANSWER_TOKENS))
-    faults += token_faults(llama, tokenizer)
+    try:
+        with LlamaCpp(
+            file, min(config.max_position_embeddings, max(map(len, reference.prompts)) + ANSWER_TOKENS)
+        ) as llama:
+            result |= examine_in_llama_cpp(llama, reference)
+            faults += token_faults(llama, tokenizer)
+    except (RuntimeError, OSError, KeyError) as error:
+        faults.append(f"llama.cpp refuses it: {error}")
+        return result
+    bound = LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]
+    if not result["llama_cpp_kl"] <= bound:
+        faults.append(
+            f"llama.cpp predicts something else: KL {result['llama_cpp_kl']:.2g} nats, the bound is {bound:.2g}"
+        )
+    if not result["ended"] and reference.ended > len(reference.prompts) / 2:
+        faults.append(
+            f"its answers do not end: {result['ended']} of {result['prompts']}, the model's {reference.ended}"
+        )
+    return result
+
+
+def examine_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
+    """Its divergence from the reference over the 64 tokens it finds likeliest after each prompt, and its answers."""
+    divergences = []
+    for prompt, expected in zip(reference.prompts, reference.first_predictions(), strict=True):
+        given = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
+        if entries := given.get("completion_probabilities"):  # none where the token is but a part of a character
+            pairs = [(expected[entry["id"]].item(), entry["logprob"]) for entry in entries[0]["top_logprobs"]]
+            divergences.append(sum(math.exp(log_p) * (log_p - log_q) for log_p, log_q in pairs))
     answers = [llama.answer(prompt) for prompt in reference.prompts]
-    llama.close()
-    ended = sum(answer["stop_type"] == "eos" for answer in answers)
-    if not ended and reference.ended > len(answers) / 2:
-        faults.append(f"its answers do not end: {ended} of {len(answers)}, the model's {reference.ended}")
     tokens, milliseconds = (sum(a["timings"][f"predicted_{key}"] for a in answers) for key in ("n", "ms"))
-    speed = 1000 * tokens / milliseconds
-    return result | {"prompts": len(answers), "ended": ended, "tokens_per_second": speed, "faults": faults}
+    return {
+        "llama_cpp_kl": abs(statistics.fmean(divergences)) if divergences else None,
+        "ended": sum(answer["stop_type"] == "eos" for answer in answers),
+        "tokens_per_second": 1000 * tokens / max(milliseconds, 1e-3),
+    }
 
 
 def token_faults(llama: LlamaCpp, tokenizer):

@@ -161,9 +161,10 @@ def test_a_conversation_in_a_terminal(environment, chatty, tmp_path):
     assert "system: Be kind." in terminal.type("/show", "second line")
     terminal.type("/set TEMPERATURE=-1", "temperature is 0 or more")
     terminal.type(f"/load {tmp_path}/none.jsonl", "no such file")
+    terminal.type("/save chat.txt", "/save FILE.jsonl")
     terminal.type("/set max_new_tokens = 5000", "was 5")
     terminal.type("/what", "no command.* /help")
-    terminal.type("Go on and on", r"\n\S")  # the answer has begun
+    terminal.type("Go on and on", r"and on *\n+[^\s>]")  # the answer has begun
     os.write(terminal.ours, b"\x03")
     stopped = terminal.expect(r"\[(\d+) tokens, .* stopped\]")
     assert int(re.search(r"\[(\d+) tokens", stopped)[1]) < 5000
@@ -211,10 +212,15 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(chatty, tmp_path, run_he
         assert part.read_bytes() == whole
     code, _, error = run_here(chat_pipe, *settings, "TEMPERATURE=0")
     assert code == 3 and "name another" in error and part.read_bytes() == whole
-    for broken in ('{"prompt": " "}', '{"prompt": "Hi"', '{"text": "Hi"}', "7"):
+    for other in (b'{"precious": 1}', b"notes\n", whole + b"{", whole.replace(b"Say 0", b"Say 8")):
+        part.write_bytes(other)
+        assert run_here(chat_pipe, *settings)[0] == 3 and part.read_bytes() == other
+    for broken in ('{"prompt": " "}', '{"prompt": "\\ud83d"}', '{"prompt": "Hi"', '{"text": "Hi"}', "7"):
         prompts.write_text(f'{{"prompt": "Hi"}}\n{broken}\n')
         code, _, error = run_here(chat_pipe, *settings)
         assert code == 2 and "prompts.jsonl:2: " in error
+    write_jsonl(prompts, [{"prompt": "Hi", "answer": "Hello"}])
+    assert run_here(chat_pipe, *settings, f"ANSWERS={tmp_path / 'new.jsonl'}")[0] == 2
 
 
 def test_a_prompt_too_long_and_settings_that_cannot_be_are_refused(chatty, run_here):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jinja2
@@ -14,6 +15,7 @@ import torch
 from conftest import CHAT, ROOT, save_tiny
 from gguf import GGMLQuantizationType, GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import merge_and_export
@@ -84,11 +86,11 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
         read = proof.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
-    llama = proof.LlamaCpp(out / "chat-model-f16.gguf", 512)
-    given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
+    with proof.LlamaCpp(out / "chat-model-f16.gguf", 512) as llama:
+        given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
     for entry in given["completion_probabilities"][0]["top_logprobs"]:
         assert entry["logprob"] == pytest.approx(expected[-1].log_softmax(-1)[entry["id"]].item(), abs=0.05)
-    llama.close()
+    assert told["files"][0]["llama_cpp_kl"] < 0.01
 
 
 # --- faults planted on purpose ---
@@ -223,8 +225,10 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     assert code == 0, text
     told = json.loads((out / "export.json").read_text())
     assert [merge["into"] for merge in told["merges"]] == ["original", "dequantized"]
+    kept = min(told["merges"], key=lambda merge: merge["perplexity"])
+    assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-3) and told["merges"][1]["kl"] < 1e-3
     assert (
-        told["saved_kl"] == pytest.approx(min(merge["kl"] for merge in told["merges"]), abs=1e-6)
+        told["saved_kl"] == pytest.approx(min(merge["kl"] for merge in told["merges"]), abs=1e-3)
         and told["saved_kl"] < 0.05
     )
     assert text.count("merged into the") == 2
@@ -367,9 +371,8 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "final")
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
-    llama = proof.LlamaCpp(tmp_path / "model.gguf", 256)
-    assert list(proof.token_faults(llama, tokenizer)) == []
-    llama.close()
+    with proof.LlamaCpp(tmp_path / "model.gguf", 256) as llama:
+        assert list(proof.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -400,6 +403,9 @@ def test_an_unknown_pre_tokenizer_is_refused(change, chat_model, export):
         shutil.rmtree(out)
         code, out, text = export(folder, "GGUF=f16", "PRE_TOKENIZER=gpt-2")
         assert code == 5 and "tokens of a chat differ" in text
+        shutil.rmtree(out)
+        code, out, text = export(folder, "GGUF=f16", "PRE_TOKENIZER=gpt-7")
+        assert code == 5 and "llama.cpp refuses it" in text and list(out.glob("*.rejected"))
 
 
 @pytest.mark.parametrize("template", list(chat_template.TOKENS))
@@ -444,6 +450,7 @@ def test_wrong_inputs_end_with_2_and_one_line(chat_model, tiny, tmp_path, export
     for settings, word in (
         (["GGUF=q4_k"], "q4_k_m"),
         (["MERGE_INTO=quantized"], "dequantized"),
+        (["MERGE_INTO=dequantized"], "MERGE_INTO=None"),
         ([f"MODEL={tiny()}"], "no chat template"),
         ([f"MODEL={lost}"], "gone"),
         (["RUN_NAME=used"], "RUN_NAME=used"),
@@ -462,7 +469,11 @@ def test_wrong_inputs_end_with_2_and_one_line(chat_model, tiny, tmp_path, export
 def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export):
     folder = chat_model()
     config = json.loads((folder / "config.json").read_text())
-    for change, word in (({"model_type": "gemma"}, "gemma"), ({"mlp_bias": True}, "mlp_bias")):
+    for change, word in (
+        ({"model_type": "gemma"}, "gemma"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "relu"}, "relu"),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
         code, _, text = export(folder, "GGUF=f16")
         assert code == 2 and word in text and "LLAMA_CPP" in text
@@ -522,6 +533,9 @@ def test_nothing_is_uploaded_unless_asked_and_then_privately(chat_model, export,
         def create_repo(self, name, **options):
             calls.append((name, options))
 
+        def repo_info(self, name):
+            return types.SimpleNamespace(private=name == "me/mine")
+
         def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
             assert Path(path_or_fileobj).is_file()
             calls.append(path_in_repo)
@@ -534,6 +548,10 @@ def test_nothing_is_uploaded_unless_asked_and_then_privately(chat_model, export,
     assert code == 0 and calls[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert {"chat-model-f16.gguf", "model.safetensors", "Modelfile", "README.md"} <= set(calls[1:])
     assert "settings.json" not in calls and "uploading to me/mine, private" in text
+    shutil.rmtree(out)
+    calls.clear()
+    code, _, text = export(chat_model(), "GGUF=f16", "HUB_ID=me/public")
+    assert code == 2 and "public" in text and len(calls) == 1
 
 
 @pytest.mark.slow
@@ -543,11 +561,36 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(tmp_path, export):
     assert code == 0, text
     tokenizer = AutoTokenizer.from_pretrained(out / "final")
     model = AutoModelForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
-    llama = proof.LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512)
     prompt = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "Name three colours of the rainbow."}])
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
-    assert llama.answer(prompt, 20)["tokens"] == expected
-    prompt = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "What is the capital of France?"}])
-    answer = llama.answer(prompt)
+    question = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "What is the capital of France?"}])
+    with proof.LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512) as llama:
+        assert llama.answer(prompt, 20)["tokens"] == expected
+        answer = llama.answer(question)
     assert "Paris" in answer["content"] and answer["stop_type"] == "eos"
-    llama.close()
+
+
+def test_predictions_that_are_not_numbers_prove_nothing(chat_model, export):
+    folder = chat_model()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, out, text = export(folder, "GGUF=f16")
+    assert code == 4 and "not finite" in text and not (out / "final").exists()
+
+
+def test_a_wrong_rotary_base_is_found_by_llama_cpp(chat_model, export, monkeypatch):
+    """transformers' reader takes from the original config what it does not read; llama.cpp has the file alone."""
+    honest = gguf.GGUFWriter.add_rope_dimension_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda self, count: honest(self, count // 2))
+    code, _, text = export(chat_model("stablelm", initializer_range=0.3, partial_rotary_factor=1.0), "GGUF=f16")
+    assert code == 5 and "llama.cpp predicts something else" in text
+
+
+def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, export):
+    """A generation_config that transformers refuses to write again, as many bases have it."""
+    folder = chat_model()
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}))
+    code, out, text = export(folder)
+    assert code == 0, text
+    assert "temperature" not in json.loads((out / "final" / "generation_config.json").read_text())
