@@ -227,10 +227,6 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     assert [merge["into"] for merge in told["merges"]] == ["original", "dequantized"]
     kept = min(told["merges"], key=lambda merge: merge["perplexity"])
     assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-3) and told["merges"][1]["kl"] < 1e-3
-    assert (
-        told["saved_kl"] == pytest.approx(min(merge["kl"] for merge in told["merges"]), abs=1e-3)
-        and told["saved_kl"] < 0.05
-    )
     assert text.count("merged into the") == 2
 
 
