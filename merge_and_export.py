@@ -55,6 +55,7 @@ from common import checkpoints, generation, gguf, models, prepared, proof, runs,
 from common.encoding import ChatEncoder
 
 BASES = ["original", "dequantized"]
+TIE = 1.01  # of perplexities on held-out answers
 MERGE_BOUND = 0.05  # mean KL divergence of the merged model from the trained one, in nats a token
 
 
@@ -162,8 +163,8 @@ def held_out(encoder: ChatEncoder) -> list[proof.Row]:
 def merge(source: models.Source, quantization: str | None, tokenizer, folder: Path, reference):
     """Merge into the original base and, after training on a quantised one, into what that stands for; save the better.
 
-    The better one has the lower perplexity: an adapter may do better on the original base than on the one it was
-    trained on, though it then predicts something else. Returns all that were measured, and the one that was kept.
+    The better one has the lower perplexity; within TIE the original base is, which on other text has lost nothing to
+    quantisation, though it predicts something else than the model that was trained. Returns all, and the one kept.
     """
     bases = [MERGE_INTO] if MERGE_INTO else BASES if source.adapter and quantization else BASES[:1]
     merges = []
@@ -172,7 +173,7 @@ def merge(source: models.Source, quantization: str | None, tokenizer, folder: Pa
         model = merged(source, base, quantization, tokenizer)
         merges.append({"into": base} | reference.compare(model.to(proof_dtype())))
         print("merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}".format(**merges[-1]))
-    kept = min(merges, key=lambda candidate: candidate["perplexity"])
+    kept = min(merges, key=lambda merge: merge["perplexity"] / (TIE if merge["into"] == "original" else 1))
     if kept["into"] != base:
         model = None
         model = merged(source, kept["into"], quantization, tokenizer)

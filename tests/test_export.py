@@ -225,8 +225,9 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     assert code == 0, text
     told = json.loads((out / "export.json").read_text())
     assert [merge["into"] for merge in told["merges"]] == ["original", "dequantized"]
-    kept = min(told["merges"], key=lambda merge: merge["perplexity"])
-    assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-3) and told["merges"][1]["kl"] < 1e-3
+    original, dequantized = told["merges"]
+    kept = original if original["perplexity"] < 1.01 * dequantized["perplexity"] else dequantized
+    assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-4) and dequantized["kl"] < 1e-3
     assert text.count("merged into the") == 2
 
 
