@@ -99,7 +99,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "chat_pipe.py", *settings, "HISTORY=None"],
             cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)),
             env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **environment},
         )  # fmt: skip
         os.close(theirs)
