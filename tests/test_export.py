@@ -54,8 +54,9 @@ def chat_model(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def export(run_here, tmp_path):
+def export(run_here, tmp_path, monkeypatch):
     """export(model, "NAME=value", ...): exit code, folder, output."""
+    monkeypatch.setattr(proof, "ANSWER_TOKENS", 8)  # random models go on and on
 
     def run(model, *settings):
         more = [f"OUT_DIR={tmp_path}", "RUN_NAME=export", "PROOF_TOKENS=60", "CHATS=data/brief.jsonl"]
