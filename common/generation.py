@@ -126,7 +126,8 @@ class Speaker:
             while True:
                 ids = torch.tensor([new], device=self.model.device)
                 output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                self.cache, self.seen = output.past_key_values, self.seen + new
+                self.cache = output.past_key_values
+                self.seen += new
                 new = [choose_token(output.logits[:, -1], temperature, top_p)]
                 tokens += 1
                 if new[0] in self.ends:

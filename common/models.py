@@ -97,20 +97,23 @@ def convert_gguf(file: Path) -> Path:
     folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
     if not folder.is_dir():
         print(f"converting {file.name} once, to {folder}", file=sys.stderr)
-        kwargs = dict(gguf_file=file.name)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
-        try:
-            from transformers import GgufConfig  # newer releases keep GGUF weights packed unless told otherwise
-
-            kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        except ImportError:
-            pass
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        options = dict(gguf_file=file.name, dtype=torch.bfloat16, **dequantized())
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole: a killed run leaves no half
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
     return folder
+
+
+def dequantized() -> dict:
+    """Options that make from_pretrained read a GGUF file into ordinary weights."""
+    try:
+        from transformers import GgufConfig  # newer releases keep GGUF weights packed unless told otherwise
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def from_hub(load, source: Source, **kwargs):

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from common import generation
+from common import generation, models
 from common.encoding import ChatEncoder
 from common.settings import UserError
 
@@ -106,16 +106,9 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
         config = AutoConfig.for_model("llama")
         changed.pop("model_type")
     read = {name: value for name, value in read.items() if name in changed and name != "model_type"}
-    options = {}
-    try:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:  # older transformers dequantise without being told
-        pass
     config = type(config).from_dict(changed | read)
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=dtype, **options
+        file.parent, gguf_file=file.name, config=config, dtype=dtype, **models.dequantized()
     )
     return model.to(PartialState().device).eval()
 
@@ -179,11 +172,9 @@ def examine(file: Path, kind: str, config, tokenizer, reference: Reference, dtyp
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
         return result
-    bound = LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]
-    if not result["llama_cpp_kl"] <= bound:
-        faults.append(
-            f"llama.cpp predicts something else: KL {result['llama_cpp_kl']:.2g} nats, the bound is {bound:.2g}"
-        )
+    kl, bound = result["llama_cpp_kl"], LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]
+    if kl is not None and not kl <= bound:
+        faults.append(f"llama.cpp predicts something else: KL {kl:.2g} nats, the bound is {bound:.2g}")
     if not result["ended"] and reference.ended > len(reference.prompts) / 2:
         faults.append(
             f"its answers do not end: {result['ended']} of {result['prompts']}, the model's {reference.ended}"

@@ -598,3 +598,16 @@ def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, expor
     code, out, text = export(folder)
     assert code == 0, text
     assert "temperature" not in json.loads((out / "final" / "generation_config.json").read_text())
+
+
+def test_answers_that_begin_with_part_of_a_character_are_no_fault(chat_model, export, monkeypatch):
+    """llama.cpp then gives no probabilities; everything else is still asked."""
+    honest = proof.LlamaCpp.ask
+
+    def ask(self, path, **body):
+        return {k: v for k, v in honest(self, path, **body).items() if k != "completion_probabilities"}
+
+    monkeypatch.setattr(proof.LlamaCpp, "ask", ask)
+    code, out, text = export(chat_model(), "GGUF=f16")
+    assert code == 0, text
+    assert json.loads((out / "export.json").read_text())["files"][0]["llama_cpp_kl"] is None
