@@ -34,7 +34,7 @@ DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it
 OPTIM = "galore"  # galore, galore_8bit (moments), galore_exact_svd, galore_torch (the authors'), adamw, adamw_8bit
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # chats at once (packed: rows of MAX_LENGTH, as one); activations grow with it
+PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once; None: what fits, out of GRADIENT_ACCUMULATION_STEPS rows
 GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
 LEARNING_RATE = 7e-4  # peak
 MIN_LR = 0.0  # where linear and cosine end
@@ -44,7 +44,8 @@ WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
-GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
+GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
+MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0
 # Logging and output
@@ -66,9 +67,8 @@ import sys
 
 import torch
 from transformers import set_seed
-from transformers.pytorch_utils import Conv1D
 
-from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
+from common import chat_template, data, fitting, galore, gpu, memory, models, runs, training
 from common.galore import GaLore
 
 # OPTIM, and what it is called in transformers; None: made here.
@@ -101,40 +101,51 @@ def main():
     kl_weight = training.choose_kl_weight(settings, models.load_config(source), tokenizer)
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
-    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
-    begun_with = checkpoint[1] if checkpoint and not runs.allowed_changes(settings) & set(runs.DATA_SETTINGS) else None
-    train_set, eval_set, account = prepared.datasets_for(
-        settings, encoder, folder / "data", bool(kl_weight), begun_with
-    )
-    print(prepared.describe(account))
-    doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), encoder.unseen)
+    run = runs.begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.unseen)
 
-    # Model
-    set_seed(SEED)
+    # Memory: what the settings leave open is chosen so that it fits
     # Compiled, attention per document would be compiled again for every length of a document.
     attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    model = load_whole(source, dtype, attention, len(tokenizer))
-    base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
 
-    # Training
-    optimizer = make_optimizer(model)
-    trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else training.ChatTrainer)(
-        model=model,
-        args=training.arguments(in_libraries_terms, folder, dtype, evaluate=bool(eval_set)),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
-        kl_weight=kl_weight,
-        base_model=base,
-        save_total_limit=SAVE_TOTAL_LIMIT,
-        data_digest=account["digest"],
-        base_fingerprint=model.base_fingerprint,
-    )
-    runs.carry_out(trainer, folder, checkpoint, lambda final: models.save_final(final, trainer.model, tokenizer))
+    def empty_models(quantization):
+        like = models.load_config(source), None, dtype, attention, len(tokenizer)
+        base = models.empty_model(*like).requires_grad_(False) if kl_weight else None
+        return models.empty_model(*like), base
+
+    def optimizer(model):
+        return make_optimizer(model) or memory.usual_optimizer(in_libraries_terms["OPTIM"])(model)
+
+    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, gpu.device_type(), full=True)
+    fit = fitting.choose(settings, empty_models, optimizer, step, run.checkpoint)
+
+    # Model and training; once more in smaller parts where memory runs out all the same
+    def train(fit):
+        set_seed(SEED)
+        model = load_whole(source, dtype, attention, len(tokenizer))
+        base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
+        optimizer = make_optimizer(model)
+        if isinstance(optimizer, GaLore):
+            share = sum(p.numel() for p in optimizer.projected) / sum(p.numel() for p in model.parameters())
+            what = f"{len(optimizer.projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights"
+            print(f"GaLore: {what}")
+        trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else training.ChatTrainer)(
+            model=model,
+            args=training.arguments(in_libraries_terms, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
+            train_dataset=run.train_set,
+            eval_dataset=run.eval_set,
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+            schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
+            kl_weight=kl_weight,
+            base_model=base,
+            save_total_limit=SAVE_TOTAL_LIMIT,
+            data_digest=run.account["digest"],
+            base_fingerprint=model.base_fingerprint,
+        )
+        runs.carry_out(trainer, run, fit, lambda final: models.save_final(final, trainer.model, tokenizer))
+
+    fitting.restart_smaller(train, fit, settings)
 
 
 class GaloreTrainer(training.ChatTrainer):
@@ -187,11 +198,7 @@ def make_optimizer(model):
     """The optimizer that OPTIM names, None for one that transformers makes."""
     if not OPTIM.startswith("galore"):
         return None
-    projected = projected_matrices(model)
-    ids = {id(p) for p in projected}
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())
-    print(f"GaLore: {len(projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights")
+    projected, plain = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
     usual = dict(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     if OPTIM == "galore_torch":
         from galore_torch import GaLoreAdamW
@@ -199,26 +206,9 @@ def make_optimizer(model):
         special = dict(rank=GALORE_RANK, update_proj_gap=GALORE_UPDATE_GAP, scale=GALORE_SCALE, proj_type="std")
         return GaLoreAdamW([{"params": plain}, {"params": projected, **special}], no_deprecation_warning=True, **usual)
     kind = dict(exact_svd=OPTIM == "galore_exact_svd", eight_bit=OPTIM == "galore_8bit")
-    galore = GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
-    galore.attach(model)
-    return galore
-
-
-def projected_matrices(model) -> list[torch.nn.Parameter]:
-    """The weights of linear layers that GALORE_TARGET_MODULES names and that have both sides above GALORE_RANK."""
-    head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
-    names = {name.rpartition(".")[2] for name in layers}
-    wanted = names if GALORE_TARGET_MODULES == "auto" else set(GALORE_TARGET_MODULES.replace(" ", "").split(","))
-    chosen = [
-        m.weight for n, m in layers.items() if n.rpartition(".")[2] in wanted and min(m.weight.shape) > GALORE_RANK
-    ]
-    if not chosen or wanted - names:
-        raise UserError(
-            f"GALORE_TARGET_MODULES={GALORE_TARGET_MODULES} GALORE_RANK={GALORE_RANK}: no such linear layer with both "
-            f"sides above the rank. The model has: {', '.join(sorted(names))}."
-        )
-    return chosen
+    optimizer = GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
+    optimizer.attach(model)
+    return optimizer
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it
 # Optimization
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # chats at once (packed: rows of MAX_LENGTH, as one); activations grow with it
+PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once; None: what fits, out of GRADIENT_ACCUMULATION_STEPS rows
 GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
 LEARNING_RATE = 1e-3  # peak
 MIN_LR = 0.0  # where linear and cosine end
@@ -46,7 +46,8 @@ MAX_GRAD_NORM = 1.0
 OPTIM = "adamw_torch_fused"  # on CUDA also adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit (less or spilled VRAM)
 KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
-GRADIENT_CHECKPOINTING = False  # True: about a third slower, activations of one layer instead of all
+GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
+MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0
 # Logging and output
@@ -66,22 +67,11 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import PeftConfig
 from transformers import set_seed
 
-from common import chat_template, checkpoints, data, doctor, gpu, models, prepared, runs, training
-
-# Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
-# direction apart), 2312.03732 (rsLoRA: scaled by the root of the rank), 2404.02948 (PiSSA: starts from the principal
-# singular vectors), 2310.08659 (LoftQ: starts from what quantisation lost); IA3 scales activations: 2205.05638.
-VARIANTS = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "loftq": {},
-    "ia3": None,
-}
+from common import adapters, chat_template, data, fitting, gpu, memory, models, runs, training
+from common.adapters import VARIANTS
 
 
 def main():
@@ -99,43 +89,48 @@ def main():
     kl_weight = training.choose_kl_weight(settings, models.load_config(source), base_tokenizer, keeps_base(source))
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
-    checkpoint = checkpoints.newest_sound(folder) if RESUME else None
-    begun_with = checkpoint[1] if checkpoint and not runs.allowed_changes(settings) & set(runs.DATA_SETTINGS) else None
-    train_set, eval_set, account = prepared.datasets_for(
-        settings, encoder, folder / "data", bool(kl_weight), begun_with
-    )
-    print(prepared.describe(account))
-    doctor.examine(train_set, tokenizer, encoder, settings, bool(kl_weight), trained_rows(source, encoder))
+    run = runs.begin(settings, __file__, tokenizer, encoder, bool(kl_weight), trained_rows(source, encoder))
 
-    # Model
-    set_seed(SEED)
+    # Memory: what the settings leave open is chosen so that it fits
     # Compiled, attention per document would be compiled again for every length of a document.
     attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
     print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
-    base_fingerprint = model.base_fingerprint
-    if not source.adapter and ADAPTER:
-        model = add_adapter(model, source, encoder.unseen)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{source.name}: {trainable:,} trainable parameters")
 
-    # Training
-    trainer = training.ChatTrainer(
-        model=model,
-        args=training.arguments(settings, folder, dtype, evaluate=bool(eval_set)),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
-        kl_weight=kl_weight,
-        save_total_limit=SAVE_TOTAL_LIMIT,
-        data_digest=account["digest"],
-        base_fingerprint=base_fingerprint,
-    )
-    runs.carry_out(
-        trainer, folder, checkpoint, lambda final: models.save_final(final, trainer.model, tokenizer, base_fingerprint)
-    )
+    def empty_model(quantization):
+        model = models.empty_model(models.load_config(source), quantization, dtype, attention, len(tokenizer))
+        if source.adapter:
+            return adapters.empty_adapter(model, source.adapter), None
+        return adapters.add_adapter(model, settings, encoder.unseen) if ADAPTER else model, None
+
+    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, gpu.device_type(), full=ADAPTER is None)
+    fit = fitting.choose(settings, empty_model, memory.usual_optimizer(OPTIM), step, run.checkpoint)
+
+    # Model and training; once more in smaller parts where memory runs out all the same
+    def train(fit):
+        set_seed(SEED)
+        model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
+        base_fingerprint = model.base_fingerprint
+        if not source.adapter and ADAPTER:
+            model = adapters.add_adapter(model, settings, encoder.unseen)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{source.name}: {trainable:,} trainable parameters")
+        trainer = training.ChatTrainer(
+            model=model,
+            args=training.arguments(settings, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
+            train_dataset=run.train_set,
+            eval_dataset=run.eval_set,
+            processing_class=tokenizer,
+            schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
+            kl_weight=kl_weight,
+            save_total_limit=SAVE_TOTAL_LIMIT,
+            data_digest=run.account["digest"],
+            base_fingerprint=base_fingerprint,
+        )
+        runs.carry_out(
+            trainer, run, fit, lambda final: models.save_final(final, trainer.model, tokenizer, base_fingerprint)
+        )
+
+    fitting.restart_smaller(train, fit, settings)
 
 
 def locate_model() -> models.Source:
@@ -182,48 +177,6 @@ def trained_rows(source: models.Source, encoder) -> list[int]:
         rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
         return sum(rows.values(), []) if isinstance(rows, dict) else rows
     return [] if ADAPTER == "ia3" else encoder.unseen
-
-
-def add_adapter(model, source: models.Source, new_rows=()):
-    """Freeze the model and put a new adapter on it, as ADAPTER and the LORA_ settings say.
-
-    new_rows: token ids whose rows of embeddings and head are trained as well.
-    """
-    targets = "all-linear" if LORA_TARGET_MODULES == "auto" else LORA_TARGET_MODULES.replace(" ", "").split(",")
-    try:
-        if ADAPTER == "ia3":  # auto: peft's own choice, which it knows for most architectures
-            modules = None if LORA_TARGET_MODULES == "auto" else targets
-            config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=modules and [])
-        else:
-            config = LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=LORA_R,
-                lora_alpha=LORA_ALPHA,
-                lora_dropout=LORA_DROPOUT,
-                target_modules=targets,
-                trainable_token_indices=embedding_rows(model, new_rows) if new_rows else None,
-                **VARIANTS[ADAPTER],
-            )
-        model = get_peft_model(model, config)
-        if ADAPTER == "loftq":
-            from peft import replace_lora_weights_loftq
-
-            local = Path(source.path) / "model.safetensors"
-            replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
-    except (ValueError, OSError) as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight")})
-        raise UserError(
-            f"ADAPTER={ADAPTER} LORA_TARGET_MODULES={LORA_TARGET_MODULES} does not fit {source.name}: {error} "
-            f"(its layers: {', '.join(names)})"
-        ) from error
-    return model
-
-
-def embedding_rows(model, rows: list[int]) -> dict[str, list[int]]:
-    """The rows to train, by the name of the embeddings and, where it is not tied to them, of the head."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    chosen = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
-    return {name: rows for name, module in model.named_modules() if any(module is c for c in chosen)}
 
 
 if __name__ == "__main__":

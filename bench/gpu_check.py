@@ -31,7 +31,7 @@ from datasets import Dataset
 from sides import SIDES, train_side
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from common import gpu, runs
+from common import gpu, report, runs
 
 # The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
 SHAPES = {
@@ -72,10 +72,10 @@ def matrix_peak_tflops(device: str, size: int = 8192, repeats: int = 20) -> floa
     """What the device reaches on square bf16 matrix products, in TFLOP/s."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     a @ b
-    started = runs.now()
+    started = report.now()
     for _ in range(repeats):
         a @ b
-    return 2 * size**3 * repeats / (runs.now() - started) / 1e12
+    return 2 * size**3 * repeats / (report.now() - started) / 1e12
 
 
 def build_model(name: str, method: str, device: str):

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from common import gpu, runs, training
+from common import gpu, report, training
 
 SIDES = ("trl", "ours")
 
@@ -20,10 +20,10 @@ class StepTimer(TrainerCallback):
         self.seconds = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.started = runs.now()
+        self.started = report.now()
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds.append(runs.now() - self.started)
+        self.seconds.append(report.now() - self.started)
 
 
 def train_side(side: str, model, train_set, tokenizer, max_length: int, steps: int, lora_r: int, device: str) -> dict:

@@ -103,7 +103,7 @@ def outcome(run: Path):
     weights = load_file(run / "final" / "adapter_model.safetensors")
     if (run / "metrics.jsonl").exists():
         entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        clock = ("step_seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
+        clock = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
         metrics = [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
     else:
         metrics = json.loads((run / "final" / "losses.json").read_text())

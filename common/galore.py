@@ -14,6 +14,9 @@ import math
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
+from transformers.pytorch_utils import Conv1D
+
+from common.settings import UserError
 
 FIRST_REFRESHES = 16  # steps over which the random bases of the start are replaced
 BLOCK = 256  # moments that share a scale, in 8 bits
@@ -215,6 +218,23 @@ class ProjectedLinear(torch.autograd.Function):
         ctx.optimizer.add(ctx.weight, low)
         inputs = (flat @ ctx.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return inputs, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def split_weights(model, rank: int, target_modules: str = "auto") -> tuple[list, list]:
+    """(projected, plain): the weights of linear layers that GALORE_TARGET_MODULES names and that have both sides above
+    the rank, and all others that are trained. UserError where none is projected."""
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    names = {name.rpartition(".")[2] for name in layers}
+    wanted = names if target_modules == "auto" else set(target_modules.replace(" ", "").split(","))
+    projected = [m.weight for n, m in layers.items() if n.rpartition(".")[2] in wanted and min(m.weight.shape) > rank]
+    if not projected or wanted - names:
+        raise UserError(
+            f"GALORE_TARGET_MODULES={target_modules} GALORE_RANK={rank}: no such linear layer with both sides above "
+            f"the rank. The model has: {', '.join(sorted(names))}."
+        )
+    ids = {id(p) for p in projected}
+    return projected, [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
 
 
 def wide(matrix: torch.Tensor) -> torch.Tensor:

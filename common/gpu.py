@@ -1,16 +1,31 @@
-"""Hardware: memory in use and at its peak, and the device's name. Nothing is guessed: what cannot be read is None."""
+"""Hardware: memory, power and load of this machine's GPUs and CPU. Nothing is guessed: what cannot be read is None."""
 
 import csv
 import platform
+import re
 import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
+import pynvml
 import torch
 
+from common.settings import UserError
+
 GIB = 2**30
+POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
+HOT = (
+    pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
+    | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
+)  # fmt: skip  # the power cap is not among them: at full load it is always on
+COLUMNS = ("unix_time", "device", "power_w", "used_gib", "reserved_gib", "utilization_percent", "temperature_c",
+           "clock_mhz", "throttled")  # fmt: skip  # of hardware.csv; used: of a GPU by all programs, of the CPU by this
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
@@ -44,36 +59,175 @@ def vram_gib() -> float | None:
     return torch.cuda.memory_reserved() / GIB if torch.cuda.is_available() else None
 
 
-def peak_vram_gib() -> float | None:
-    """The most memory that torch's tensors ever took on the GPU."""
-    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+def peak_vram_gib(reserved: bool = False) -> float | None:
+    """The most memory that torch's tensors ever took on the GPU, or that torch reserved for them."""
+    if not torch.cuda.is_available():
+        return None
+    return (torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()) / GIB
+
+
+def memory_limit(setting: str | None, device: str) -> float:
+    """Bytes this process may take: a share ("0.9") or size ("7500MiB", "8GiB") of the device, never above what is free.
+
+    On a GPU torch is held to it, so that memory runs out with an error where Windows would spill into main memory.
+    """
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = psutil.virtual_memory().available + rss_gib() * GIB, psutil.virtual_memory().total
+    limit = min(free, read_size(setting, total) if setting else free)
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+    return limit
+
+
+def read_size(text: str, total: float = GIB, setting: str = "MEMORY_LIMIT") -> float:
+    """Bytes of "7500MiB", "8GiB", or of a share of the total."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)", text.strip())
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    if number <= 0 or not unit and number > 1:
+        raise UserError(
+            f'{setting}={text}: a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
+        )
+    return number * {"": total, "MiB": 2**20, "GiB": GIB}[unit]
+
+
+class Gpu:
+    """One of the GPUs that torch sees, read through NVML."""
+
+    def __init__(self, number: int):
+        self.number, self.name = number, f"gpu{number}"
+        uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML counts those that are hidden from torch, too
+        self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        self.power_w, self.read_at = None, None
+        self.energy_at_start = self.ask("nvmlDeviceGetTotalEnergyConsumption")  # mJ
+        self.energy_j = 0.0
+
+    def ask(self, function: str, *arguments):
+        try:
+            return getattr(pynvml, function)(self.handle, *arguments)
+        except pynvml.NVMLError:  # not supported by this GPU or driver
+            return None
+
+    def read(self) -> dict:
+        power, memory, now = self.ask("nvmlDeviceGetPowerUsage"), self.ask("nvmlDeviceGetMemoryInfo"), time.monotonic()
+        load, reasons = self.ask("nvmlDeviceGetUtilizationRates"), self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        power_w = None if power is None else power / 1000
+        counter = self.ask("nvmlDeviceGetTotalEnergyConsumption")
+        if counter is not None and self.energy_at_start is not None:
+            self.energy_j = (counter - self.energy_at_start) / 1000
+        elif power_w is not None and self.read_at is not None:
+            self.energy_j += power_w * (now - self.read_at)
+        self.read_at = now
+        return dict(
+            power_w=power_w,
+            used_gib=memory and memory.used / GIB,
+            total_gib=memory and memory.total / GIB,
+            reserved_gib=torch.cuda.memory_reserved(self.number) / GIB,
+            utilization_percent=load and load.gpu,
+            temperature_c=self.ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+            clock_mhz=self.ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            throttled=None if reasons is None else int(bool(reasons & HOT)),
+        )
+
+
+class Cpu:
+    """This process on the CPU, and the energy counters of the CPU's packages."""
+
+    name = "cpu"
+
+    def __init__(self):
+        self.process = psutil.Process()
+        self.process.cpu_percent()  # counts from here
+        self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1]
+        self.energy_j, self.read_at = 0.0, time.monotonic()
+        self.before = self.energies()
+
+    def energies(self) -> list[int] | None:
+        """Microjoules since some time, of each package."""
+        try:
+            return [int((zone / "energy_uj").read_text()) for zone in self.counters] or None
+        except OSError:  # not allowed
+            return None
+
+    def read(self) -> dict:
+        now, power_w, energies = time.monotonic(), None, self.energies()
+        if energies and self.before:
+            ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # counters start again
+            joules = sum((e - b) % (r + 1) for e, b, r in zip(energies, self.before, ranges, strict=True)) / 1e6
+            self.energy_j += joules
+            power_w = joules / max(now - self.read_at, 1e-3)
+        self.before, self.read_at = energies, now
+        rss = self.process.memory_info().rss / GIB
+        return dict(power_w=power_w, used_gib=rss, utilization_percent=self.process.cpu_percent())
+
+
+def open_devices() -> list:
+    """What can be read here: the GPUs that torch sees, then the CPU. Why the others cannot be is printed."""
+    devices = [Cpu()]
+    if torch.cuda.is_available():
+        try:
+            pynvml.nvmlInit()
+            devices = [*(Gpu(number) for number in range(torch.cuda.device_count())), *devices]
+        except pynvml.NVMLError as error:
+            print(f"the GPU's power and load cannot be read: {error}", file=sys.stderr)
+    elif devices[0].before is None:
+        print(f"power cannot be read: no GPU, and no counters in {POWERCAP} that this user may read", file=sys.stderr)
+    return devices
 
 
 class HardwareMonitor:
-    """A thread that writes memory in use to a CSV file once a second, as a context manager."""
+    """A thread that reads the devices once a second into a CSV file, as a context manager.
 
-    COLUMNS = ("seconds", "rss_gib", "vram_gib", "power_w")
+    latest: the last reading of each device, by name. Power and energy are those of the GPUs; without one, of the CPU.
+    """
 
-    def __init__(self, file: Path, interval_seconds: float = 1.0):
+    def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
         self.file, self.interval_seconds = file, interval_seconds
+        self.devices = open_devices() if devices is None else devices
+        self.latest: dict[str, dict] = {}
+        self.hot_readings = 0  # in a row
+        self.start = time.monotonic()
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def sample(self) -> None:
-        start = time.monotonic()
-        with open(self.file, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(self.COLUMNS)
+    def run(self) -> None:
+        # A run that goes on adds to the file; the times tell where it paused.
+        with open(self.file, "a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+            if not stream.tell():
+                writer.writeheader()
             while True:
-                vram = vram_gib()
-                seconds = round(time.monotonic() - start, 2)
+                self.read()
                 try:
-                    writer.writerow([seconds, round(rss_gib(), 3), "" if vram is None else round(vram, 3), ""])
+                    for device, reading in self.latest.items():
+                        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
+                        writer.writerow({"unix_time": round(time.time(), 2), "device": device, **shown})
                     stream.flush()
                 except OSError:  # a full disk costs the row; what it costs the run, the run tells
                     pass
                 if self.stop.wait(self.interval_seconds):
                     return
+
+    def read(self) -> None:
+        self.latest = {device.name: device.read() for device in self.devices}
+        hot = any(reading.get("throttled") for reading in self.latest.values())
+        self.hot_readings = self.hot_readings + 1 if hot else 0
+
+    def trained_on(self) -> list:
+        return [device for device in self.devices if device.name != "cpu"] or self.devices
+
+    def power_w(self) -> float | None:
+        powers = [self.latest.get(device.name, {}).get("power_w") for device in self.trained_on()]
+        return None if None in powers else sum(powers)
+
+    def energy_j(self) -> float | None:
+        """Since the start; None where power cannot be read."""
+        return None if self.power_w() is None else sum(device.energy_j for device in self.trained_on())
+
+    def mean_power_w(self) -> float | None:
+        joules = self.energy_j()
+        return None if joules is None else joules / max(time.monotonic() - self.start, 1e-3)
 
     def __enter__(self):
         self.thread.start()
@@ -82,3 +236,4 @@ class HardwareMonitor:
     def __exit__(self, *exc):
         self.stop.set()
         self.thread.join()
+        self.read()  # the end of the energy

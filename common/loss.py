@@ -49,10 +49,12 @@ def add_chunked_loss(model, without_adapter=None, base=None) -> None:
         head = model.get_output_embeddings()
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]  # (B, T - 1, hidden)
         learned = learn[:, 1:] != -100
+        positions = learned.nonzero().unbind(1)
+        chosen, targets = hidden[positions], learn[:, 1:][positions]
         # The empty sum lets a device batch without a learned position take part in the backward pass.
-        loss = hidden[learned].sum() * 0 + sum(
+        loss = chosen.sum() * 0 + sum(
             checkpoint(head_loss, head, h, t, use_reentrant=False)
-            for h, t in zip(hidden[learned].split(CHUNK), learn[:, 1:][learned].split(CHUNK), strict=True)
+            for h, t in zip(chosen.split(CHUNK), targets.split(CHUNK), strict=True)
         )
         if without_adapter is base is None or not model.training:
             return loss, loss.new_zeros(())
@@ -64,11 +66,12 @@ def add_chunked_loss(model, without_adapter=None, base=None) -> None:
         held = ~learned
         if kwargs.get("attention_mask") is not None:
             held &= kwargs["attention_mask"][:, 1:].bool()
-        sample = torch.randperm(int(held.sum()))[:CHUNK].to(hidden.device)
-        if not len(sample):
+        held = held.nonzero()
+        sample = held[torch.randperm(len(held))[:CHUNK].to(held.device)].unbind(1)
+        if not len(sample[0]):
             return loss, loss.new_zeros(())
         heads = head, (base or model).get_output_embeddings()
-        return loss, checkpoint(head_kl, *heads, hidden[held][sample], reference[held][sample], use_reentrant=False)
+        return loss, checkpoint(head_kl, *heads, hidden[sample], reference[sample], use_reentrant=False)
 
     model.forward = forward
 

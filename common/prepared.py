@@ -222,7 +222,6 @@ def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: i
         for kind in ("dropped", "changed")
     }
     tokens, learned = np.repeat(sizes, times, axis=0).T
-    fill = {n: tokens.sum() / (best_fit(tokens, n * max_length) * n * max_length) for n in (1, 2, 4)}
     return dict(
         rows=counts["rows"],
         trained=int((times > 0).sum()),
@@ -234,7 +233,7 @@ def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: i
         held_out_tokens=int(sizes[times == 0, 0].sum()),
         length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
         length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
-        packed_fill={str(n): round(share, 4) for n, share in fill.items()},  # by PER_DEVICE_TRAIN_BATCH_SIZE
+        packed_fill=round(tokens.sum() / (best_fit(tokens, max_length) * max_length), 4),
     )
 
 
@@ -262,9 +261,8 @@ def describe(about: dict) -> str:
         f"{about['held_out_tokens']:,} held out"
     )
     shortest, median, longest = (about["length_percentiles"][p] for p in ("0", "50", "100"))
-    fill = ", ".join(f"{share:.0%}" for share in about["packed_fill"].values())
     lines.append(
-        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}; packed rows are full to {fill} "
-        "(PER_DEVICE_TRAIN_BATCH_SIZE=1, 2, 4)"
+        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}; packed rows are full to "
+        f"{about['packed_fill']:.0%}"
     )
     return "\n".join(lines)

@@ -38,6 +38,9 @@ class ResumableTrainer(SFTTrainer):
     # What a checkpoint holds of the trainer itself, beside what Trainer saves.
     PROGRESS = (
         "tokens",
+        "seconds",
+        "joules",
+        "spikes",
         "bad_steps",
         "bad_in_a_row",
         "bad_since_log",
@@ -58,6 +61,8 @@ class ResumableTrainer(SFTTrainer):
         self.base_fingerprint = list(base_fingerprint)
         self.stop = self.progress = None
         self.tokens = 0  # seen in training by all processes, padding left out
+        self.seconds, self.joules = 0.0, None  # spent in steps, by the whole run (energy: where it can be read)
+        self.spikes = 0
         self.micro_steps: list[tuple[dict, torch.Tensor]] = []  # batch and loss, of the step that is being computed
         self.bad_steps = self.bad_in_a_row = self.bad_since_log = 0  # whose loss or gradient was not finite
         self.gave_up = False  # after too many of them
@@ -247,6 +252,7 @@ class ResumableTrainer(SFTTrainer):
                 chats.append({"loss": mean, "begins": self.processing_class.decode(ids[0, :100])})
         chats = sorted(chats, key=lambda chat: -chat["loss"])[:3]
         usual = statistics.fmean(self.recent_losses)
+        self.spikes += 1
         self.spike = {"step": step, "loss": loss, "usual": usual, "chats": chats}
         print(f"step {step}: loss {loss:.2f}, usually {usual:.2f}; most of it from:", file=sys.stderr)
         for chat in chats:

@@ -1,27 +1,22 @@
-"""Run folders: settings, metrics, plot, summary, and the row a person pastes into runs.md."""
+"""Runs: their folders, what may change when they go on, their first and last stages, and wishes to stop."""
 
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
-from common import checkpoints, gpu
+from common import checkpoints, doctor, gpu, prepared, report
 from common.checkpoints import write_whole
 from common.settings import UserError
 
@@ -34,9 +29,31 @@ CHANGEABLE = (
     GALORE_SCALE GALORE_UPDATE_GAP DOCTOR LOGGING_STEPS EVAL_STEPS SAVE_STEPS SAVE_TOTAL_LIMIT""".split(),
 )  # fmt: skip
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
-LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps", "spike")  # in metrics.jsonl
-# The columns of runs.md; `row` fills them from a summary.
-COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
+
+
+@dataclass
+class Run:
+    """What a training script has before it has a model."""
+
+    folder: Path
+    checkpoint: tuple[Path, dict] | None  # to go on from, with its mark
+    train_set: object  # datasets.Dataset of input_ids and labels
+    eval_set: object | None
+    account: dict  # of the data
+    row_length: int  # tokens of the longest row
+
+
+def begin(settings: dict, script: str, tokenizer, encoder, keep_unlearned: bool, trained_rows: list[int]) -> Run:
+    """Run folder, checkpoint, data, doctor. keep_unlearned, trained_rows: see prepared.datasets_for, doctor.examine."""
+    folder = create_folder(settings["OUT_DIR"], settings["RUN_NAME"], script, settings)
+    checkpoint = checkpoints.newest_sound(folder) if settings["RESUME"] else None
+    mark = checkpoint[1] if checkpoint and not allowed_changes(settings) & set(DATA_SETTINGS) else None
+    data = prepared.datasets_for(settings, encoder, folder / "data", keep_unlearned, mark)
+    train_set, eval_set, account = data
+    print(prepared.describe(account))
+    doctor.examine(train_set, tokenizer, encoder, settings, keep_unlearned, trained_rows)
+    longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
+    return Run(folder, checkpoint, train_set, eval_set, account, min(longest, account["tokens"]))
 
 
 def create_folder(out_dir: str, run_name: str | None, script: str, settings: dict) -> Path:
@@ -96,7 +113,7 @@ def refuse_changes(folder: Path, settings: dict) -> None:
             break
         except (OSError, ValueError, KeyError, TypeError):
             before = settings  # damaged; without any checkpoint the run starts again
-    allowed = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", *allowed_changes(settings)}
+    allowed = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT", *allowed_changes(settings)}
     changed = [k for k, v in settings.items() if k not in allowed and before.get(k) != v]
     if changed:
         difference = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in changed)
@@ -141,98 +158,27 @@ def git_commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "") if head.returncode == 0 else None
 
 
-def carry_out(trainer, folder: Path, checkpoint, save) -> None:
-    """Train (on from a checkpoint with its mark), save, evaluate, and write the results into the run folder."""
-    log = RunLog(trainer)
+def carry_out(trainer, run: Run, fit, save) -> None:
+    """Train (on from the run's checkpoint), save, evaluate, and write the results into the run folder.
+
+    fit: the fitting.Fit by which the trainer computes; it goes into settings.json, and from there into checkpoints.
+    """
+    folder = run.folder
+    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    write_whole(folder / "settings.json", json.dumps(about | {"fit": fit.settings()}, indent=1))
+    if (published := checkpoints.published(folder)) and published[0] != (run.checkpoint or [None])[0]:
+        run.checkpoint = checkpoints.newest_sound(folder)  # memory ran out after it was written
+    monitor = gpu.HardwareMonitor(folder / "hardware.csv")
+    log = report.RunLog(trainer, monitor)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
-    started = now()
-    with gpu.HardwareMonitor(folder / "hardware.csv"), StopRequest(folder) as trainer.stop, log:
-        train_loss = trainer.train(checkpoint).metrics["train_loss"]
-        train_seconds = now() - started
+    started = report.now()
+    with monitor, StopRequest(folder) as trainer.stop, log:
+        train_loss = trainer.train(run.checkpoint).metrics["train_loss"]
+        train_seconds = report.now() - started
         save(folder / "final")  # before the evaluation, which may crash
         eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
-    finish(folder, log, train_loss, eval_loss, train_seconds)
-
-
-class RunLog(TrainerCallback):
-    """Writes metrics.jsonl and shows progress: a bar on a terminal, plain lines in a log file.
-
-    trainer: a ChatTrainer.
-    """
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.step_seconds: list[float] = []
-        self.progress = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin()
-        self.tokens_before = self.trainer.tokens  # in earlier calls of a run that was resumed
-        if sys.stderr.isatty():
-            self.progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
-            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, line="")
-            self.progress.start()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step_seconds.append(now() - self.started)
-        if self.progress:
-            self.progress.update(self.task, completed=state.global_step)
-        if self.trainer.stop_wished():
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if not ("loss" in logs or "eval_loss" in logs):
-            return
-        entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        entry |= {k: logs[k] for k in LOGGED if k in logs}
-        if "eval_loss" in logs:
-            entry["eval_perplexity"] = perplexity(logs["eval_loss"])
-        entry["tokens"] = self.trainer.tokens
-        if "loss" in logs:
-            entry["step_seconds"] = self.step_seconds[-1]
-            entry["tokens_per_second"] = self.speed()
-        entry |= {"rss_gib": gpu.rss_gib(), "vram_gib": gpu.vram_gib(), "power_w": None}
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self.trainer.write_metrics(json.dumps(entry) + "\n")
-        self.show(state, entry)
-
-    def speed(self) -> float | None:
-        """Tokens a second since the start or the last resume; evaluation and saving left out."""
-        done = self.trainer.tokens - self.tokens_before
-        return done / sum(self.step_seconds) if self.step_seconds else None
-
-    def show(self, state, entry: dict) -> None:
-        memory = f"{entry['vram_gib']:.1f} GiB VRAM" if entry["vram_gib"] is not None else f"{entry['rss_gib']:.1f} GiB"
-        if "eval_loss" in entry:
-            shown = [float("nan") if entry[k] is None else entry[k] for k in ("eval_loss", "eval_perplexity")]
-            line = f"eval loss {shown[0]:.4f}  perplexity {shown[1]:.2f}"
-        else:
-            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-            line = f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
-        if self.progress:
-            self.progress.update(self.task, line=line)
-            if "eval_loss" in entry:
-                self.progress.console.print(f"step {entry['step']}: {line}")
-        else:
-            print(f"step {entry['step']}/{state.max_steps}  {line}", flush=True)
-
-    def on_train_end(self, *args, **kwargs):
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.on_train_end()  # which Trainer does not call when training is cut short
+    report.finish(folder, log, train_loss, eval_loss, train_seconds, fit.predicted_peak_gib)
 
 
 class StopRequest:
@@ -266,95 +212,3 @@ class StopRequest:
     def __exit__(self, *exc):
         for name, handler in self.before.items():
             signal.signal(getattr(signal, name), handler)
-
-
-def now() -> float:
-    """Seconds on a clock for measuring, with the GPU's queue drained first."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def perplexity(loss: float | None) -> float | None:
-    """exp(loss), None where there is none or it is beyond all numbers."""
-    return math.exp(loss) if loss is not None and loss < 700 else None
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / "metrics.jsonl", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def finish(folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float) -> None:
-    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last."""
-    if eval_loss is not None and not math.isfinite(eval_loss):
-        eval_loss = None
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    seconds = log.step_seconds
-    summary = dict(
-        train_loss=train_loss,
-        eval_loss=eval_loss,
-        eval_perplexity=perplexity(eval_loss),
-        steps=log.trainer.state.global_step,
-        tokens=log.trainer.tokens,
-        tokens_per_second=log.speed(),
-        train_seconds=train_seconds,
-        median_step_seconds=statistics.median(seconds) if seconds else None,
-        max_step_seconds=max(seconds) if seconds else None,
-        peak_vram_gib=gpu.peak_vram_gib(),
-        peak_rss_gib=gpu.peak_rss_gib(),
-        predicted_peak_gib=None,
-        mean_power_w=None,
-        energy_wh=None,
-        device=gpu.device_name(),
-        command=about["command"],
-        commit=about["commit"],
-        verdict="done" + (f", {log.trainer.bad_steps} steps not finite" if log.trainer.bad_steps else ""),
-    )
-    plot(folder)
-    line = row(summary)
-    (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1))
-    print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
-
-
-def row(summary: dict) -> str:
-    """One line of the table in runs.md."""
-
-    def show(value, form):
-        return "" if value is None else format(value, form)
-
-    peak = summary["peak_vram_gib"] if summary["peak_vram_gib"] is not None else summary["peak_rss_gib"]
-    minutes, seconds = divmod(round(summary["train_seconds"]), 60)
-    cells = (
-        f"{datetime.date.today()}", summary["commit"] or "", f"`{summary['command']}`", summary["device"],
-        show(summary["eval_loss"], ".4f"), show(summary["tokens_per_second"], ",.0f"), show(peak, ".2f"),
-        show(summary["mean_power_w"], ".0f"), f"{minutes}:{seconds:02}", summary["verdict"], "",
-    )  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
-
-
-def plot(folder: Path) -> None:
-    """Draw loss and learning rate over steps from metrics.jsonl into plot.png."""
-    import matplotlib  # slow import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = read_metrics(folder)
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    for key, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-        if points:
-            above.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
-    rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
-    if rates:
-        below.plot(*zip(*rates, strict=True))
-    above.set_ylabel("loss (nats per learned token)")
-    above.legend()
-    below.set_ylabel("learning rate")
-    below.set_xlabel("step")
-    figure.suptitle(folder.name)
-    figure.tight_layout()
-    figure.savefig(folder / "plot.png", dpi=100)
-    pyplot.close(figure)

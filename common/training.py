@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from common import gpu
 from common.loss import add_chunked_loss, supports_chunked_loss
 from common.resumable import ResumableTrainer
 from common.settings import UserError, check_choice
@@ -19,8 +20,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 # Settings whose names are the libraries' own in capitals.
-PASSED_ON = """NUM_TRAIN_EPOCHS GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM OPTIM
-NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
+PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
+WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
 AT_LEAST_1 = """MAX_STEPS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS""".split()
 
 
@@ -48,6 +49,8 @@ def check_settings(settings: dict) -> None:
         raise UserError(
             f"OPTIM={settings['OPTIM']}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works."
         )
+    if settings["MEMORY_LIMIT"]:
+        gpu.read_size(settings["MEMORY_LIMIT"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process only, so far. Start it with plain python.")
 
@@ -67,21 +70,17 @@ def choose_kl_weight(settings: dict, config, base_tokenizer, keeps_base: bool = 
     return weight
 
 
-def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
-    """A run's settings in TRL's terms; `evaluate`: whether there are held-out rows."""
-    on_gpu = torch.cuda.is_available()
-    # A batch is one row all the same when packed; so chats are packed into the whole of it, which leaves fewer gaps.
-    batch_size = settings["PER_DEVICE_TRAIN_BATCH_SIZE"]
-    rows, row_length = (1, batch_size * settings["MAX_LENGTH"]) if settings["PACKING"] else (batch_size, None)
+def arguments(settings: dict, fit, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
+    """A run's settings in TRL's terms; fit: a fitting.Fit; `evaluate`: whether there are held-out rows."""
+    settings, on_gpu = settings | fit.settings(), torch.cuda.is_available()
     config = SFTConfig(
         **{name.lower(): settings[name] for name in PASSED_ON},
         output_dir=str(folder),
         # Unpacked rows are taken as they are; TRL would drop those without a label, which hold the base's predictions.
         dataset_kwargs={"skip_prepare_dataset": not settings["PACKING"]},
         max_steps=settings["MAX_STEPS"] or -1,
-        max_length=row_length,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
+        max_length=settings["MAX_LENGTH"] if settings["PACKING"] else None,
+        per_device_eval_batch_size=fit.rows,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -96,6 +95,24 @@ def arguments(settings: dict, folder: Path, dtype: torch.dtype, evaluate: bool) 
     )
     config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
     return config
+
+
+def prepare_model(model, kl_weight: float, base_model=None) -> bool:
+    """Give a model our loss, and its adapter weights in float32; returns whether its logits allow that loss."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    chunked = supports_chunked_loss(base.config)
+    if chunked:
+        without_adapter = model.disable_adapter if kl_weight and base_model is None else None
+        add_chunked_loss(base, without_adapter, base_model)
+    for module in model.modules():
+        # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+    for parameter in model.parameters():
+        # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
+        if parameter.requires_grad and isinstance(model, PeftModel):
+            parameter.data = parameter.data.float()
+    return chunked
 
 
 class ChatTrainer(ResumableTrainer):
@@ -113,19 +130,7 @@ class ChatTrainer(ResumableTrainer):
         self.schedule = schedule
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.chunked = supports_chunked_loss(base.config)
-        if self.chunked:
-            without_adapter = self.model.disable_adapter if kl_weight and base_model is None else None
-            add_chunked_loss(base, without_adapter, base_model)
-        for module in self.model.modules():
-            # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
-            if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False
-        for parameter in self.model.parameters():
-            # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
-            if parameter.requires_grad and isinstance(self.model, PeftModel):
-                parameter.data = parameter.data.float()
+        self.chunked = prepare_model(self.model, kl_weight, base_model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:

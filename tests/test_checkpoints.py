@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import qlora_train
 from common import checkpoints
 
-CLOCK = ("step_seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
+CLOCK = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
 
 
 def result_of(folder):

@@ -8,7 +8,7 @@ import torch
 from conftest import save_tiny
 from peft import LoraConfig, get_peft_model
 
-from common import generation, models
+from common import adapters, generation, models
 from common.settings import UserError
 
 
@@ -55,15 +55,13 @@ def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "pissa"])
-def test_a_saved_adapter_gives_the_same_logits_when_loaded_and_when_merged(variant, tiny, tmp_path, monkeypatch):
-    import qlora_train
-
+def test_a_saved_adapter_gives_the_same_logits_when_loaded_and_when_merged(variant, tiny, tmp_path):
     source = models.locate(str(tiny()))
     base = models.load_model(source, None, torch.float32, "sdpa")
     print_of_base = models.fingerprint(base)
     torch.manual_seed(0)
-    monkeypatch.setattr(qlora_train, "ADAPTER", variant)
-    model = qlora_train.add_adapter(base, source)
+    usual = dict(MODEL="tiny", LORA_R=16, LORA_ALPHA=32, LORA_DROPOUT=0.0, LORA_TARGET_MODULES="auto")
+    model = adapters.add_adapter(base, usual | {"ADAPTER": variant})
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data += 0.05 * torch.randn_like(parameter)

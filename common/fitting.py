@@ -1,0 +1,154 @@
+"""Fit a run into the memory there is: micro batch and checkpointing chosen by tracing, and smaller ones on failure."""
+
+import bisect
+import functools
+import gc
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from common import gpu
+from common.gpu import GIB
+from common.memory import Step, trace
+from common.settings import UserError
+
+# A micro step takes as long as its tokens and so many more: seed 000's runs 8 to 10 (1.6 B, 4 bits, RTX 4060, rows of
+# 512 tokens) took 1,205, 995 and 922 s with 1, 2 and 3 rows. A CPU is busy with one row.
+OVERHEAD_TOKENS = 274
+USEFUL_TOKENS = 4096  # in a micro step: beyond, little is won, and attention over packed rows grows quadratically
+# cuBLAS keeps a workspace: 32 MiB on Hopper, 8 on other GPUs (CUBLAS_WORKSPACE_CONFIG in torch's documentation).
+CUBLAS_WORKSPACE = 32 * 2**20
+# Of the memory there is, for what is predicted: some is lost between blocks, and the trace may err. On the CPU the C
+# library keeps what was freed: the demo came to hold 3.1 GiB where 1.8 were predicted (runs.md).
+MARGIN = {"cuda": 0.92, "cpu": 0.6}
+RESTARTS = 3  # each with half the micro batch
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a batch is computed: rows at a time, micro steps a step, and whether activations are computed twice."""
+
+    rows: int
+    accumulation: int
+    checkpointing: bool
+    predicted_peak_gib: float | None = None  # None where the architecture cannot be traced
+
+    def __str__(self):
+        steps = f" in {self.accumulation} micro steps" if self.accumulation > 1 else ""
+        rows = f"{self.rows} row{'s' * (self.rows > 1)} at a time{steps}"
+        return rows + (", activations computed twice" if self.checkpointing else "")
+
+    def settings(self) -> dict:
+        return dict(
+            PER_DEVICE_TRAIN_BATCH_SIZE=self.rows,
+            GRADIENT_ACCUMULATION_STEPS=self.accumulation,
+            GRADIENT_CHECKPOINTING=self.checkpointing,
+        )
+
+    def smaller(self, may_checkpoint: bool) -> "Fit | None":
+        """The same batch in less memory; None where there is no way."""
+        if self.rows % 2 == 0:
+            return Fit(self.rows // 2, self.accumulation * 2, self.checkpointing)
+        return Fit(self.rows, self.accumulation, True) if may_checkpoint and not self.checkpointing else None
+
+
+def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -> Fit:
+    """The fastest way to compute a batch in the memory there is.
+
+    What PER_DEVICE_TRAIN_BATCH_SIZE and GRADIENT_CHECKPOINTING leave open is chosen, the batch as a whole kept. build:
+    makes (model, base or None) of a quantisation; make_optimizer, step: as for `trace`. checkpoint: what the run goes
+    on from, whose choice is kept. Raises UserError when nothing fits.
+    """
+    batch = settings["GRADIENT_ACCUMULATION_STEPS"] * (settings["PER_DEVICE_TRAIN_BATCH_SIZE"] or 1)
+    rows, checkpointing = settings["PER_DEVICE_TRAIN_BATCH_SIZE"], settings["GRADIENT_CHECKPOINTING"]
+    before = checkpoint and checkpoint[1].get("fit")
+    if before and before["PER_DEVICE_TRAIN_BATCH_SIZE"] * before["GRADIENT_ACCUMULATION_STEPS"] == batch:
+        rows = before["PER_DEVICE_TRAIN_BATCH_SIZE"]
+        checkpointing = before["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
+    limit = gpu.memory_limit(settings["MEMORY_LIMIT"], step.device)
+    usable = limit * MARGIN[step.device]
+    outside = {"outside of tensors": round(gpu.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE}
+    quantization = settings.get("QUANTIZATION")
+
+    @functools.cache
+    def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
+        this = replace(step, rows=rows, checkpointing=checkpointing, accumulates=batch > rows)
+        return trace(*build(quantization), make_optimizer, this) | outside
+
+    def peak(*choice) -> int:
+        return sum(parts(*choice).values())
+
+    try:
+        most = max(1, USEFUL_TOKENS // step.length) if step.device == "cuda" else 1
+        possible = [rows] if rows else [n for n in range(1, most + 1) if batch % n == 0]
+        fits: list[tuple[int, bool]] = []  # (rows, checkpointing)
+        for again in (False, True) if checkpointing is None else (checkpointing,):
+            if (possible[-1], False) not in fits:  # the fastest of all
+                fits += [(rows, again) for rows in largest(possible, lambda n, c=again: peak(n, c) <= usable)]
+        if not fits:
+            fits = [(possible[0], checkpointing is not False)]
+            if None in (rows, checkpointing):
+                raise too_large(settings, peak(*fits[0]), usable)
+    except UserError:
+        raise
+    except Exception as error:  # from the code of any architecture, on tensors without data
+        print(f"memory could not be predicted ({type(error).__name__}: {error})", file=sys.stderr)
+        return Fit(rows or 1, batch // (rows or 1), bool(checkpointing))
+    rows, checkpointing = min(fits, key=lambda fit: relative_time(fit[0] * step.length, fit[1], step))
+    fit = Fit(rows, batch // rows, checkpointing, peak(rows, checkpointing) / GIB)
+    print(f"memory: {fit}: {describe(parts(rows, checkpointing))}; {usable / GIB:.2f} can be used")
+    # Where the 16-bit weights alone are larger, there is no need to trace.
+    if quantization and sum(p.nbytes for p in build(None)[0].parameters()) < peak(rows, checkpointing):
+        if (other := peak(rows, checkpointing, None)) < peak(rows, checkpointing):
+            print(f"memory: QUANTIZATION=None would need less, {other / GIB:.2f} GiB", file=sys.stderr)
+    return fit
+
+
+def largest(possible: list, fits) -> list:
+    """The largest of ascending values that fits, alone in a list; no value when none does. More never needs less."""
+    number = bisect.bisect_left(possible, True, key=lambda value: not fits(value))
+    return possible[:number][-1:]
+
+
+def relative_time(tokens: int, checkpointing: bool, step: Step) -> float:
+    """Of a token in micro steps of so many: forward is half of an adapter's work, a third where all weights learn."""
+    again = checkpointing / (3 if step.full else 2)
+    return (1 + again) * (1 + (OVERHEAD_TOKENS / tokens if step.device == "cuda" else 0))
+
+
+def describe(parts: dict[str, int]) -> str:
+    named = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items() if size >= GIB / 200)
+    return f"{sum(parts.values()) / GIB:.2f} GiB predicted ({named})"
+
+
+def too_large(settings: dict, peak: float, usable: float) -> UserError:
+    return UserError(
+        f"MODEL={settings['MODEL']} MAX_LENGTH={settings['MAX_LENGTH']}: one row at a time, with "
+        f"GRADIENT_CHECKPOINTING={settings['GRADIENT_CHECKPOINTING']}, needs {peak / GIB:.2f} GiB; with "
+        f"MEMORY_LIMIT={settings['MEMORY_LIMIT']}, {usable / GIB:.2f} GiB can be used. Lower MAX_LENGTH, "
+        "set QUANTIZATION=nf4, or take a smaller model; `python estimate_memory.py` shows what fits. "
+        "PER_DEVICE_TRAIN_BATCH_SIZE=1 GRADIENT_CHECKPOINTING=True tries all the same."
+    )
+
+
+def restart_smaller(train, fit: Fit, settings: dict):
+    """Call train(fit); where memory runs out, again with half the micro batch and the same batch, RESTARTS times."""
+    for left in reversed(range(RESTARTS + 1)):
+        try:
+            return train(fit)
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            smaller = fit.smaller(may_checkpoint=settings["GRADIENT_CHECKPOINTING"] is None)
+            if smaller is None or not left:
+                raise UserError(
+                    f"out of memory with {fit}: {str(error).splitlines()[0]} Lower MAX_LENGTH={settings['MAX_LENGTH']} "
+                    "or see `python estimate_memory.py --help`."
+                ) from error
+            print(f"out of memory with {fit}; starting again with {smaller}", file=sys.stderr)
+            fit = smaller
+        gc.collect()  # what the frames of the error held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,288 @@
+"""Memory of a training step, known beforehand: the real step is run on tensors without storage, and each is followed.
+
+Model, adapter, loss, backward pass and optimizer are those of training, as fake tensors (torch's FakeTensorMode: shapes
+and dtypes on the meta device), so nothing is computed or allocated and a model of any size takes seconds. A dispatch
+mode sees every operation and follows the storages it makes from their creation to their end. Only what takes another
+path without data is stood in for: fused attention, the positions that a mask selects (all), numbers read back.
+"""
+
+import contextlib
+import functools
+import math
+import weakref
+from dataclasses import dataclass
+
+import bitsandbytes
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainingArguments, masking_utils
+
+from common import training
+
+KINDS = ("weights", "gradients", "optimizer states", "activations", "logits and loss", "workspace")
+HALF = (torch.bfloat16, torch.float16)
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+# What CUDA's autocast computes in float32 (docs.pytorch.org/docs/stable/amp.html), where models call it.
+FLOAT32_ON_CUDA = (
+    (torch.nn.functional, "layer_norm softmax log_softmax softplus"),
+    (torch, "softmax log_softmax pow rsqrt exp log sum"),
+    (torch.Tensor, "softmax pow rsqrt exp log sum __pow__"),
+)
+
+
+class Follower(TorchDispatchMode):
+    """Follows every storage that operations inside `with` make; `now` and `peak` are bytes.
+
+    block: sizes are rounded up to it (512 in CUDA's allocator). vocabulary: tensors with so many columns are logits.
+    positions: for the trace; the number that stands in for every count that only data would tell. None: real tensors.
+    on_gpu: also count what fused kernels of a GPU allocate inside.
+    """
+
+    def __init__(self, block: int = 1, vocabulary: int = 0, positions: int | None = None, on_gpu: bool = False):
+        super().__init__()
+        self.block, self.vocabulary, self.positions, self.on_gpu = block, vocabulary, positions, on_gpu
+        self.now = self.peak = self.clock = self.peak_clock = 0
+        self.stories: list[list] = []  # of storages: birth, end (clock; None: alive), bytes, kind
+        self.alive: dict[int, list] = {}  # by the address of the storage
+        self.phase = "weights"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.positions is not None and (known := self.stand_in(func, args)) is not None:
+            return known
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        if self.on_gpu and (inside := inside_bytes(func, args)):
+            self.count(self.now + inside)
+        return out
+
+    def stand_in(self, func, args):
+        """The result of an operation that depends on data, where nothing but shapes is known."""
+        if func is aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
+        if func is aten.nonzero.default:  # as if every position were chosen
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        return None
+
+    def see(self, tensor, kind: str | None = None) -> None:
+        """Follow a tensor's storage, unless it is followed already."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.alive:
+            return
+        story = [self.clock, None, math.ceil(storage.nbytes() / self.block) * self.block, kind or self.kind(tensor)]
+        self.clock += 1
+        self.stories.append(story)
+        self.alive[storage._cdata] = story
+        weakref.finalize(storage, self.end, storage._cdata, story)
+        self.now += story[2]
+        self.count(self.now)
+
+    def count(self, size: int) -> None:
+        if size > self.peak:
+            self.peak, self.peak_clock = size, self.clock
+
+    def end(self, address: int, story: list) -> None:
+        story[1] = self.clock
+        self.clock += 1
+        self.now -= story[2]
+        del self.alive[address]
+
+    def kind(self, tensor) -> str:
+        if self.phase == "weights":
+            return "weights"
+        if self.vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
+            return "logits and loss"
+        # In the backward pass, gradients are on only where checkpointed layers are computed again.
+        return "activations" if self.phase == "forward" or torch.is_grad_enabled() else "workspace"
+
+    def label(self, tensors, kind: str) -> None:
+        for tensor in tensors:
+            if torch.is_tensor(tensor) and (story := self.alive.get(tensor.untyped_storage()._cdata)):
+                story[3] = kind
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by kind when the peak was reached."""
+        parts = dict.fromkeys(KINDS, 0)
+        for birth, end, size, kind in self.stories:
+            if birth < self.peak_clock and (end is None or end >= self.peak_clock):
+                parts[kind] += size
+        parts["workspace"] += self.peak - sum(parts.values())  # inside kernels
+        return parts
+
+
+def inside_bytes(func, args) -> int:
+    """What a GPU's kernel allocates for itself, beside its results."""
+    if func is torch.ops.bitsandbytes.gemm_4bit.default:  # the weights, dequantised
+        return math.prod(args[2]) * args[0].element_size()
+    if (
+        func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    ):  # gradients of the queries, in float32
+        return args[1].numel() * 4
+    return 0
+
+
+def in_float32(function):
+    """The function, which autocast for the CPU computes in the dtype given, as autocast for CUDA computes it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            args = [x.float() if torch.is_tensor(x) and x.dtype in HALF else x for x in args]
+        return function(*args, **kwargs)
+
+    return call
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """scaled_dot_product_attention as fused kernels do it; without data, torch would take the one of T x T memory."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def int8_on_gpu(inputs, weight, out=None, state=None, threshold=0.0, bias=None):
+    """bitsandbytes.matmul, which on the CPU takes another path."""
+    return bitsandbytes.autograd._functions.MatMul8bitLt.apply(inputs, weight, out, bias, state)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro step: `rows` of `length` tokens (packed: as one row), and what goes with it."""
+
+    rows: int = 1
+    length: int = 1024
+    packed: bool = True
+    kl_weight: float = 0.0
+    dtype: torch.dtype = torch.bfloat16  # of the computation
+    device: str = "cuda"
+    full: bool = False  # every weight has a gradient
+    checkpointing: bool = False
+    accumulates: bool = False  # gradients of earlier micro steps are there
+
+
+def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
+    """Bytes by kind (KINDS) at the peak of a training step.
+
+    model: on the meta device, with its adapter; it cannot be used afterwards. base: the frozen one that KL_WEIGHT needs
+    beside a model without an adapter, or None. make_optimizer: called with the model.
+    """
+    follower = Follower(512 if step.device == "cuda" else 1, model.config.get_text_config().vocab_size,
+                        step.rows * step.length, step.device == "cuda")  # fmt: skip
+    chunked = training.prepare_model(model, step.kl_weight, base)
+    model.train()
+    if step.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "peft_config"):
+            model.enable_input_require_grads()
+    with contextlib.ExitStack() as stack:
+        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(follower)
+        stack.enter_context(patched(torch.nn.functional, "scaled_dot_product_attention", fused_attention))
+        if step.packed:  # whether a row is, the positions would tell
+            stack.enter_context(patched(masking_utils, "find_packed_sequence_indices", torch.zeros_like))
+        if step.device == "cuda":
+            for owner, names in FLOAT32_ON_CUDA:
+                for name in names.split():
+                    stack.enter_context(patched(owner, name, in_float32(getattr(owner, name))))
+            stack.enter_context(patched(bitsandbytes, "matmul", int8_on_gpu))
+        for part in (model, base) if base is not None else (model,):
+            make_fake(part, fake, follower)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(model)
+        fill_states(optimizer)
+        follower.label(tree_leaves([optimizer.state[p] for p in trainable]), "optimizer states")
+        follower.label([p.grad for p in trainable], "gradients")
+        is_galore = hasattr(optimizer, "sums")
+        if not step.accumulates or is_galore:
+            optimizer.zero_grad(set_to_none=True)
+        inputs, labels = batch(step)
+        for _ in range(2 if is_galore and step.accumulates else 1):
+            follower.phase = "forward"
+            with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
+                if chunked:
+                    loss, divergence = model(**inputs, learn=labels, use_cache=False)
+                    loss = loss + step.kl_weight * divergence
+                else:
+                    loss = model(**inputs, labels=labels, use_cache=False).loss
+            follower.phase = "backward"
+            loss.backward()
+            follower.label([p.grad for p in trainable], "gradients")
+            follower.label(getattr(optimizer, "sums", {}).values(), "gradients")
+        if not hasattr(optimizer, "get_state_buffer"):
+            optimizer.step()
+    return follower.at_peak()
+
+
+def batch(step: Step) -> tuple[dict, torch.Tensor]:
+    """(inputs, labels) as the trainer's collator makes them."""
+    shape = (1, step.rows * step.length) if step.packed else (step.rows, step.length)
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
+    if not step.packed:
+        return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}, inputs["input_ids"]
+    ends = torch.zeros(2, dtype=torch.int32)
+    about = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=shape[1], max_length_k=shape[1])
+    return inputs | about | {"position_ids": torch.arange(shape[1])[None]}, inputs["input_ids"]
+
+
+def fill_states(optimizer) -> None:
+    """Give an optimizer the states that it has after its first step; gradients are left where they are."""
+    group = optimizer.param_groups[-1]  # GaLore's first one, of projected matrices, is made with its states
+    for parameter in group["params"]:
+        parameter.grad = torch.empty_like(parameter)
+    if not hasattr(optimizer, "get_state_buffer"):
+        optimizer.step()
+        return
+    # bitsandbytes: its kernels need a GPU, its states do not; paged ones count as main memory.
+    for i, parameter in enumerate(group["params"]):
+        if not getattr(optimizer, "is_paged", False):
+            optimizer.init_state(group, parameter, len(optimizer.param_groups) - 1, i)
+
+
+def make_fake(model, mode: FakeTensorMode, follower: Follower) -> None:
+    """Put fake tensors, on the CPU by name, in the place of a model's on the meta device."""
+    made = {}
+
+    def fake(tensor):
+        if id(tensor) not in made:
+            new = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            follower.see(new, "weights")
+            if isinstance(tensor, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, tensor.requires_grad)
+            vars(new).update(vars(tensor))  # bitsandbytes' states
+            made[id(tensor)] = new, tensor  # which keeps the id
+        return made[id(tensor)][0]
+
+    def visit(names: dict) -> None:
+        for name, value in names.items():
+            if isinstance(value, torch.Tensor):
+                names[name] = fake(value)
+
+    for module in model.modules():
+        visit(module._parameters)
+        visit(module._buffers)
+        for state in (getattr(module, "quant_state", None), getattr(module, "state", None)):  # of NF4, of int8
+            if state is not None:
+                visit(vars(state))
+                visit(vars(state.state2) if getattr(state, "state2", None) else {})
+
+
+def usual_optimizer(name: str):
+    """Makes the optimizer that transformers knows by this name, for `trace`."""
+    arguments = TrainingArguments(output_dir=".", optim=name, use_cpu=True, report_to="none")
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return lambda model: kind([p for p in model.parameters() if p.requires_grad], **options)
+
+
+@contextlib.contextmanager
+def patched(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

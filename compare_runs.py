@@ -1,0 +1,101 @@
+"""Put runs side by side: the settings that differ, what came out, and one picture of their losses.
+
+    python compare_runs.py RUNS="out/first, out/second"
+    python compare_runs.py RUNS="out/*" PICTURE=out/compare.png
+
+Reads the run folders of qlora_train.py and galore_train.py, finished or not; prints a table and writes the picture.
+"""
+
+import glob
+import json
+from pathlib import Path
+
+from common.settings import UserError, apply_overrides, run_main
+
+RUNS = "out/*"  # run folders, comma-separated; * stands for any name
+PICTURE = "compare.png"  # losses by tokens and by time
+
+# Of summary.json, beside scores.json: name, form.
+FIGURES = {
+    "train_loss": ".4f", "eval_loss": ".4f", "eval_perplexity": ".2f", "steps": ",", "tokens": ",",
+    "tokens_per_second": ",.0f", "train_seconds": ",.0f", "median_step_seconds": ".3f", "peak_vram_gib": ".2f",
+    "peak_rss_gib": ".2f", "predicted_peak_gib": ".2f", "mean_power_w": ".0f", "energy_wh": ".2f",
+    "tokens_per_joule": ".2f", "device": "", "commit": "", "verdict": "",
+}  # fmt: skip
+
+
+def main():
+    runs = find_runs()
+    print_table(runs)
+    draw(runs, Path(PICTURE))
+    print(f"\n{PICTURE}")
+
+
+def find_runs() -> dict[str, dict]:
+    """By name: settings (all), metrics (list of lines), summary and scores ({} where a run has none yet)."""
+    runs = {}
+    for pattern in RUNS.replace(" ", "").split(","):
+        found = [Path(folder) for folder in sorted(glob.glob(pattern)) if (Path(folder) / "metrics.jsonl").is_file()]
+        if not found:
+            raise UserError(f"RUNS={RUNS}: {pattern} is no folder of a training run (it has no metrics.jsonl).")
+        for folder in found:
+            metrics = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+            runs[folder.name if folder.name not in runs else str(folder)] = dict(
+                settings=read(folder / "settings.json").get("settings", {}),
+                metrics=metrics,
+                summary=read(folder / "summary.json") or {"verdict": f"not finished, {len(metrics)} lines"},
+                scores=read(folder / "scores.json"),
+            )
+    return runs
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def print_table(runs: dict[str, dict]) -> None:
+    """A column for each run; settings only where they differ, figures only where some run has them."""
+    settings = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+    rows = [(name, [str(run["settings"].get(name, "")) for run in runs.values()]) for name in settings]
+    rows = [(name, cells) for name, cells in rows if len(set(cells)) > 1 and name not in ("RUN_NAME", "OUT_DIR")]
+    for name, form in FIGURES.items():
+        values = [run["summary"].get(name) for run in runs.values()]
+        if any(value is not None for value in values):
+            rows.append((name, ["" if value is None else format(value, form) for value in values]))
+    for name in dict.fromkeys(name for run in runs.values() for name in run["scores"]):
+        scores = [run["scores"].get(name, "") for run in runs.values()]
+        rows.append((name, [f"{score:.4g}" if isinstance(score, float) else str(score) for score in scores]))
+    table = [("", list(runs)), *rows]
+    widths = [max(len(row[1][i]) for row in table) for i in range(len(runs))]
+    first = max(len(name) for name, _ in table)
+    for name, cells in table:
+        print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def draw(runs: dict[str, dict], file: Path) -> None:
+    """Losses over tokens and over the time spent in steps: lines in training, dots on what was held out."""
+    import matplotlib  # slow import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 13})
+    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(12, 6))
+    for axes, unit, size, label in zip(
+        panels, ("tokens", "seconds"), (1000, 60), ("thousand tokens", "minutes"), strict=True
+    ):
+        for i, (name, run) in enumerate(runs.items()):
+            for loss, style in (("loss", "-"), ("eval_loss", "o")):
+                points = [(m[unit] / size, m[loss]) for m in run["metrics"] if None not in (m.get(unit), m.get(loss))]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=name if loss == "loss" else None)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("loss (nats a token); dots: held out")
+    panels[1].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    apply_overrides(globals())
+    run_main(main)

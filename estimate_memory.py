@@ -1,0 +1,139 @@
+"""How much memory a training step needs: traced on tensors without storage, so that no GPU and no weights are needed.
+
+    python estimate_memory.py MODEL=stabilityai/stablelm-2-1_6b METHOD=qlora
+    python estimate_memory.py MODEL=meta-llama/Meta-Llama-3-8B METHOD=qlora FIT=24GiB
+
+Prints a table, by what the memory is for; with FIT, what fits. Of a hub model only the config is loaded.
+"""
+
+from common.settings import UserError, apply_overrides, check_choice, run_main
+
+# Model
+MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
+METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), galore
+DTYPE = "bfloat16"  # of weights and compute
+LORA_R = 16  # rank of adapters, on every linear layer but the head
+GALORE_RANK = 128  # of gradients and moments
+OPTIM = "adamw_torch_fused"  # any of transformers' (of METHOD=galore: its own); paged ones keep their states elsewhere
+# Step
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once
+GRADIENT_ACCUMULATION_STEPS = 1  # above 1, gradients are there from the first layer on
+MAX_LENGTH = 1024  # tokens of a row
+PACKING = True  # rows of several chats, as one
+GRADIENT_CHECKPOINTING: bool | None = None  # None: both
+KL_WEIGHT = 0.0  # above 0: the base computes, too
+DEVICE = "cuda"  # cuda or cpu: kernels and autocast differ
+# Question
+FIT: str | None = None  # "8GiB": print what fits in so much, the fastest first
+
+if __name__ == "__main__":
+    apply_overrides(globals())
+
+from dataclasses import replace
+
+import torch
+
+from common import adapters, fitting, galore, gpu, memory, models
+from common.gpu import GIB
+
+METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None}
+
+
+def main():
+    check_choice("METHOD", METHOD, METHODS)
+    check_choice("DEVICE", DEVICE, ("cuda", "cpu"))
+    check_choice("DTYPE", DTYPE, models.DTYPES[1:])
+    size = gpu.read_size(FIT, setting="FIT") if FIT else None
+    source = models.locate(MODEL)
+    config = models.load_config(source)
+    models.check_length(source, MAX_LENGTH)
+    model, _ = build(config)
+    count = sum(p.numel() for p in models.empty_model(config, None, torch.bfloat16, "sdpa").parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"{MODEL}: {count:,} weights; {METHOD} trains {trained:,}, {OPTIM if METHOD != 'galore' else 'galore'}, {DTYPE}"
+    )
+    step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, getattr(torch, DTYPE), DEVICE,
+                       METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
+    if size:
+        print_fits(config, step, size)
+    else:
+        print_table(config, step)
+
+
+def build(config, quantization: str | None = "of METHOD"):
+    """(model, base or None) of METHOD on the meta device."""
+    quantization = METHODS[METHOD] if quantization == "of METHOD" else quantization
+    attention = "sdpa_documents" if DEVICE == "cpu" and PACKING else "sdpa"
+    like = config, quantization, getattr(torch, DTYPE), attention
+    model = models.empty_model(*like)
+    if METHOD in ("full", "galore"):
+        return model, models.empty_model(*like).requires_grad_(False) if KL_WEIGHT else None
+    settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")
+    return adapters.add_adapter(model, settings | dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)), None
+
+
+def optimizer(model):
+    if METHOD != "galore":
+        return memory.usual_optimizer(OPTIM)(model)
+    made = galore.GaLore(*galore.split_weights(model, GALORE_RANK), GALORE_RANK, fused=True)
+    made.attach(model)
+    return made
+
+
+def print_table(config, step: memory.Step):
+    """Memory by kind, with and without checkpointing."""
+    columns = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
+    steps = [replace(step, checkpointing=checkpointing) for checkpointing in columns]
+    parts = [memory.trace(*build(config), optimizer, step) for step in steps]
+    print(f"\n{'GiB':24}" + "".join(f"checkpointing {'on' if c else 'off':6}" for c in columns))
+    for kind in memory.KINDS:
+        print(f"{kind:24}" + "".join(f"{p[kind] / GIB:17.2f}   " for p in parts))
+    print(f"{'peak':24}" + "".join(f"{sum(p.values()) / GIB:17.2f}   " for p in parts))
+    if METHODS[METHOD]:
+        plain = [memory.trace(*build(config, None), optimizer, step) for step in steps]
+        print(f"{'the same in 16 bits':24}" + "".join(f"{sum(p.values()) / GIB:17.2f}   " for p in plain))
+        print_formula(config.get_text_config(), [overhead(p, q) for p, q in zip(parts, plain, strict=True)])
+
+
+def overhead(parts: dict, plain: dict) -> float:
+    """GiB that quantisation costs, beside the weights that it saves."""
+    return sum((parts[kind] - plain[kind]) / GIB for kind in memory.KINDS if kind != "weights")
+
+
+def print_formula(config, traced: list[float]):
+    """The seeds' formula for what QLoRA costs beside the weights (github.com/RahulSChand/gpu_poor/issues/1)."""
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+    if None not in sizes:
+        bytes_ = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE * 0.75
+        found = ", ".join(f"{gib:.2f}" for gib in traced)
+        print(f"overhead of quantisation: {found} GiB traced; {bytes_ / GIB:.2f} by gpu_poor's formula")
+
+
+def print_fits(config, step: memory.Step, size: float):
+    """What fits into a size, in powers of two of tokens at once."""
+    budget = size * fitting.MARGIN[DEVICE] - (fitting.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
+    found = []
+    for checkpointing in (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,):
+        needs = {}
+
+        def fits(tokens, checkpointing=checkpointing, needs=needs):
+            this = replace(step, rows=1, length=tokens, checkpointing=checkpointing)
+            needs[tokens] = sum(memory.trace(*build(config), optimizer, this).values())
+            return needs[tokens] <= budget
+
+        for tokens in fitting.largest([256 * 2**i for i in range(10)], fits):
+            found.append((fitting.relative_time(tokens, checkpointing, step), tokens, checkpointing, needs[tokens]))
+    if not found:
+        raise UserError(f"FIT={FIT}: not even 256 tokens fit. METHOD=qlora needs least; or take a smaller model.")
+    print(f"\nfits in {FIT} (used to {fitting.MARGIN[DEVICE]:.0%}), fastest first:")
+    print("  tokens at once  checkpointing    GiB  time a token")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+    for time, tokens, checkpointing, need in sorted(found):
+        form = f"  {tokens:14,}  {'on' if checkpointing else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
+        lengths = [n for n in (256 * 2**i for i in range(10)) if n <= min(tokens, positions)]
+        print(form + "   " + ", ".join(f"{tokens // n} x {n:,}" for n in lengths))
+
+
+if __name__ == "__main__":
+    run_main(main)

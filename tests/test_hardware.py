@@ -1,0 +1,200 @@
+"""Power, energy and events: recorded readings, a stand-in for NVML with its units, and RAPL's files."""
+
+import csv
+import json
+import time
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+
+from common import events, gpu
+
+# What seed 000 saw on its 24 GB card: GiB that torch reserved, GiB in use on the GPU, watts, minutes an epoch.
+FITS, SPILLS, SPILLS_FAR = (16.0, 16.6, 370, 24), (26.5, 23.8, 180, 89), (63.0, 23.9, 120, 1178)
+
+
+def reading(reserved, used, watts, minutes, total=24.0):
+    return minutes / 10, dict(reserved_gib=reserved, used_gib=used, total_gib=total, power_w=watts, temperature_c=70)
+
+
+def told(steps, hot=()):
+    """(number of the step, event) of all that a Watch tells."""
+    watch = events.Watch()
+    hot = dict(hot)
+    lines = [(i, line) for i, step in enumerate(steps) for line in watch.step(*step, hot.get(i, 0))]
+    assert sum(watch.counts.values()) == len(lines)
+    return [(i, line.partition(":")[0]) for i, line in lines]
+
+
+def test_a_clean_run_tells_nothing():
+    jitter = [1.0, 1.1, 0.9, 1.2, 1.0, 1.9, 0.8] * 30
+    assert told([(j * 2.4, reading(*FITS)[1] | {"power_w": 370 / j}) for j in jitter]) == []
+    assert told([(0.02, None), (0.02, None), (0.5, None)] * 30) == []  # below a second nobody waits
+    nearly_full = [reading(22.0, 23.9, 370, 24)] * 50  # but neither slower nor colder
+    assert told(nearly_full) == []
+
+
+@pytest.mark.parametrize("spilled", [SPILLS, SPILLS_FAR])
+def test_spilling_is_told_once(spilled):
+    assert told([reading(*FITS)] * 20 + [reading(*spilled)] * 30) == [(20, "spill")]
+    assert told([reading(*spilled)] * 30) == [(0, "spill")]  # from the start, with nothing to compare
+    again = [reading(*FITS)] * 20 + [reading(*spilled)] * 5 + [reading(*FITS)] * 5 + [reading(*spilled)] * 5
+    assert told(again) == [(20, "spill"), (30, "spill")]
+
+
+def test_a_full_gpu_that_becomes_slow_and_cold_spills():
+    """What another program took cannot be seen in torch's own numbers."""
+    full = dict(reserved_gib=16.0, used_gib=23.8, total_gib=24.0, temperature_c=60)
+    assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 180})] * 9) == [(20, "spill")]
+    assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 365})] * 9) == [(20, "pause")]  # busy: no spill
+
+
+def test_pauses_and_heat_are_told_once():
+    steps = [reading(*FITS)] * 40
+    steps[25] = 61.0, steps[25][1]  # seed 000's GaLore
+    assert told(steps) == [(25, "pause")]
+    assert told([reading(*FITS)] * 40, hot={10: 1, 11: 2, 12: 3, 13: 4, 14: 5, 30: 2}) == [(12, "throttle")]
+
+
+class FakeNvml:
+    """Answers in NVML's units, by a clock that a test sets; `missing` functions are not supported."""
+
+    def __init__(self, missing=()):
+        self.missing, self.power_mw, self.energy_mj, self.reasons = missing, 250_000, 5_000_000, 0
+
+    def __call__(self, function, handle, *arguments):
+        if function in self.missing:
+            raise pynvml.NVMLError_NotSupported(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return {
+            "nvmlDeviceGetPowerUsage": self.power_mw,
+            "nvmlDeviceGetTotalEnergyConsumption": self.energy_mj,
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=6 * 2**30, total=8 * 2**30),
+            "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=93),
+            "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
+            "nvmlDeviceGetTemperature": 71,
+            "nvmlDeviceGetClockInfo": 1800,
+        }[function]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    def make(missing=()):
+        nvml = FakeNvml(missing)
+        for name in ("PowerUsage", "TotalEnergyConsumption", "MemoryInfo", "UtilizationRates",
+                     "CurrentClocksThrottleReasons", "Temperature", "ClockInfo"):  # fmt: skip
+            function = f"nvmlDeviceGet{name}"
+            monkeypatch.setattr(pynvml, function, lambda *a, f=function: nvml(f, *a))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1234": "handle"}[uuid])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid="1234"))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 5 * 2**30)
+        return nvml, gpu.Gpu(0)
+
+    return make
+
+
+def test_nvml_in_watts_and_joules(fake_gpu, tmp_path):
+    nvml, device = fake_gpu()
+    nvml.energy_mj += 36_000_000
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01, [device, gpu.Cpu()])
+    with monitor:
+        time.sleep(0.1)
+        assert monitor.power_w() == 250.0 and monitor.energy_j() == pytest.approx(36_000)
+    assert monitor.mean_power_w() == pytest.approx(36_000 / (time.monotonic() - monitor.start), rel=0.05)
+    with open(tmp_path / "hardware.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["device"] for row in rows[:2]] == ["gpu0", "cpu"]
+    expected = dict(power_w=250, used_gib=6, reserved_gib=5, utilization_percent=93, temperature_c=71, clock_mhz=1800)
+    assert {name: float(rows[0][name]) for name in expected} == expected and rows[0]["throttled"] == "0"
+    assert float(rows[1]["used_gib"]) > 0.1 and rows[1]["temperature_c"] == ""
+
+
+def test_energy_is_summed_up_where_the_gpu_does_not_count_it(fake_gpu, monkeypatch):
+    _, device = fake_gpu(missing=["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetClockInfo"])
+    clock = iter(range(0, 100, 2))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    readings = [device.read() for _ in range(4)]
+    assert device.energy_j == 250 * 6 and readings[-1]["clock_mhz"] is None
+
+
+def test_a_laptop_without_power_readings_gives_none(fake_gpu, tmp_path):
+    _, device = fake_gpu(missing=["nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"])
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    monitor.read()
+    assert monitor.power_w() is monitor.energy_j() is monitor.mean_power_w() is None
+
+
+def test_only_heat_counts_as_throttling(fake_gpu, tmp_path):
+    nvml, device = fake_gpu()
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    for reasons, hot in ((pynvml.nvmlClocksThrottleReasonSwPowerCap, 0), (0x20, 1), (0x40 | 0x4, 2), (0, 0), (0x8, 1)):
+        nvml.reasons = reasons
+        monitor.read()
+        assert monitor.hot_readings == hot
+
+
+def test_rapl_counts_packages_and_starts_again_at_its_end(monkeypatch, tmp_path):
+    for zone, energy in (("intel-rapl:0", 900_000_000), ("intel-rapl:1", 5_000_000), ("intel-rapl:0:0", 77)):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("999999999\n")
+    monkeypatch.setattr(gpu, "POWERCAP", tmp_path)
+    cpu = gpu.Cpu()
+    cpu.read_at -= 2  # seconds
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("20000000")  # 120 J on, over the end of its range
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("35000000")  # 30 J on
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("999")  # a part of package 0
+    assert cpu.read()["power_w"] == pytest.approx(75, rel=0.01) and cpu.energy_j == pytest.approx(150)
+
+
+def test_what_cannot_be_read_is_said_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "POWERCAP", tmp_path)
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01)
+    with monitor:
+        time.sleep(0.05)
+    assert capsys.readouterr().err.count("power cannot be read") == 1 and monitor.energy_j() is None
+
+
+def test_the_monitor_takes_below_a_hundredth_of_a_core(tmp_path):
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.0)
+    monitor.read()
+    before, readings = time.thread_time(), 200
+    for _ in range(readings):
+        monitor.read()
+    assert (time.thread_time() - before) / readings < 0.01  # seconds of CPU; there is one reading a second
+
+
+def test_a_run_that_goes_on_adds_to_its_readings(tmp_path):
+    for _ in range(2):
+        with gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01):
+            time.sleep(0.03)
+    lines = (tmp_path / "hardware.csv").read_text().splitlines()
+    assert sum(line.startswith("unix_time") for line in lines) == 1 and len(lines) > 3
+
+
+def test_energy_and_events_reach_the_summary(arguments, run_here, tmp_path, monkeypatch, at_step):
+    import qlora_train
+
+    class Meter:  # 100 W
+        name = "cpu"
+
+        def __init__(self):
+            self.start = time.monotonic()
+
+        energy_j = property(lambda self: 100 * (time.monotonic() - self.start))
+
+        def read(self):
+            return dict(power_w=100.0, used_gib=1.0, utilization_percent=50)
+
+    monkeypatch.setattr(gpu, "open_devices", lambda: [Meter()])
+    monkeypatch.setattr(events, "PAUSE_SECONDS", 0.2)
+    at_step({14: lambda: time.sleep(1.0)})
+    code, out, err = run_here(qlora_train, *arguments("run", "MAX_STEPS=16", "SAVE_STEPS=None", "EVAL_STEPS=None"))
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["mean_power_w"] == pytest.approx(100, rel=0.02) and summary["events"] == {"pause": 1}
+    assert summary["energy_wh"] * 3600 >= 100 * summary["train_seconds"] * 0.98
+    assert summary["tokens_per_joule"] == pytest.approx(summary["tokens"] / summary["energy_wh"] / 3600)
+    assert err.count("step 14: pause: 1.0 s") == 1 and "100 W" in out and summary["verdict"] == "done, 1 pause"
+    assert "| 100 |" in (tmp_path / "run" / "run_row.md").read_text()
