@@ -25,6 +25,8 @@ FIGURES = {
 
 
 def main():
+    if not Path(PICTURE).parent.is_dir():
+        raise UserError(f"PICTURE={PICTURE}: there is no such folder.")
     runs = find_runs()
     print_table(runs)
     draw(runs, Path(PICTURE))
@@ -39,7 +41,8 @@ def find_runs() -> dict[str, dict]:
         if not found:
             raise UserError(f"RUNS={RUNS}: {pattern} is no folder of a training run (it has no metrics.jsonl).")
         for folder in found:
-            metrics = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last is being written
             runs[folder.name if folder.name not in runs else str(folder)] = dict(
                 settings=read(folder / "settings.json").get("settings", {}),
                 metrics=metrics,

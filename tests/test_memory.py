@@ -14,7 +14,7 @@ import estimate_memory
 import galore_train
 import qlora_train
 from common import adapters, fitting, gpu, memory, models, training
-from tests.conftest import ARCHITECTURES, ROOT, run_script, save_tiny, tiny_config
+from tests.conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config
 
 MIB = 2**20
 FOLLOWED = [
@@ -229,11 +229,15 @@ def test_limits_are_shares_or_sizes(monkeypatch):
     assert {text: gpu.memory_limit(text, "cpu") / 2**30 for text in limits} == pytest.approx(limits)
 
 
-@pytest.mark.parametrize("architecture, more", [("stablelm", True), ("llama", False)])
-def test_four_bits_that_need_more_than_sixteen_are_told(architecture, more, tiny, run):
-    settings = f"MODEL={tiny(architecture)}", "QUANTIZATION=nf4", "GRADIENT_CHECKPOINTING=False", "MAX_LENGTH=512"
-    code, _, err = run(qlora_train, "run", *settings)
-    assert code == 0 and ("QUANTIZATION=None would need less" in err) == more
+@pytest.mark.parametrize("sixteen, told", [(4.0, True), (6.0, False)])
+def test_four_bits_that_need_more_than_sixteen_are_told(sixteen, told, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "memory_limit", lambda *a: 80 * 2**30)
+    needs = {"nf4": 5 * 2**30, None: sixteen * 2**30}
+    monkeypatch.setattr(fitting, "trace", lambda model, quantization, *rest: {"activations": needs[quantization]})
+    usual = dict(MODEL="m", MAX_LENGTH=64, MEMORY_LIMIT=None, GRADIENT_ACCUMULATION_STEPS=1, QUANTIZATION="nf4")
+    usual |= dict(PER_DEVICE_TRAIN_BATCH_SIZE=None, GRADIENT_CHECKPOINTING=None)
+    fitting.choose(usual, lambda quantization: (torch.nn.Linear(2, 2), quantization), None, memory.Step())
+    assert ("QUANTIZATION=None would need less, 4.0" in capsys.readouterr().err) == told
 
 
 def test_the_fastest_that_fits_is_chosen(monkeypatch):
