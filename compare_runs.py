@@ -94,7 +94,7 @@ def draw(runs: dict[str, dict], file: Path) -> None:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=name if loss == "loss" else None)
         axes.set_xlabel(label)
     panels[0].set_ylabel("loss (nats a token); dots: held out")
-    panels[1].legend()
+    panels[0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=100)
 
