@@ -14,7 +14,7 @@ demo: .venv/installed
 		$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM)
 
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

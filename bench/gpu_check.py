@@ -28,10 +28,11 @@ import time
 
 import torch
 from datasets import Dataset
-from sides import SIDES, train_side
+from peft import get_peft_model
+from sides import SIDES, lora, train_side
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from common import gpu, report, runs
+from common import fitting, gpu, memory, models, report, runs
 
 # The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
 SHAPES = {
@@ -49,23 +50,45 @@ def main():
         raise UserError("this check needs a CUDA GPU, and torch sees none.")
     peak = matrix_peak_tflops("cuda")
     print(f"{gpu.device_name()}: bf16 matrix peak measured at {peak:.0f} TFLOP/s", flush=True)
-    print("| date | commit | check | device | tok/s | of peak | peak GiB | ratio to TRL |\n" + "|---" * 8 + "|")
+    columns = "date | commit | check | device | tok/s | of peak | peak GiB | predicted GiB | off | ratio to TRL"
+    print(f"| {columns} |\n" + "|---" * 10 + "|")
     for name in MODELS.split(","):
         for method in METHODS.split(","):
-            results = {}
-            for side in SIDES:
-                try:
-                    results[side] = time_training(name, method, side, "cuda")
-                except torch.OutOfMemoryError:
-                    print(f"{name} {method} {side}: out of memory", flush=True)
-            for side, r in results.items():
-                share = r["tokens_per_second"] * r["flop_per_token"] / (peak * 1e12)
-                ratio = (
-                    r["tokens_per_second"] / results["trl"]["tokens_per_second"] if "trl" in results else float("nan")
-                )
-                what = f"{datetime.date.today()} | {runs.git_commit()} | {name} {method} {MAX_LENGTH} {side}"
-                speed = f"{r['tokens_per_second']:,.0f} | {share:.0%} | {r['peak_gib']:.2f} | {ratio:.2f}"
-                print(f"| {what} | {gpu.device_name()} | {speed} |", flush=True)
+            for checkpointing in (False, True):
+                print_rows(name, method, checkpointing, peak)
+
+
+def print_rows(name: str, method: str, checkpointing: bool, peak: float) -> None:
+    """A row for each side; TRL's without checkpointing only, for the time it takes."""
+    results = {}
+    for side in SIDES[1:] if checkpointing else SIDES:
+        try:
+            results[side] = time_training(name, method, side, "cuda", checkpointing)
+        except torch.OutOfMemoryError:
+            print(f"{name} {method} {side}: out of memory", flush=True)
+    predicted = predict(name, method, checkpointing, "cuda")
+    for side, r in results.items():
+        share = r["tokens_per_second"] * r["flop_per_token"] / (peak * 1e12)
+        cells = [
+            f"{datetime.date.today()}", runs.git_commit(),
+            f"{name} {method} {MAX_LENGTH} {'checkpointing ' * checkpointing}{side}", gpu.device_name(),
+            f"{r['tokens_per_second']:,.0f}", f"{share:.0%}", f"{r['peak_gib']:.2f}",
+            f"{predicted:.2f}" if side == "ours" else "",
+            f"{predicted / r['peak_gib'] - 1:+.1%}" if side == "ours" else "",
+            f"{r['tokens_per_second'] / results['trl']['tokens_per_second']:.2f}" if "trl" in results else "",
+        ]  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
+    """The traced peak of our side, in GiB, with cuBLAS's workspace."""
+    architecture, shape = SHAPES[name]
+    config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
+    empty = models.empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
+    step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing)
+    optimizer = memory.usual_optimizer("adamw_torch_fused")
+    parts = memory.trace(get_peft_model(empty, lora(LORA_R)), None, optimizer, step)
+    return (sum(parts.values()) + (fitting.CUBLAS_WORKSPACE if device == "cuda" else 0)) / gpu.GIB
 
 
 def matrix_peak_tflops(device: str, size: int = 8192, repeats: int = 20) -> float:
@@ -107,7 +130,7 @@ def quantize_in_place(model, device: str) -> None:
     model.is_loaded_in_4bit = True  # what peft and TRL ask
 
 
-def time_training(name: str, method: str, side: str, device: str) -> dict:
+def time_training(name: str, method: str, side: str, device: str, checkpointing: bool = False) -> dict:
     """Train a few steps on packed random tokens; tokens/s over the median step and the peak of allocated memory."""
     set_seed(0)
     model = build_model(name, method, device)
@@ -119,7 +142,7 @@ def time_training(name: str, method: str, side: str, device: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 600, (MAX_LENGTH // 4,), generator=generator).tolist() for _ in range(4 * STEPS)]
     train_set = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
-    result = train_side(side, model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, LORA_R, device)
+    result = train_side(side, model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, LORA_R, device, checkpointing)
     # Frozen weights need no gradient: 2 FLOP a weight forward, 2 for the gradient of the activations.
     return {**result, "flop_per_token": 4 * weights}
 

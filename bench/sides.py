@@ -26,21 +26,27 @@ class StepTimer(TrainerCallback):
         self.seconds.append(report.now() - self.started)
 
 
-def train_side(side: str, model, train_set, tokenizer, max_length: int, steps: int, lora_r: int, device: str) -> dict:
+def lora(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_side(
+    side: str, model, train_set, tokenizer, max_length: int, steps: int, lora_r: int, device: str, checkpointing=False
+) -> dict:
     """Train LoRA adapters on packed rows of input_ids and labels.
 
     Returns tokens_per_second (over the median step, the first two left out), peak_gib (allocated on the GPU, else
     resident in this process) and losses (one a step).
     """
     set_seed(0)
-    adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = lora(lora_r)
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         common = dict(
             args=SFTConfig(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=1, max_length=max_length, packing=True,
                 learning_rate=2e-4, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=True,
-                use_cpu=device == "cpu", gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+                use_cpu=device == "cpu", gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no",
                 report_to="none", disable_tqdm=True, seed=0,
             ),
             train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],

@@ -21,6 +21,21 @@ def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
     assert ours["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("method", ["lora", "nf4"])
+def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
+    """With all that a GPU's trainer does; on the CPU followed by storages instead of max_memory_allocated."""
+    import gpu_check
+
+    from common import memory
+
+    monkeypatch.setattr(gpu_check, "MAX_LENGTH", 256)
+    monkeypatch.setattr(gpu_check, "STEPS", 3)
+    follower = memory.Follower()
+    with follower:
+        gpu_check.time_training("tiny", method, "ours", "cpu")
+    assert gpu_check.predict("tiny", method, False, "cpu") == pytest.approx(follower.peak / 2**30, rel=0.1)
+
+
 def test_matrix_peak_is_a_positive_number():
     import gpu_check
 
