@@ -36,7 +36,7 @@ def main():
 def find_runs() -> dict[str, dict]:
     """By name: settings (all), metrics (list of lines), summary and scores ({} where a run has none yet)."""
     runs = {}
-    for pattern in RUNS.replace(" ", "").split(","):
+    for pattern in map(str.strip, RUNS.split(",")):
         found = [Path(folder) for folder in sorted(glob.glob(pattern)) if (Path(folder) / "metrics.jsonl").is_file()]
         if not found:
             raise UserError(f"RUNS={RUNS}: {pattern} is no folder of a training run (it has no metrics.jsonl).")

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 import torch
+from transformers.training_args import OptimizerNames
 
 from common import adapters, fitting, galore, gpu, memory, models
 from common.gpu import GIB
@@ -43,6 +44,10 @@ def main():
     check_choice("METHOD", METHOD, METHODS)
     check_choice("DEVICE", DEVICE, ("cuda", "cpu"))
     check_choice("DTYPE", DTYPE, models.DTYPES[1:])
+    check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])
+    for name in ("PER_DEVICE_TRAIN_BATCH_SIZE", "MAX_LENGTH", "LORA_R", "GALORE_RANK"):
+        if globals()[name] < 1:
+            raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
     size = gpu.read_size(FIT, setting="FIT") if FIT else None
     source = models.locate(MODEL)
     config = models.load_config(source)
@@ -55,10 +60,10 @@ def main():
     )
     step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, getattr(torch, DTYPE), DEVICE,
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
-    if size:
-        print_fits(config, step, size)
-    else:
-        print_table(config, step)
+    try:
+        print_fits(config, step, size) if size else print_table(config, step)
+    except (NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(f"MODEL={MODEL} OPTIM={OPTIM} cannot be traced: {error}") from error
 
 
 def build(config, quantization: str | None = "of METHOD"):
@@ -113,25 +118,30 @@ def print_formula(config, traced: list[float]):
 def print_fits(config, step: memory.Step, size: float):
     """What fits into a size, in powers of two of tokens at once."""
     budget = size * fitting.MARGIN[DEVICE] - (fitting.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
-    found = []
+    smallest, found = 256 if PACKING else MAX_LENGTH, []
     for checkpointing in (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,):
         needs = {}
 
         def fits(tokens, checkpointing=checkpointing, needs=needs):
-            this = replace(step, rows=1, length=tokens, checkpointing=checkpointing)
+            rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
+            this = replace(step, rows=rows, length=length, checkpointing=checkpointing)
             needs[tokens] = sum(memory.trace(*build(config), optimizer, this).values())
             return needs[tokens] <= budget
 
-        for tokens in fitting.largest([256 * 2**i for i in range(10)], fits):
+        for tokens in fitting.largest([smallest * 2**i for i in range(10)], fits):
             found.append((fitting.relative_time(tokens, checkpointing, step), tokens, checkpointing, needs[tokens]))
     if not found:
-        raise UserError(f"FIT={FIT}: not even 256 tokens fit. METHOD=qlora needs least; or take a smaller model.")
+        raise UserError(
+            f"FIT={FIT}: not even {smallest} tokens fit. METHOD=qlora needs least; or take a smaller model."
+        )
     print(f"\nfits in {FIT} (used to {fitting.MARGIN[DEVICE]:.0%}), fastest first:")
     print("  tokens at once  checkpointing    GiB  time a token")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     for time, tokens, checkpointing, need in sorted(found):
         form = f"  {tokens:14,}  {'on' if checkpointing else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
-        lengths = [n for n in (256 * 2**i for i in range(10)) if n <= min(tokens, positions)]
+        lengths = (
+            [n for n in (256 * 2**i for i in range(10)) if n <= min(tokens, positions)] if PACKING else [MAX_LENGTH]
+        )
         print(form + "   " + ", ".join(f"{tokens // n} x {n:,}" for n in lengths))
 
 

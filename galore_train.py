@@ -35,7 +35,7 @@ OPTIM = "galore"  # galore, galore_8bit (moments), galore_exact_svd, galore_torc
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
 PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once; None: what fits, out of GRADIENT_ACCUMULATION_STEPS rows
-GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step; costs time, no memory
+GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step (rows, where the line above is None)
 LEARNING_RATE = 7e-4  # peak
 MIN_LR = 0.0  # where linear and cosine end
 LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
@@ -125,10 +125,10 @@ def main():
         model = load_whole(source, dtype, attention, len(tokenizer))
         base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
         optimizer = make_optimizer(model)
-        if isinstance(optimizer, GaLore):
-            share = sum(p.numel() for p in optimizer.projected) / sum(p.numel() for p in model.parameters())
-            what = f"{len(optimizer.projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights"
-            print(f"GaLore: {what}")
+        if OPTIM.startswith("galore"):
+            projected, _ = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
+            share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())
+            print(f"GaLore: {len(projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights")
         trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else training.ChatTrainer)(
             model=model,
             args=training.arguments(in_libraries_terms, fit, run.folder, dtype, evaluate=bool(run.eval_set)),

@@ -1,6 +1,8 @@
 """Events of a run that cost time without a word: memory that spills, pauses, a throttled GPU."""
 
+import platform
 import statistics
+import sys
 from collections import Counter, deque
 
 WINDOW, WINDOW_MIN = 64, 10  # steps that say what is usual
@@ -9,6 +11,8 @@ PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a 
 SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
 FULL = 0.97  # of the GPU's memory
 HOT_READINGS = 3  # in a row
+# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
+CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
 REMEDIES = {
     "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
     "pause": "Other programs, a disk that is busy, or an optimizer's occasional work (OPTIM)",
@@ -55,6 +59,6 @@ class Watch:
             return f"{gpu['reserved_gib'] - used:.1f} GiB lie in main memory, which is many times slower{at_watts}"
         before = [power for _, power in self.usual if power is not None]
         falls = watts is None or not before or watts < 0.8 * statistics.median(before)
-        if used > FULL * total and median and seconds > 1.5 * median and falls:
+        if CAN_SPILL and used > FULL * total and median and seconds > 1.5 * median and falls:
             return f"{used:.1f} of {total:.1f} GiB in use, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
         return None

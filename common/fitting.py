@@ -4,10 +4,10 @@ import bisect
 import functools
 import gc
 import sys
+import traceback
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from common import gpu
 from common.gpu import GIB
@@ -18,8 +18,9 @@ from common.settings import UserError
 # 512 tokens) took 1,205, 995 and 922 s with 1, 2 and 3 rows. A CPU is busy with one row.
 OVERHEAD_TOKENS = 274
 USEFUL_TOKENS = 4096  # in a micro step: beyond, little is won, and attention over packed rows grows quadratically
-# cuBLAS keeps a workspace: 32 MiB on Hopper, 8 on other GPUs (CUBLAS_WORKSPACE_CONFIG in torch's documentation).
-CUBLAS_WORKSPACE = 32 * 2**20
+# cuBLAS keeps a workspace for each thread that computes, forward and backward: 32 MiB on Hopper, 8 on other GPUs
+# (CUBLAS_WORKSPACE_CONFIG in torch's documentation).
+CUBLAS_WORKSPACE = 2 * 32 * 2**20
 # Of the memory there is, for what is predicted: some is lost between blocks, and the trace may err. On the CPU the C
 # library keeps what was freed: the demo came to hold 3.1 GiB where 1.8 were predicted (runs.md).
 MARGIN = {"cuda": 0.92, "cpu": 0.6}
@@ -49,8 +50,9 @@ class Fit:
 
     def smaller(self, may_checkpoint: bool) -> "Fit | None":
         """The same batch in less memory; None where there is no way."""
-        if self.rows % 2 == 0:
-            return Fit(self.rows // 2, self.accumulation * 2, self.checkpointing)
+        if self.rows > 1:  # half, or what divides an odd number
+            rows = max(n for n in range(1, self.rows // 2 + 1) if self.rows % n == 0)
+            return Fit(rows, self.accumulation * self.rows // rows, self.checkpointing)
         return Fit(self.rows, self.accumulation, True) if may_checkpoint and not self.checkpointing else None
 
 
@@ -89,12 +91,15 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
                 fits += [(rows, again) for rows in largest(possible, lambda n, c=again: peak(n, c) <= usable)]
         if not fits:
             fits = [(possible[0], checkpointing is not False)]
-            if None in (rows, checkpointing):
-                raise too_large(settings, peak(*fits[0]), usable)
+            if settings["PER_DEVICE_TRAIN_BATCH_SIZE"] is None and peak(*fits[0]) > limit:
+                raise too_large(settings, fits[0], peak(*fits[0]), limit)
+            print("memory: this may be too little, but is tried", file=sys.stderr)
     except UserError:
         raise
     except Exception as error:  # from the code of any architecture, on tensors without data
-        print(f"memory could not be predicted ({type(error).__name__}: {error})", file=sys.stderr)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error}, {where.filename}:{where.lineno}"
+        print(f"memory could not be predicted ({told})", file=sys.stderr)
         return Fit(rows or 1, batch // (rows or 1), bool(checkpointing))
     rows, checkpointing = min(fits, key=lambda fit: relative_time(fit[0] * step.length, fit[1], step))
     fit = Fit(rows, batch // rows, checkpointing, peak(rows, checkpointing) / GIB)
@@ -123,13 +128,13 @@ def describe(parts: dict[str, int]) -> str:
     return f"{sum(parts.values()) / GIB:.2f} GiB predicted ({named})"
 
 
-def too_large(settings: dict, peak: float, usable: float) -> UserError:
+def too_large(settings: dict, smallest: tuple[int, bool], peak: float, limit: float) -> UserError:
+    four_bits = "" if settings.get("QUANTIZATION", "full") else "QUANTIZATION=nf4, "
     return UserError(
         f"MODEL={settings['MODEL']} MAX_LENGTH={settings['MAX_LENGTH']}: one row at a time, with "
-        f"GRADIENT_CHECKPOINTING={settings['GRADIENT_CHECKPOINTING']}, needs {peak / GIB:.2f} GiB; with "
-        f"MEMORY_LIMIT={settings['MEMORY_LIMIT']}, {usable / GIB:.2f} GiB can be used. Lower MAX_LENGTH, "
-        "set QUANTIZATION=nf4, or take a smaller model; `python estimate_memory.py` shows what fits. "
-        "PER_DEVICE_TRAIN_BATCH_SIZE=1 GRADIENT_CHECKPOINTING=True tries all the same."
+        f"GRADIENT_CHECKPOINTING={smallest[1]}, needs {peak / GIB:.2f} GiB; there are {limit / GIB:.2f} GiB "
+        f"(MEMORY_LIMIT={settings['MEMORY_LIMIT']}). Try a smaller MAX_LENGTH, {four_bits}or a smaller model; "
+        "`python estimate_memory.py` shows what fits. PER_DEVICE_TRAIN_BATCH_SIZE=1 tries all the same."
     )
 
 
@@ -139,7 +144,7 @@ def restart_smaller(train, fit: Fit, settings: dict):
         try:
             return train(fit)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not gpu.is_out_of_memory(error):
                 raise
             smaller = fit.smaller(may_checkpoint=settings["GRADIENT_CHECKPOINTING"] is None)
             if smaller is None or not left:
@@ -152,3 +157,4 @@ def restart_smaller(train, fit: Fit, settings: dict):
         gc.collect()  # what the frames of the error held
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()

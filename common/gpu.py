@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import pynvml
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from common.settings import UserError
 
 GIB = 2**30
 POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
+CGROUP = Path("/sys/fs/cgroup/memory.max")
 HOT = (
     pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
     | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
@@ -75,6 +77,9 @@ def memory_limit(setting: str | None, device: str) -> float:
         free, total = torch.cuda.mem_get_info()
     else:
         free, total = psutil.virtual_memory().available + rss_gib() * GIB, psutil.virtual_memory().total
+        if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # of a container, of a Slurm job
+            total = min(total, int(text))
+            free = min(free, total)
     limit = min(free, read_size(setting, total) if setting else free)
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / total)
@@ -90,6 +95,12 @@ def read_size(text: str, total: float = GIB, setting: str = "MEMORY_LIMIT") -> f
             f'{setting}={text}: a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
         )
     return number * {"": total, "MiB": 2**20, "GiB": GIB}[unit]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return should_reduce_batch_size(error) or isinstance(error, RuntimeError) and any(s in str(error) for s in said)
 
 
 class Gpu:
@@ -110,6 +121,7 @@ class Gpu:
             return None
 
     def read(self) -> dict:
+        reserved = torch.cuda.memory_reserved(self.number)  # before what is in use, which grows with it
         power, memory, now = self.ask("nvmlDeviceGetPowerUsage"), self.ask("nvmlDeviceGetMemoryInfo"), time.monotonic()
         load, reasons = self.ask("nvmlDeviceGetUtilizationRates"), self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
         power_w = None if power is None else power / 1000
@@ -123,7 +135,7 @@ class Gpu:
             power_w=power_w,
             used_gib=memory and memory.used / GIB,
             total_gib=memory and memory.total / GIB,
-            reserved_gib=torch.cuda.memory_reserved(self.number) / GIB,
+            reserved_gib=reserved / GIB,
             utilization_percent=load and load.gpu,
             temperature_c=self.ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
             clock_mhz=self.ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
@@ -140,6 +152,7 @@ class Cpu:
         self.process = psutil.Process()
         self.process.cpu_percent()  # counts from here
         self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1]
+        self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # then from 0 again
         self.energy_j, self.read_at = 0.0, time.monotonic()
         self.before = self.energies()
 
@@ -153,8 +166,7 @@ class Cpu:
     def read(self) -> dict:
         now, power_w, energies = time.monotonic(), None, self.energies()
         if energies and self.before:
-            ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # counters start again
-            joules = sum((e - b) % (r + 1) for e, b, r in zip(energies, self.before, ranges, strict=True)) / 1e6
+            joules = sum((e - b) % (r + 1) for e, b, r in zip(energies, self.before, self.ranges, strict=True)) / 1e6
             self.energy_j += joules
             power_w = joules / max(now - self.read_at, 1e-3)
         self.before, self.read_at = energies, now
@@ -179,12 +191,13 @@ def open_devices() -> list:
 class HardwareMonitor:
     """A thread that reads the devices once a second into a CSV file, as a context manager.
 
-    latest: the last reading of each device, by name. Power and energy are those of the GPUs; without one, of the CPU.
+    latest: the last reading of each device, by name. Power and energy are those of the device that trains.
     """
 
     def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
         self.file, self.interval_seconds = file, interval_seconds
         self.devices = open_devices() if devices is None else devices
+        self.trains = f"gpu{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.latest: dict[str, dict] = {}
         self.hot_readings = 0  # in a row
         self.start = time.monotonic()
@@ -192,38 +205,37 @@ class HardwareMonitor:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
-        # A run that goes on adds to the file; the times tell where it paused.
-        with open(self.file, "a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
-            if not stream.tell():
-                writer.writeheader()
-            while True:
-                self.read()
-                try:
+        while True:
+            self.read()
+            try:  # a run that goes on adds to the file; the times tell where it paused
+                with open(self.file, "a", newline="", encoding="utf-8") as stream:
+                    writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+                    if not stream.tell():
+                        writer.writeheader()
                     for device, reading in self.latest.items():
                         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
                         writer.writerow({"unix_time": round(time.time(), 2), "device": device, **shown})
-                    stream.flush()
-                except OSError:  # a full disk costs the row; what it costs the run, the run tells
-                    pass
-                if self.stop.wait(self.interval_seconds):
-                    return
+            except OSError:  # a full disk costs the row; what it costs the run, the run tells
+                pass
+            if self.stop.wait(self.interval_seconds):
+                return
 
     def read(self) -> None:
         self.latest = {device.name: device.read() for device in self.devices}
-        hot = any(reading.get("throttled") for reading in self.latest.values())
-        self.hot_readings = self.hot_readings + 1 if hot else 0
+        self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
 
-    def trained_on(self) -> list:
-        return [device for device in self.devices if device.name != "cpu"] or self.devices
+    def gpu(self) -> dict | None:
+        """The last reading of the GPU that trains."""
+        return self.latest.get(self.trains) if self.trains != "cpu" else None
 
     def power_w(self) -> float | None:
-        powers = [self.latest.get(device.name, {}).get("power_w") for device in self.trained_on()]
-        return None if None in powers else sum(powers)
+        return self.latest.get(self.trains, {}).get("power_w")
 
     def energy_j(self) -> float | None:
         """Since the start; None where power cannot be read."""
-        return None if self.power_w() is None else sum(device.energy_j for device in self.trained_on())
+        if self.power_w() is None:
+            return None
+        return next(device.energy_j for device in self.devices if device.name == self.trains)
 
     def mean_power_w(self) -> float | None:
         joules = self.energy_j()

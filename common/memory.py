@@ -9,10 +9,10 @@ path without data is stood in for: fused attention, the positions that a mask se
 import contextlib
 import functools
 import math
+import sys
 import weakref
 from dataclasses import dataclass
 
-import bitsandbytes
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,7 +117,7 @@ class Follower(TorchDispatchMode):
 
 def inside_bytes(func, args) -> int:
     """What a GPU's kernel allocates for itself, beside its results."""
-    if func is torch.ops.bitsandbytes.gemm_4bit.default:  # the weights, dequantised
+    if func.name() == "bitsandbytes::gemm_4bit":  # the weights, dequantised (some shapes of newer releases do without)
         return math.prod(args[2]) * args[0].element_size()
     if (
         func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -147,7 +147,9 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 def int8_on_gpu(inputs, weight, out=None, state=None, threshold=0.0, bias=None):
     """bitsandbytes.matmul, which on the CPU takes another path."""
-    return bitsandbytes.autograd._functions.MatMul8bitLt.apply(inputs, weight, out, bias, state)
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    return MatMul8bitLt.apply(inputs, weight, out, bias, state)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
     """
     follower = Follower(512 if step.device == "cuda" else 1, model.config.get_text_config().vocab_size,
                         step.rows * step.length, step.device == "cuda")  # fmt: skip
-    chunked = training.prepare_model(model, step.kl_weight, base)
+    if not training.prepare_model(model, step.kl_weight, base):
+        raise NotImplementedError("models that change their logits keep TRL's loss, which is not traced")
     model.train()
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -189,11 +192,15 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
             for owner, names in FLOAT32_ON_CUDA:
                 for name in names.split():
                     stack.enter_context(patched(owner, name, in_float32(getattr(owner, name))))
-            stack.enter_context(patched(bitsandbytes, "matmul", int8_on_gpu))
+            if "bitsandbytes" in sys.modules:
+                stack.enter_context(patched(sys.modules["bitsandbytes"], "matmul", int8_on_gpu))
         for part in (model, base) if base is not None else (model,):
             make_fake(part, fake, follower)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(model)
+        for group in optimizer.param_groups:  # torch's choice, for tensors that are on a GPU by name
+            if step.device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = True
         fill_states(optimizer)
         follower.label(tree_leaves([optimizer.state[p] for p in trainable]), "optimizer states")
         follower.label([p.grad for p in trainable], "gradients")
@@ -204,13 +211,9 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
         for _ in range(2 if is_galore and step.accumulates else 1):
             follower.phase = "forward"
             with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
-                if chunked:
-                    loss, divergence = model(**inputs, learn=labels, use_cache=False)
-                    loss = loss + step.kl_weight * divergence
-                else:
-                    loss = model(**inputs, labels=labels, use_cache=False).loss
+                loss, divergence = model(**inputs, learn=labels, use_cache=False)
             follower.phase = "backward"
-            loss.backward()
+            (loss + step.kl_weight * divergence).backward()
             follower.label([p.grad for p in trainable], "gradients")
             follower.label(getattr(optimizer, "sums", {}).values(), "gradients")
         if not hasattr(optimizer, "get_state_buffer"):
@@ -222,8 +225,9 @@ def batch(step: Step) -> tuple[dict, torch.Tensor]:
     """(inputs, labels) as the trainer's collator makes them."""
     shape = (1, step.rows * step.length) if step.packed else (step.rows, step.length)
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
-    if not step.packed:
-        return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}, inputs["input_ids"]
+    if not step.packed:  # a mask of ones is left out by transformers, who look at its data
+        mask = {"attention_mask": torch.ones(shape, dtype=torch.int64)} if step.rows > 1 else {}
+        return inputs | mask, inputs["input_ids"]
     ends = torch.zeros(2, dtype=torch.int32)
     about = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=shape[1], max_length_k=shape[1])
     return inputs | about | {"position_ids": torch.arange(shape[1])[None]}, inputs["input_ids"]
@@ -231,16 +235,15 @@ def batch(step: Step) -> tuple[dict, torch.Tensor]:
 
 def fill_states(optimizer) -> None:
     """Give an optimizer the states that it has after its first step; gradients are left where they are."""
-    group = optimizer.param_groups[-1]  # GaLore's first one, of projected matrices, is made with its states
-    for parameter in group["params"]:
+    # GaLore's projected matrices have theirs from the start.
+    new = [(g, i, p) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if not optimizer.state.get(p)]
+    for _, _, parameter in new:
         parameter.grad = torch.empty_like(parameter)
     if not hasattr(optimizer, "get_state_buffer"):
         optimizer.step()
-        return
-    # bitsandbytes: its kernels need a GPU, its states do not; paged ones count as main memory.
-    for i, parameter in enumerate(group["params"]):
-        if not getattr(optimizer, "is_paged", False):
-            optimizer.init_state(group, parameter, len(optimizer.param_groups) - 1, i)
+    elif not getattr(optimizer, "is_paged", False):  # paged states count as main memory
+        for group, number, parameter in new:  # bitsandbytes' kernels need a GPU, its states do not
+            optimizer.init_state(group, parameter, optimizer.param_groups.index(group), number)
 
 
 def make_fake(model, mode: FakeTensorMode, follower: Follower) -> None:

@@ -233,7 +233,7 @@ def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: i
         held_out_tokens=int(sizes[times == 0, 0].sum()),
         length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
         length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
-        packed_fill=round(tokens.sum() / (best_fit(tokens, max_length) * max_length), 4),
+        full=round(tokens.sum() / (best_fit(tokens, max_length) * max_length), 4),
     )
 
 
@@ -262,7 +262,7 @@ def describe(about: dict) -> str:
     )
     shortest, median, longest = (about["length_percentiles"][p] for p in ("0", "50", "100"))
     lines.append(
-        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}; packed rows are full to "
-        f"{about['packed_fill']:.0%}"
+        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}"
+        + (f"; packed rows are full to {about['full']:.0%}" if "full" in about else "")  # earlier versions had none
     )
     return "\n".join(lines)

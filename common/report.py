@@ -51,8 +51,7 @@ class RunLog(TrainerCallback):
         self.step_seconds.append(now() - self.started)
         self.trainer.seconds += self.step_seconds[-1]
         self.trainer.joules = self.joules()
-        reading = next((r for device, r in self.monitor.latest.items() if device != "cpu"), None)
-        for event in self.watch.step(self.step_seconds[-1], reading, self.monitor.hot_readings):
+        for event in self.watch.step(self.step_seconds[-1], self.monitor.gpu(), self.monitor.hot_readings):
             self.say(f"step {state.global_step}: {event}")
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
@@ -169,9 +168,9 @@ def finish(
         tokens_per_joule=trainer.tokens / joules if joules else None,
         events=events,
     )
-    plot(folder)
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
+    plot(folder)
     write_whole(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
 
@@ -211,8 +210,9 @@ def plot(folder: Path) -> None:
     draw(above, "loss", color="C0", label="loss")
     draw(above, "eval_loss", "o-", color="C1", label="held out")
     above.set_ylabel("loss (nats a token)")
-    above.legend()
-    memory = "rss_gib" if metrics[-1]["vram_gib"] is None else "vram_gib"
+    if above.lines:
+        above.legend()
+    memory = "vram_gib" if any(m["vram_gib"] is not None for m in metrics) else "rss_gib"
     draw(below, memory, color="C2")
     below.set_ylabel("memory (GiB)", color="C2")
     below.set_ylim(bottom=0)

@@ -272,7 +272,7 @@ class ResumableTrainer(SFTTrainer):
             return
         shutil.copyfile(self.began_from / METRICS, self.metrics)
         self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
-        for name in self.PROGRESS:
+        for name in set(self.PROGRESS) & set(self.progress):  # a checkpoint of an earlier version holds fewer
             setattr(self, name, self.progress[name])
         self._tr_loss.fill_(self.progress["_tr_loss"])
         # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.

@@ -117,10 +117,9 @@ def refuse_changes(folder: Path, settings: dict) -> None:
     changed = [k for k, v in settings.items() if k not in allowed and before.get(k) != v]
     if changed:
         difference = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in changed)
+        allowing = f"allow it (ALLOW_CHANGE={','.join(changed)}), " if set(changed) <= set(CHANGEABLE) else ""
         raise UserError(
-            f"RESUME=auto would change the run: {difference}. Set it back, allow it "
-            f"(ALLOW_CHANGE={','.join(changed)}), or start a new run.",
-            code=3,
+            f"RESUME=auto would change the run: {difference}. Set it back, {allowing}or start a new run.", code=3
         )
 
 
@@ -177,7 +176,13 @@ def carry_out(trainer, run: Run, fit, save) -> None:
         train_loss = trainer.train(run.checkpoint).metrics["train_loss"]
         train_seconds = report.now() - started
         save(folder / "final")  # before the evaluation, which may crash
-        eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
+        try:
+            eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
+        except Exception as error:
+            if not gpu.is_out_of_memory(error):
+                raise
+            trainer.args.per_device_eval_batch_size = 1  # training is done; it is not to begin again
+            eval_loss = trainer.evaluate()["eval_loss"]
     report.finish(folder, log, train_loss, eval_loss, train_seconds, fit.predicted_peak_gib)
 
 

@@ -44,11 +44,14 @@ def test_spilling_is_told_once(spilled):
     assert told(again) == [(20, "spill"), (30, "spill")]
 
 
-def test_a_full_gpu_that_becomes_slow_and_cold_spills():
+def test_a_full_gpu_that_becomes_slow_and_cold_spills_on_windows(monkeypatch):
     """What another program took cannot be seen in torch's own numbers."""
+    monkeypatch.setattr(events, "CAN_SPILL", True)
     full = dict(reserved_gib=16.0, used_gib=23.8, total_gib=24.0, temperature_c=60)
     assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 180})] * 9) == [(20, "spill")]
     assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 365})] * 9) == [(20, "pause")]  # busy: no spill
+    monkeypatch.setattr(events, "CAN_SPILL", False)  # Linux: the memory would have run out
+    assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 180})] * 9) == [(20, "pause")]
 
 
 def test_pauses_and_heat_are_told_once():
@@ -98,6 +101,7 @@ def test_nvml_in_watts_and_joules(fake_gpu, tmp_path):
     nvml, device = fake_gpu()
     nvml.energy_mj += 36_000_000
     monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01, [device, gpu.Cpu()])
+    monitor.trains = "gpu0"
     with monitor:
         time.sleep(0.1)
         assert monitor.power_w() == 250.0 and monitor.energy_j() == pytest.approx(36_000)
@@ -121,6 +125,7 @@ def test_energy_is_summed_up_where_the_gpu_does_not_count_it(fake_gpu, monkeypat
 def test_a_laptop_without_power_readings_gives_none(fake_gpu, tmp_path):
     _, device = fake_gpu(missing=["nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"])
     monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    monitor.trains = "gpu0"
     monitor.read()
     assert monitor.power_w() is monitor.energy_j() is monitor.mean_power_w() is None
 
@@ -128,10 +133,25 @@ def test_a_laptop_without_power_readings_gives_none(fake_gpu, tmp_path):
 def test_only_heat_counts_as_throttling(fake_gpu, tmp_path):
     nvml, device = fake_gpu()
     monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    monitor.trains = "gpu0"
     for reasons, hot in ((pynvml.nvmlClocksThrottleReasonSwPowerCap, 0), (0x20, 1), (0x40 | 0x4, 2), (0, 0), (0x8, 1)):
         nvml.reasons = reasons
         monitor.read()
         assert monitor.hot_readings == hot
+
+
+def test_a_gpu_that_cannot_be_read_is_not_given_the_cpus_power(monkeypatch, tmp_path):
+    class Cpu:
+        name, energy_j = "cpu", 60.0
+
+        def read(self):
+            return dict(power_w=95.0, used_gib=1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[Cpu()])
+    monitor.read()
+    assert monitor.trains == "gpu1" and monitor.power_w() is monitor.energy_j() is monitor.gpu() is None
 
 
 def test_rapl_counts_packages_and_starts_again_at_its_end(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def test_run_folder_holds_what_the_contract_says(trained):
     assert set(names.split()) <= {p.name for p in folder.iterdir()}
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary) == [*SUMMARY_KEYS, "peak_vram_reserved_gib", "tokens_per_joule", "events"]
-    assert 0.5 < summary["predicted_peak_gib"] / summary["peak_rss_gib"] < 1.5 and summary["events"] == {}
+    assert 0.2 < summary["predicted_peak_gib"] / summary["peak_rss_gib"] < 1.5 and summary["events"] == {}
     assert summary["steps"] == 2 and summary["tokens"] > 100 and summary["eval_perplexity"] > 1
     assert summary["peak_rss_gib"] > 0.1 and summary["mean_power_w"] is None
     assert summary["tokens_per_second"] == pytest.approx(
