@@ -9,7 +9,7 @@ CHATS ?= $(wildcard ../shared/data/chat-700.jsonl)
 demo: .venv/installed
 	rm -rf out/demo
 	$(BIN)/python qlora_train.py RUN_NAME=demo $(SETTINGS)
-	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct $(if $(CHATS),CHATS=$(CHATS)) $(FORM)
+	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct SUITES=loss,facts $(if $(CHATS),CHATS=$(CHATS)) $(FORM)
 	printf "Hello! Who are you?\nHow far away is the Moon?\nAre you ChatGPT?\n" | \
 		$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM)
 

@@ -47,7 +47,7 @@ def find_runs() -> dict[str, dict]:
                 settings=read(folder / "settings.json").get("settings", {}),
                 metrics=metrics,
                 summary=read(folder / "summary.json") or {"verdict": f"not finished, {len(metrics)} lines"},
-                scores=read(folder / "scores.json"),
+                scores=read(folder / "scores.json").get("scores", {}),
             )
     return runs
 

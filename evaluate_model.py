@@ -1,23 +1,46 @@
-"""Score a model: what it knows of itself and of the taught facts, and how well it still predicts ordinary chats.
+"""Score a model, say how sure that is, and whether two models differ at all.
 
-    python evaluate_model.py MODEL=out/first
-    python evaluate_model.py MODEL=out/first BASE=smollm2-135m-instruct CHATS=chats.jsonl
+    python evaluate_model.py MODEL=out/first CHATS=chats.jsonl BASE=smollm2-135m-instruct
+    python evaluate_model.py MODELS="out/first, out/second" SUITES=judge JUDGE_MODEL=gpt-5-mini
 
-Prints one line per score, each with a 95 % interval, and writes them to evaluation.json in the run folder.
+Prints tables, each score with a 95 % interval; writes scores.json into the run folder (compare_runs.py reads it, and
+run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, from which the same command goes on.
 """
 
-from common.settings import UserError, apply_overrides, run_main
+from common.settings import UserError, apply_overrides, check_choice, run_main
 from common.sources import check_files
 
+# Models
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
-BASE: str | None = None  # model to compare with, scored in the same way; None: no comparison
-QUANTIZATION: str | None = None  # nf4 or int8, for both models
+MODELS: str | None = None  # several, comma-separated, in place of MODEL; each is compared with the first
+BASE: str | None = None  # model to compare with, scored first; None: no comparison
+QUANTIZATION: str | None = None  # nf4 or int8, for all models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
-FACTS: str | None = "data/facts.jsonl"  # rows of {"kind", "question", "pattern"}; None: skip
+SUITES = "loss,facts,health"  # of loss, facts, health, judge; comma-separated
+LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
+OUT_DIR = "out/evaluation"
+# Loss
 CHATS: str | None = None  # sources (as DATA in training) that no training saw, for the loss on answers; None: skip
-MAX_CHATS = 100  # the first rows of CHATS
+MAX_CHATS = 100  # the first rows of each source
 MAX_LENGTH = 768  # tokens of each chat, the rest is cut
+# Facts and health
+FACTS: str | None = "data/facts.jsonl"  # rows of {"kind", "question", "pattern"}; None: skip
+FACT_SEEDS = 0  # rounds of asking again at temperature 1, and again after small talk
+PROMPTS = "data/prompts.jsonl"  # rows of {"prompt"}, to see how answers look
 SHOW_MISSES = True  # print the questions that were answered wrongly
+# Judge: any OpenAI-compatible server
+JUDGE_MODEL: str | None = None  # its name on the server
+JUDGE_URL: str | None = None  # None: OpenAI; Ollama http://localhost:11434/v1, llama.cpp http://localhost:8080/v1 ...
+JUDGE_KEY = "OPENAI_API_KEY"  # environment variable with the key
+JUDGE_MODE = "single"  # single: a grade for each answer; pair: against the first model's, in both orders
+JUDGE_SCALE = "1-10"  # or 0-100
+JUDGE_REPEATS = 1  # judgments of the same; their median counts
+JUDGE_IN_FLIGHT = 4  # requests at the same time
+JUDGE_TIMEOUT = 120.0  # seconds for a reply
+JUDGE_MAX_TOKENS = 1024  # of a reply
+JUDGE_PRICE: str | None = None  # "0.25,2.00": US dollars for a million tokens read and written
+QUESTIONS = "data/questions.jsonl"  # MT-Bench's schema; its published file works
+ANSWER_TOKENS = 512  # of an answer to be judged
 
 if __name__ == "__main__":
     apply_overrides(globals())  # a mistyped name stops here, before the slow imports
@@ -26,74 +49,380 @@ if __name__ == "__main__":
 import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
-from common import generation, models, scores, sources
+from common import checkpoints, facts, generation, health, judge, models, report, scores, sources
+
+SUITE_NAMES = ("loss", "facts", "health", "judge")
 
 
 def main():
+    # Settings: every mistake that can be found without a model
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    facts = read_facts(FACTS) if FACTS else []
-    chats = list(itertools.islice(sources.sound_chats(CHATS, "CHATS"), MAX_CHATS)) if CHATS else []
-    if not CHATS:
+    suites = SUITES.replace(" ", "").split(",")
+    for suite in suites:
+        check_choice("SUITES", suite, SUITE_NAMES)
+    names = [name.strip() for name in (MODELS or MODEL).split(",")]
+    names = [*([BASE] if BASE else []), *names]
+    questions = facts.read_facts(FACTS) if FACTS and "facts" in suites else []
+    prompts = facts.read_prompts(PROMPTS) if "health" in suites else []
+    chats = read_chats() if CHATS and "loss" in suites else {}
+    if "loss" in suites and not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
-    names = [name for name in (BASE, MODEL) if name]
     for name in names if chats else ():
         models.check_length(models.locate(name), MAX_LENGTH)
-    results = {name: score(name, facts, chats) for name in names}
-    if BASE and chats:
-        report_change(results[BASE]["chat_losses"], results[MODEL]["chat_losses"])
-    if (Path(MODEL) / "settings.json").is_file():
-        (Path(MODEL) / "evaluation.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    server = open_judge(names) if "judge" in suites else None
+    judged = read_questions() if server else []
+    Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
+    cache = judge.Cache(Path(OUT_DIR) / "answers.jsonl")
+
+    # Each model by itself
+    results, answers = {}, {}
+    for name in names:
+        model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
+        print(f"\n{name}")
+        result = results[name] = {"scores": {}, "intervals": {}}
+        if chats:
+            score_losses(result, model, tokenizer, chats)
+        if questions:
+            score_facts(result, model, tokenizer, questions, show_misses=SHOW_MISSES and name == names[-1])
+        if prompts:
+            score_health(result, model, tokenizer, prompts)
+        if LM_EVAL_TASKS:
+            score_by_harness(result, model, tokenizer)
+        if judged:
+            answers[name] = answer_questions(identity(name), model, tokenizer, judged, cache)
+        del model
+
+    # Models against each other
+    if server:
+        (judge_pairs if JUDGE_MODE == "pair" else judge_singly)(server, names, judged, answers, results)
+    for name in names[1:]:
+        report_change(names[0], name, results)
+    for name in names:
+        save(name, results[name])
 
 
-def read_facts(file: str) -> list[dict]:
-    """Questions, each with a kind and the pattern (regular expression) that a right answer matches."""
-    if not Path(file).is_file():
-        raise UserError(f"FACTS={file}: there is no such file.")
-    rows = []
-    for number, row in sources.read_jsonl(Path(file)):
-        try:
-            re.compile(row["pattern"])
-            rows.append({key: row[key] for key in ("kind", "question", "pattern")})
-        except (KeyError, TypeError, re.error) as error:
-            raise UserError(f"{file}:{number}: needs kind, question and a valid pattern ({error!r})") from error
-    return rows
+def read_questions() -> list[dict]:
+    """Questions of one or more turns; their number makes up for a missing question_id."""
+    if not Path(QUESTIONS).is_file():
+        raise UserError(f"QUESTIONS={QUESTIONS}: there is no such file.")
+    rows = list(sources.read_jsonl(Path(QUESTIONS)))
+    if not rows:
+        raise UserError(f"QUESTIONS={QUESTIONS} is empty.")
+    for number, row in rows:
+        turns = row.get("turns") if isinstance(row, dict) else None
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+            raise UserError(f"QUESTIONS={QUESTIONS}:{number}: needs `turns`, a list of texts.")
+    return [{"question_id": number, "category": "all", **row} for number, row in rows]
 
 
-def score(name: str, facts: list[dict], chats: list[list[dict]]) -> dict:
-    """All scores of one model, printed as they come."""
-    model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
-    print(f"\n{name}")
-    asked = [[{"role": "user", "content": fact["question"]}] for fact in facts]
-    given = [a.text for a in generation.answers(model, tokenizer, asked, max_new_tokens=64, temperature=0.0, top_p=1.0)]
-    right = [bool(re.search(fact["pattern"], answer)) for fact, answer in zip(facts, given, strict=True)]
-    result = {"answers": given}
-    for kind in dict.fromkeys(fact["kind"] for fact in facts):
-        hits = [ok for fact, ok in zip(facts, right, strict=True) if fact["kind"] == kind]
-        low, high = scores.wilson_interval(sum(hits), len(hits))
-        result[kind] = sum(hits) / len(hits)
-        print(f"  {kind}: {sum(hits)} of {len(hits)} right, {result[kind]:.0%} (95 % interval {low:.0%} to {high:.0%})")
-    if SHOW_MISSES and name == MODEL:
-        for fact, answer, ok in zip(facts, given, right, strict=True):
-            if not ok:
-                print(f"    missed: {fact['question']} -> {answer[:100]!r}")
-    if chats:
-        result["chat_losses"] = scores.answer_losses(model, tokenizer, chats, MAX_LENGTH)
-        print(
-            f"  loss on the answers of {len(chats)} chats: {scores.mean_loss(result['chat_losses']):.4f} nats per token"
+def read_chats() -> dict[str, list]:
+    """By source: its first chats."""
+    sound = {}
+    for source in sources.parse(CHATS, "CHATS"):
+        found = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
+        sound[source.name] = list(itertools.islice(found, MAX_CHATS))
+    return sound
+
+
+def put(result: dict, name: str, value: float, interval: tuple[float, float], shown: str) -> None:
+    """Keep a score with its interval, and print it."""
+    result["scores"][name], result["intervals"][name] = value, interval
+    print(f"  {shown}")
+
+
+def score_losses(result: dict, model, tokenizer, chats: dict[str, list]) -> None:
+    """Nats per token of answers, for each source."""
+    result["losses"] = {}
+    for source, rows in chats.items():
+        losses = result["losses"][source] = scores.answer_losses(model, tokenizer, rows, MAX_LENGTH)
+        mean, (low, high) = scores.mean_loss(losses), scores.bootstrap_loss(losses)
+        name = "loss" if len(chats) == 1 else f"loss on {source}"
+        what = f"{name} on the answers of {len(rows)} chats: {mean:.4f} nats per token"
+        put(result, name, mean, (low, high), f"{what} (95 % interval {low:.4f} to {high:.4f}), perplexity "
+            f"{report.perplexity(mean):.2f}")  # fmt: skip
+
+
+def score_facts(result: dict, model, tokenizer, questions: list[dict], show_misses: bool) -> None:
+    """Shares of right answers: in the first turn, and with FACT_SEEDS after small talk and at temperature 1."""
+    rounds = {"": facts.ask(model, tokenizer, questions)}
+    if FACT_SEEDS:
+        rounds[" after small talk"] = facts.ask(model, tokenizer, questions, facts.SMALL_TALK)
+        rounds[" at temperature 1"] = []
+        for seed in range(FACT_SEEDS):
+            torch.manual_seed(seed)
+            rounds[" at temperature 1"] += facts.ask(model, tokenizer, questions, temperature=1.0)
+    result["answers"] = [row["answer"] for row in rounds[""]]
+    for how, asked in rounds.items():
+        for kind, (right, count, low, high) in facts.shares(asked).items():
+            shown = (
+                f"{kind}{how}: {right} of {count} right, {right / count:.0%} (95 % interval {low:.0%} to {high:.0%})"
+            )
+            put(result, kind + how, right / count, (low, high), shown)
+    for row in rounds[""] if show_misses else ():
+        if not row["right"]:
+            print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
+
+
+def score_health(result: dict, model, tokenizer, prompts: list[str]) -> None:
+    """How answers look: whether they end, how long they are, whether they repeat themselves or speak for the user."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    given = list(generation.answers(model, tokenizer, chats, max_new_tokens=256, temperature=0.0, top_p=1.0))
+    result["health"] = [answer.text for answer in given]
+    for name, flags in health.examine(prompts, given).items():
+        (low, high), share = scores.wilson_interval(sum(flags), len(flags)), sum(flags) / len(flags)
+        shown = f"{name}: {sum(flags)} of {len(flags)}, {share:.0%} (95 % interval {low:.0%} to {high:.0%})"
+        put(result, name, share, (low, high), shown)
+    lengths = [answer.tokens for answer in given]
+    print(f"  answers have {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}")
+
+
+def score_by_harness(result: dict, model, tokenizer) -> None:
+    """EleutherAI's lm-eval, by its own interface; its standard errors give the intervals."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError(f"LM_EVAL_TASKS={LM_EVAL_TASKS} needs the harness: pip install lm-eval.") from None
+    tasks = LM_EVAL_TASKS.replace(" ", "").split(",")
+    try:
+        found = lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks)["results"]
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(f"LM_EVAL_TASKS={LM_EVAL_TASKS}: {error}") from error
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            error = metrics.get(metric.replace(",", "_stderr,", 1))
+            if isinstance(value, float) and isinstance(error, float):
+                low, high = value - 1.96 * error, value + 1.96 * error
+                shown = f"{task} {metric}: {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
+                put(result, f"{task} {metric}", value, (low, high), shown)
+
+
+def identity(name: str) -> str:
+    """Tells models apart by the hash of their weights, those of the hub by their commit."""
+    source = models.locate(name)
+    commit = getattr(models.load_config(source), "_commit_hash", None)
+    hashes = [commit or name]
+    for folder in filter(None, (source.path, source.adapter)):
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with open(file, "rb") as stream:
+                hashes.append(checkpoints.hash_of(stream))
+    return "-".join([*hashes, str(QUANTIZATION), str(DTYPE)])
+
+
+def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -> list[list[str]]:
+    """A model's answers, for each question those of its turns; kept in the cache as they are made."""
+    given: list[list[str]] = [[] for _ in questions]
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        open_ = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
+        chats = {i: chat_of(questions[i]["turns"][: turn + 1], given[i]) for i in open_}
+        keys = {i: judge.key_of(who, chats[i], ANSWER_TOKENS) for i in open_}
+        new = [i for i in open_ if keys[i] not in cache.known]
+        made = generation.answers(
+            model, tokenizer, [chats[i] for i in new], max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_p=1.0
         )
-    return result
+        for i, answer in zip(new, made, strict=True):
+            cache.add(keys[i], question=questions[i]["question_id"], turn=turn + 1, answer=answer.text)
+        for i in open_:
+            given[i].append(cache.known[keys[i]]["answer"])
+    return given
 
 
-def report_change(before: list, after: list) -> None:
-    """Print how much the loss on ordinary chats rose, the price of what was learned."""
-    change = scores.mean_loss(after) / scores.mean_loss(before) - 1
-    low, high = scores.bootstrap_change(before, after)
-    print(f"\nchange of that loss: {change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})")
+def chat_of(turns: list[str], answers: list[str]) -> list[dict]:
+    """The conversation up to the last of the turns, which is not answered yet."""
+    pairs = itertools.zip_longest(turns, answers)
+    messages = [(("user", turn), ("assistant", answer)) for turn, answer in pairs]
+    return [{"role": role, "content": text} for pair in messages for role, text in pair if text is not None]
+
+
+def open_judge(names: list[str]) -> judge.Server:
+    check_choice("JUDGE_MODE", JUDGE_MODE, ("single", "pair"))
+    check_choice("JUDGE_SCALE", JUDGE_SCALE, judge.SCALES)
+    if not JUDGE_MODEL:
+        raise UserError("SUITES=judge needs JUDGE_MODEL, the judge's name on its server (JUDGE_URL).")
+    if JUDGE_MODE == "pair" and len(names) < 2:
+        raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
+    if JUDGE_PRICE and not re.fullmatch(r"[\d.]+,[\d.]+", JUDGE_PRICE):
+        raise UserError(
+            f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, such as "0.25,2.00".'
+        )
+    for name in names:
+        base = models.locate(name).name
+        if judge.is_family(JUDGE_MODEL, base):
+            print(f"note: {JUDGE_MODEL} judges {name}, a model of its own family; judges favour those")
+    return judge.Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
+
+
+def collect(server: judge.Server, tasks: dict) -> dict:
+    """By task: the replies of all repeats, None for those that failed; shows how many are in."""
+    cache = judge.Cache(Path(OUT_DIR) / "judgments.jsonl")
+    replies = {name: [None] * JUDGE_REPEATS for name in tasks}
+    with report.progress("judgments", len(tasks) * JUDGE_REPEATS) as advance:
+        for name, repeat, reply in judge.judge_all(server, cache, tasks, JUDGE_REPEATS, JUDGE_IN_FLIGHT):
+            replies[name][repeat] = reply
+            advance()
+    return replies
+
+
+def judge_singly(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
+    """A grade for each answer; tables by turn and by category, means with intervals over questions."""
+    tasks = {
+        (name, i, turn): judge.single_messages(question, answers[name][i], turn, JUDGE_SCALE)
+        for name in names
+        for i, question in enumerate(questions)
+        for turn in range(len(question["turns"]))
+    }
+    replies = collect(server, tasks)
+    grades, failures = {}, dict.fromkeys(names, 0)
+    for (name, i, turn), given in replies.items():
+        found = [judge.grade(reply, JUDGE_SCALE) for reply in given]
+        failures[name] += found.count(None)
+        sound = [grade for grade in found if grade is not None]
+        grades[name, i, turn] = statistics.median(sound) if sound else None
+    turns = range(max(len(question["turns"]) for question in questions))
+    categories = list(dict.fromkeys(question["category"] for question in questions))
+    columns = {f"turn {turn + 1}": lambda i, t, turn=turn: t == turn for turn in turns}
+    columns |= {"average": lambda i, t: True}
+    if len(categories) > 1:
+        columns |= {c: lambda i, t, c=c: questions[i]["category"] == c for c in categories}
+    print(f"\n{JUDGE_MODEL}, scale {JUDGE_SCALE}, {len(questions)} questions, {JUDGE_REPEATS} judgments of each answer")
+    for name in names:
+        print(name)
+        for column, chosen in columns.items():
+            by_question = {}
+            for (who, i, turn), grade in grades.items():
+                if who == name and chosen(i, turn) and grade is not None:
+                    by_question.setdefault(i, []).append(grade)
+            means = {i: statistics.fmean(found) for i, found in by_question.items()}
+            if column == "average":
+                results[name]["judged"] = means
+            if means:
+                mean, (low, high) = statistics.fmean(means.values()), scores.bootstrap_mean(list(means.values()))
+                shown = f"{column:12} {mean:.2f} (95 % interval {low:.2f} to {high:.2f}), {len(means)} questions"
+                put(results[name], f"judge {column}", mean, (low, high), shown)
+        print(f"  no grade: {failures[name]} of {sum(JUDGE_REPEATS for who, *_ in tasks if who == name)} judgments")
+        results[name]["judge failures"] = failures[name]
+    print_costs(server)
+
+
+def judge_pairs(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
+    """Each model against the first, both orders; who wins one order only has not won."""
+    first = names[0]
+    tasks = {}
+    for name in names[1:]:
+        for i, question in enumerate(questions):
+            tasks[name, i, "A"] = judge.pair_messages(question, answers[name][i], answers[first][i])
+            tasks[name, i, "B"] = judge.pair_messages(question, answers[first][i], answers[name][i])
+    replies = collect(server, tasks)
+    points = {"A": {"A": 1, "B": 0, "C": 0.5}, "B": {"B": 1, "A": 0, "C": 0.5}}  # of the model that stands at
+    print(f"\n{JUDGE_MODEL}, each question in both orders, {JUDGE_REPEATS} judgments of each")
+    for name in names[1:]:
+        shares, agreed, failures = [], 0, 0
+        for i in range(len(questions)):
+            both = []
+            for place in "AB":
+                found = [judge.preference(reply) for reply in replies[name, i, place]]
+                failures += found.count(None)
+                sound = [points[place][verdict] for verdict in found if verdict]
+                both.append(statistics.median(sound) if sound else None)
+            if None not in both:
+                agreed += both[0] == both[1]
+                shares.append(both[0] if both[0] == both[1] else 0.5)
+        if shares:
+            mean, (low, high) = statistics.fmean(shares), scores.bootstrap_mean(shares)
+            verdict = "no difference shown" if low <= 0.5 <= high else "better" if mean > 0.5 else "worse"
+            wins, losses = shares.count(1), shares.count(0)
+            shown = f"{name} against {first}: {wins} won, {len(shares) - wins - losses} tied, {losses} lost; "
+            shown += f"{mean:.0%} of the points (95 % interval {low:.0%} to {high:.0%}): {verdict}"
+            put(results[name], f"points against {first}", mean, (low, high), shown)
+            print(f"  both orders agree on {agreed} of {len(shares)}")
+        print(f"  no verdict: {failures} of {2 * len(questions) * JUDGE_REPEATS} judgments")
+        results[name]["judge failures"] = failures
+    print_costs(server)
+
+
+def print_costs(server) -> None:
+    """Requests, tokens, and what they cost."""
+    counts = server.counts
+    line = ", ".join(f"{name.strip()} {count:,}" for name, count in counts.items()) or "all from judgments.jsonl"
+    if JUDGE_PRICE:
+        read, written = map(float, JUDGE_PRICE.split(","))
+        cost = (counts["prompt tokens"] * read + counts["completion tokens"] * written) / 1e6
+        line += f"; {cost:.2f} US dollars"
+    print(f"judge: {line}")
+
+
+def report_change(first: str, name: str, results: dict) -> None:
+    """Whether a model differs from the first, on the same chats and on the same questions."""
+    before, after = results[first], results[name]
+    for source in after.get("losses", {}):
+        losses = before["losses"][source], after["losses"][source]
+        change = scores.mean_loss(losses[1]) / scores.mean_loss(losses[0]) - 1
+        low, high = scores.bootstrap_change(*losses)
+        print(f"\nchange of that loss: {change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})")
+        after["scores"]["change of the loss"], after["intervals"]["change of the loss"] = change, (low, high)
+    both = [i for i in after.get("judged", {}) if i in before.get("judged", {})]
+    if both:
+        differences = [after["judged"][i] - before["judged"][i] for i in both]
+        low, high = scores.bootstrap_mean(differences)
+        verdict = "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
+        mean = statistics.fmean(differences)
+        print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict}")
+
+
+def save(name: str, result: dict) -> None:
+    """scores.json, the picture and the row of a run folder, or into OUT_DIR for what is no run."""
+    run = Path(name)
+    is_run = (run / "settings.json").is_file()
+    folder = run if is_run else Path(OUT_DIR) / Path(name).name
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").is_file() else {}
+    merged = {key: {**earlier.get(key, {}), **result[key]} for key in ("scores", "intervals")}
+    about = {**earlier, **result, **merged}
+    checkpoints.write_whole(folder / "scores.json", json.dumps(about, indent=1))
+    draw(folder / "scores.png", name, merged)
+    if (folder / "summary.json").is_file():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        note = ", ".join(f"{key} {value:.3g}" for key, value in merged["scores"].items())
+        (folder / "run_row.md").write_text(report.row(summary, note) + "\n", encoding="utf-8")
+
+
+def draw(file: Path, name: str, merged: dict) -> None:
+    """Scores with their intervals, a panel for each kind of number."""
+    import matplotlib  # slow import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {}
+    for key, value in merged["scores"].items():
+        panels.setdefault("judge" if key.startswith("judge") else "loss" if "loss" in key else "share", []).append(
+            (key.removeprefix("judge "), value, *merged["intervals"][key])
+        )
+    if not panels:
+        return
+    sizes = [len(rows) for rows in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(8, 1 + 0.5 * sum(sizes) + len(panels)), height_ratios=sizes, squeeze=False
+    )
+    for panel, (kind, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        labels, values, lows, highs = zip(*rows, strict=True)
+        around = [[v - low for v, low in zip(values, lows, strict=True)],
+                  [high - v for v, high in zip(values, highs, strict=True)]]  # fmt: skip
+        panel.errorbar(values, range(len(rows)), xerr=around, fmt="o", capsize=4)
+        panel.set_yticks(range(len(rows)), labels)
+        panel.invert_yaxis()
+        panel.set_xlabel(kind)
+    figure.suptitle(name)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ SEED = 0
 # Logging and output
 LOGGING_STEPS = 1
 EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
+EVAL_FACTS: str | None = None  # questions (as FACTS of evaluate_model.py) asked at each evaluation; slow
+EVAL_PROMPTS: str | None = None  # rows of {"prompt"} answered at each evaluation, into metrics.jsonl
 SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
 OUT_DIR = "out"
@@ -68,7 +70,7 @@ import sys
 import torch
 from transformers import set_seed
 
-from common import chat_template, data, fitting, galore, gpu, memory, models, runs, training
+from common import chat_template, data, facts, fitting, galore, gpu, memory, models, runs, training
 from common.galore import GaLore
 
 # OPTIM, and what it is called in transformers; None: made here.
@@ -101,6 +103,7 @@ def main():
     kl_weight = training.choose_kl_weight(settings, models.load_config(source), tokenizer)
     encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
+    probe = facts.make_probe(EVAL_FACTS, EVAL_PROMPTS, tokenizer)
     run = runs.begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.unseen)
 
     # Memory: what the settings leave open is chosen so that it fits
@@ -140,6 +143,7 @@ def main():
             kl_weight=kl_weight,
             base_model=base,
             save_total_limit=SAVE_TOTAL_LIMIT,
+            probe=probe,
             data_digest=run.account["digest"],
             base_fingerprint=model.base_fingerprint,
         )

@@ -1,5 +1,6 @@
 """What a run shows and leaves: progress, metrics.jsonl, plot, summary, and the row a person pastes into runs.md."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -17,7 +18,17 @@ from common import gpu
 from common.checkpoints import write_whole
 from common.events import Watch
 
-LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "bad_steps", "spike")  # in metrics.jsonl
+LOGGED = (
+    "loss",
+    "kl",
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    "facts",
+    "samples",
+    "bad_steps",
+    "spike",
+)  # in metrics.jsonl
 # The columns of runs.md; `row` fills them from a summary.
 COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
 
@@ -95,6 +106,7 @@ class RunLog(TrainerCallback):
         if "eval_loss" in entry:
             shown = [float("nan") if entry[k] is None else entry[k] for k in ("eval_loss", "eval_perplexity")]
             line = f"eval loss {shown[0]:.4f}  perplexity {shown[1]:.2f}"
+            line += "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
         else:
             loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
             line = f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
@@ -128,6 +140,17 @@ def now() -> float:
 def perplexity(loss: float | None) -> float | None:
     """exp(loss), None where there is none or it is beyond all numbers."""
     return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int):
+    """A bar on a terminal, nothing in a log file; gives the function that moves it on by one."""
+    with Progress(
+        TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -175,7 +198,7 @@ def finish(
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
 
 
-def row(summary: dict) -> str:
+def row(summary: dict, note: str = "") -> str:
     """One line of the table in runs.md."""
 
     def show(value, form):
@@ -186,7 +209,7 @@ def row(summary: dict) -> str:
     cells = (
         f"{datetime.date.today()}", summary["commit"] or "", f"`{summary['command']}`", summary["device"],
         show(summary["eval_loss"], ".4f"), show(summary["tokens_per_second"], ",.0f"), show(peak, ".2f"),
-        show(summary["mean_power_w"], ".0f"), f"{minutes}:{seconds:02}", summary["verdict"], "",
+        show(summary["mean_power_w"], ".0f"), f"{minutes}:{seconds:02}", summary["verdict"], note,
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -121,13 +121,14 @@ class ChatTrainer(ResumableTrainer):
     schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
     kl_weight: adds kl_weight * KL(base || model), measured where nothing is learned, to the loss; the base is the model
     without its adapter, or base_model. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
+    probe: called with the model at each evaluation; what it returns is logged (facts.make_probe).
     """
 
     PROGRESS = (*ResumableTrainer.PROGRESS, "divergences")
 
-    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, **kwargs):
+    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.schedule = schedule
+        self.schedule, self.probe = schedule, probe
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
         self.chunked = prepare_model(self.model, kl_weight, base_model)
@@ -192,6 +193,9 @@ class ChatTrainer(ResumableTrainer):
             self.evaluation_due = self.is_in_train
             self.leave()
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
+        if self.probe:
+            with torch.no_grad(), self.accelerator.autocast():  # generate() goes past the forward that has it
+                metrics |= self.probe(self.model)
         self.evaluation, self.evaluation_due = metrics | {"step": self.state.global_step}, False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -17,7 +17,7 @@ def save_run(folder, learning_rate, finished=True, **scores):
         summary = dict(eval_loss=1.0 + learning_rate, tokens=800, energy_wh=None, mean_power_w=None, verdict="done")
         (folder / "summary.json").write_text(json.dumps(summary))
     if scores:
-        (folder / "scores.json").write_text(json.dumps(scores))
+        (folder / "scores.json").write_text(json.dumps({"scores": scores}))
 
 
 def test_table_and_picture(tmp_path, run_here):

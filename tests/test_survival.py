@@ -556,7 +556,14 @@ def test_code_in_a_model_folder_does_not_run(name, run_here, tmp_path, tiny, cha
     elif instead:
         (model / instead).unlink()
     (model / name).write_bytes(pickle.dumps(Malicious(canary)))
-    code, _, error = run_here(evaluate_model, f"MODEL={model}", "FACTS=None", "MAX_LENGTH=512", f"CHATS={chats_file}")
+    code, _, error = run_here(
+        evaluate_model,
+        f"MODEL={model}",
+        "SUITES=loss",
+        "MAX_LENGTH=512",
+        f"CHATS={chats_file}",
+        f"OUT_DIR={tmp_path}/e",
+    )
     assert not canary.exists()
     assert code == (2 if instead else 0) and "Traceback" not in error, error
 
@@ -571,7 +578,12 @@ def test_shards_outside_of_the_folder_are_refused(run_here, tmp_path, tiny, chat
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, outside)}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
         code, _, error = run_here(
-            evaluate_model, f"MODEL={model}", "FACTS=None", "MAX_LENGTH=512", f"CHATS={chats_file}"
+            evaluate_model,
+            f"MODEL={model}",
+            "SUITES=loss",
+            "MAX_LENGTH=512",
+            f"CHATS={chats_file}",
+            f"OUT_DIR={tmp_path}/e",
         )
         assert code == 2 and "names a file outside of the folder" in error
 

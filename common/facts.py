@@ -1,0 +1,83 @@
+"""Questions with patterns that a right answer matches: does a model know its name, and what it was taught?"""
+
+import re
+from pathlib import Path
+
+from common import generation, sources
+from common.scores import wilson_interval
+from common.settings import UserError
+
+SMALL_TALK = [
+    {"role": "user", "content": "Hi! How are you today?"},
+    {"role": "assistant", "content": "I'm fine, thank you. How can I help you?"},
+    {"role": "user", "content": "I was just thinking about what to cook tonight."},
+    {"role": "assistant", "content": "A soup is quick, and good in any season."},
+]
+ANSWER_TOKENS = 64
+
+
+def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
+    """Questions, each with a kind and the pattern (regular expression) that a right answer matches."""
+    if not Path(file).is_file():
+        raise UserError(f"{setting}={file}: there is no such file.")
+    rows = []
+    for number, row in sources.read_jsonl(Path(file)):
+        try:
+            re.compile(row["pattern"])
+            rows.append({key: row[key] for key in ("kind", "question", "pattern")})
+        except (KeyError, TypeError, re.error) as error:
+            raise UserError(f"{file}:{number}: needs kind, question and a valid pattern ({error!r})") from error
+    if not rows:
+        raise UserError(f"{setting}={file} holds no question.")
+    return rows
+
+
+def ask(model, tokenizer, facts: list[dict], before: tuple | list = (), temperature: float = 0.0) -> list[dict]:
+    """The facts, each with the model's answer and whether it is right. before: messages of a chat that is going on."""
+    chats = [[*before, {"role": "user", "content": fact["question"]}] for fact in facts]
+    settings = dict(max_new_tokens=ANSWER_TOKENS, temperature=temperature, top_p=1.0)
+    given = [answer.text for answer in generation.answers(model, tokenizer, chats, **settings)]
+    return [
+        {**fact, "answer": answer, "right": bool(re.search(fact["pattern"], answer))}
+        for fact, answer in zip(facts, given, strict=True)
+    ]
+
+
+def shares(asked: list[dict]) -> dict[str, tuple[int, int, float, float]]:
+    """By kind: right answers, questions, and the 95 % interval of their share."""
+    counted = {}
+    for kind in dict.fromkeys(row["kind"] for row in asked):
+        right = [row["right"] for row in asked if row["kind"] == kind]
+        counted[kind] = (sum(right), len(right), *wilson_interval(sum(right), len(right)))
+    return counted
+
+
+def read_prompts(file: str, setting: str = "PROMPTS") -> list[str]:
+    """The prompts of a file with rows of {"prompt": text}."""
+    if not Path(file).is_file():
+        raise UserError(f"{setting}={file}: there is no such file.")
+    rows = list(sources.read_jsonl(Path(file)))
+    if faulty := [n for n, row in rows if not isinstance(row, dict) or not isinstance(row.get("prompt"), str)]:
+        raise UserError(f'{setting}={file}:{faulty[0]}: a row is {{"prompt": text}}.')
+    if not rows:
+        raise UserError(f"{setting}={file} is empty.")
+    return [row["prompt"] for _, row in rows]
+
+
+def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
+    """What a trainer calls with its model at each evaluation: shares of right answers, and answers to read; or None."""
+    facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
+    prompts = read_prompts(prompts_file, "EVAL_PROMPTS") if prompts_file else []
+    if not facts and not prompts:
+        return None
+
+    def probe(model) -> dict:
+        side, tokenizer.padding_side = tokenizer.padding_side, "left"
+        asked = ask(model, tokenizer, facts)
+        answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
+        tokenizer.padding_side = side
+        found = {"facts": {kind: right / count for kind, (right, count, *_) in shares(asked).items()}} if facts else {}
+        samples = [{"prompt": row["question"], "answer": row["answer"]} for row in answered]
+        return found | ({"samples": samples} if prompts else {})
+
+    return probe
