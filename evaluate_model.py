@@ -109,17 +109,31 @@ def main():
 
 
 def read_questions() -> list[dict]:
-    """Questions of one or more turns; their number makes up for a missing question_id."""
-    if not Path(QUESTIONS).is_file():
-        raise UserError(f"QUESTIONS={QUESTIONS}: there is no such file.")
-    rows = list(sources.read_jsonl(Path(QUESTIONS)))
-    if not rows:
-        raise UserError(f"QUESTIONS={QUESTIONS} is empty.")
+    """Questions of one or more turns, of a file or of a hub set with MT-Bench's prompts."""
+    if Path(QUESTIONS).is_file():
+        rows = list(sources.read_jsonl(Path(QUESTIONS)))
+    elif QUESTIONS.count("/") == 1 and not QUESTIONS.endswith((".jsonl", ".json")):
+        rows = list(enumerate(load_hub_questions(), 1))
+    else:
+        raise UserError(f"QUESTIONS={QUESTIONS}: there is no such file. A hub set is written org/name.")
     for number, row in rows:
         turns = row.get("turns") if isinstance(row, dict) else None
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
             raise UserError(f"QUESTIONS={QUESTIONS}:{number}: needs `turns`, a list of texts.")
+    if not rows:
+        raise UserError(f"QUESTIONS={QUESTIONS} is empty.")
     return [{"question_id": number, "category": "all", **row} for number, row in rows]
+
+
+def load_hub_questions() -> list[dict]:
+    """Rows of a hub set such as HuggingFaceH4/mt_bench_prompts, whose turns are named `prompt`."""
+    import datasets  # slow import
+
+    try:
+        (rows,) = datasets.load_dataset(QUESTIONS).values()
+    except (OSError, ValueError) as error:
+        raise UserError(f"QUESTIONS={QUESTIONS} cannot be loaded from the hub: {str(error).splitlines()[0]}") from error
+    return [{**row, "turns": row.get("turns") or row.get("prompt")} for row in rows]
 
 
 def read_chats() -> dict[str, list]:
@@ -131,10 +145,15 @@ def read_chats() -> dict[str, list]:
     return sound
 
 
-def put(result: dict, name: str, value: float, interval: tuple[float, float], shown: str) -> None:
+def put(result: dict, name: str, value: float, interval: tuple[float, float], form: str, more: str = "") -> None:
     """Keep a score with its interval, and print it."""
     result["scores"][name], result["intervals"][name] = value, interval
-    print(f"  {shown}")
+    low, high = (format(bound, form) for bound in interval)
+    print(f"  {name}: {value:{form}} (95 % interval {low} to {high}){more}")
+
+
+def put_share(result: dict, name: str, right: int, count: int) -> None:
+    put(result, name, right / count, scores.wilson_interval(right, count), ".0%", f", {right} of {count}")
 
 
 def score_losses(result: dict, model, tokenizer, chats: dict[str, list]) -> None:
@@ -142,11 +161,9 @@ def score_losses(result: dict, model, tokenizer, chats: dict[str, list]) -> None
     result["losses"] = {}
     for source, rows in chats.items():
         losses = result["losses"][source] = scores.answer_losses(model, tokenizer, rows, MAX_LENGTH)
-        mean, (low, high) = scores.mean_loss(losses), scores.bootstrap_loss(losses)
-        name = "loss" if len(chats) == 1 else f"loss on {source}"
-        what = f"{name} on the answers of {len(rows)} chats: {mean:.4f} nats per token"
-        put(result, name, mean, (low, high), f"{what} (95 % interval {low:.4f} to {high:.4f}), perplexity "
-            f"{report.perplexity(mean):.2f}")  # fmt: skip
+        mean, name = scores.mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
+        more = f" nats per token of the answers of {len(rows)} chats, perplexity {report.perplexity(mean):.2f}"
+        put(result, name, mean, scores.bootstrap_loss(losses), ".4f", more)
 
 
 def score_facts(result: dict, model, tokenizer, questions: list[dict], show_misses: bool) -> None:
@@ -160,11 +177,8 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
             rounds[" at temperature 1"] += facts.ask(model, tokenizer, questions, temperature=1.0)
     result["answers"] = [row["answer"] for row in rounds[""]]
     for how, asked in rounds.items():
-        for kind, (right, count, low, high) in facts.shares(asked).items():
-            shown = (
-                f"{kind}{how}: {right} of {count} right, {right / count:.0%} (95 % interval {low:.0%} to {high:.0%})"
-            )
-            put(result, kind + how, right / count, (low, high), shown)
+        for kind, (right, count) in facts.counts(asked).items():
+            put_share(result, kind + how, right, count)
     for row in rounds[""] if show_misses else ():
         if not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
@@ -176,9 +190,7 @@ def score_health(result: dict, model, tokenizer, prompts: list[str]) -> None:
     given = list(generation.answers(model, tokenizer, chats, max_new_tokens=256, temperature=0.0, top_p=1.0))
     result["health"] = [answer.text for answer in given]
     for name, flags in health.examine(prompts, given).items():
-        (low, high), share = scores.wilson_interval(sum(flags), len(flags)), sum(flags) / len(flags)
-        shown = f"{name}: {sum(flags)} of {len(flags)}, {share:.0%} (95 % interval {low:.0%} to {high:.0%})"
-        put(result, name, share, (low, high), shown)
+        put_share(result, name, sum(flags), len(flags))
     lengths = [answer.tokens for answer in given]
     print(f"  answers have {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}")
 
@@ -199,9 +211,7 @@ def score_by_harness(result: dict, model, tokenizer) -> None:
         for metric, value in metrics.items():
             error = metrics.get(metric.replace(",", "_stderr,", 1))
             if isinstance(value, float) and isinstance(error, float):
-                low, high = value - 1.96 * error, value + 1.96 * error
-                shown = f"{task} {metric}: {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
-                put(result, f"{task} {metric}", value, (low, high), shown)
+                put(result, f"{task} {metric}", value, (value - 1.96 * error, value + 1.96 * error), ".4f")
 
 
 def identity(name: str) -> str:
@@ -271,44 +281,42 @@ def collect(server: judge.Server, tasks: dict) -> dict:
 
 
 def judge_singly(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
-    """A grade for each answer; tables by turn and by category, means with intervals over questions."""
+    """A grade for each answer; means by turn and by category, with intervals over questions."""
     tasks = {
         (name, i, turn): judge.single_messages(question, answers[name][i], turn, JUDGE_SCALE)
         for name in names
         for i, question in enumerate(questions)
         for turn in range(len(question["turns"]))
     }
-    replies = collect(server, tasks)
-    grades, failures = {}, dict.fromkeys(names, 0)
-    for (name, i, turn), given in replies.items():
-        found = [judge.grade(reply, JUDGE_SCALE) for reply in given]
-        failures[name] += found.count(None)
-        sound = [grade for grade in found if grade is not None]
-        grades[name, i, turn] = statistics.median(sound) if sound else None
-    turns = range(max(len(question["turns"]) for question in questions))
-    categories = list(dict.fromkeys(question["category"] for question in questions))
-    columns = {f"turn {turn + 1}": lambda i, t, turn=turn: t == turn for turn in turns}
-    columns |= {"average": lambda i, t: True}
-    if len(categories) > 1:
-        columns |= {c: lambda i, t, c=c: questions[i]["category"] == c for c in categories}
+    found = {
+        task: [judge.grade(reply, JUDGE_SCALE) for reply in given] for task, given in collect(server, tasks).items()
+    }
+    columns = {f"turn {turn + 1}": {(i, turn) for i in range(len(questions))} for turn in {turn for *_, turn in tasks}}
+    columns["average"] = {(i, turn) for _, i, turn in tasks}
+    categories = dict.fromkeys(question["category"] for question in questions)
+    for category in categories if len(categories) > 1 else ():
+        columns[category] = {(i, turn) for _, i, turn in tasks if questions[i]["category"] == category}
     print(f"\n{JUDGE_MODEL}, scale {JUDGE_SCALE}, {len(questions)} questions, {JUDGE_REPEATS} judgments of each answer")
     for name in names:
         print(name)
-        for column, chosen in columns.items():
-            by_question = {}
-            for (who, i, turn), grade in grades.items():
-                if who == name and chosen(i, turn) and grade is not None:
-                    by_question.setdefault(i, []).append(grade)
-            means = {i: statistics.fmean(found) for i, found in by_question.items()}
+        for column, members in columns.items():
+            by_question: dict[int, list[float]] = {}
+            for (who, i, turn), grades in found.items():
+                if who == name and (i, turn) in members and any(grade is not None for grade in grades):
+                    by_question.setdefault(i, []).append(statistics.median(g for g in grades if g is not None))
+            means = {i: statistics.fmean(grades) for i, grades in by_question.items()}
             if column == "average":
                 results[name]["judged"] = means
             if means:
-                mean, (low, high) = statistics.fmean(means.values()), scores.bootstrap_mean(list(means.values()))
-                shown = f"{column:12} {mean:.2f} (95 % interval {low:.2f} to {high:.2f}), {len(means)} questions"
-                put(results[name], f"judge {column}", mean, (low, high), shown)
-        print(f"  no grade: {failures[name]} of {sum(JUDGE_REPEATS for who, *_ in tasks if who == name)} judgments")
-        results[name]["judge failures"] = failures[name]
+                mean, interval = statistics.fmean(means.values()), scores.bootstrap_mean(list(means.values()))
+                put(results[name], f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
+        report_failures(results[name], [grade for task, grades in found.items() if task[0] == name for grade in grades])
     print_costs(server)
+
+
+def report_failures(result: dict, verdicts: list) -> None:
+    result["judge failures"] = verdicts.count(None)
+    print(f"  no verdict: {verdicts.count(None)} of {len(verdicts)} judgments")
 
 
 def judge_pairs(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
@@ -319,32 +327,29 @@ def judge_pairs(server, names: list[str], questions: list[dict], answers: dict, 
         for i, question in enumerate(questions):
             tasks[name, i, "A"] = judge.pair_messages(question, answers[name][i], answers[first][i])
             tasks[name, i, "B"] = judge.pair_messages(question, answers[first][i], answers[name][i])
-    replies = collect(server, tasks)
-    points = {"A": {"A": 1, "B": 0, "C": 0.5}, "B": {"B": 1, "A": 0, "C": 0.5}}  # of the model that stands at
+    found = {task: [judge.preference(reply) for reply in given] for task, given in collect(server, tasks).items()}
     print(f"\n{JUDGE_MODEL}, each question in both orders, {JUDGE_REPEATS} judgments of each")
     for name in names[1:]:
-        shares, agreed, failures = [], 0, 0
+        both = []  # of each question: the model's points where it stands as A, and as B
         for i in range(len(questions)):
-            both = []
-            for place in "AB":
-                found = [judge.preference(reply) for reply in replies[name, i, place]]
-                failures += found.count(None)
-                sound = [points[place][verdict] for verdict in found if verdict]
-                both.append(statistics.median(sound) if sound else None)
-            if None not in both:
-                agreed += both[0] == both[1]
-                shares.append(both[0] if both[0] == both[1] else 0.5)
+            sound = [[0.5 if v == "C" else float(v == place) for v in found[name, i, place] if v] for place in "AB"]
+            both += [tuple(map(statistics.median, sound))] if all(sound) else []
+        shares = [one if one == other else 0.5 for one, other in both]
         if shares:
             mean, (low, high) = statistics.fmean(shares), scores.bootstrap_mean(shares)
-            verdict = "no difference shown" if low <= 0.5 <= high else "better" if mean > 0.5 else "worse"
-            wins, losses = shares.count(1), shares.count(0)
-            shown = f"{name} against {first}: {wins} won, {len(shares) - wins - losses} tied, {losses} lost; "
-            shown += f"{mean:.0%} of the points (95 % interval {low:.0%} to {high:.0%}): {verdict}"
-            put(results[name], f"points against {first}", mean, (low, high), shown)
-            print(f"  both orders agree on {agreed} of {len(shares)}")
-        print(f"  no verdict: {failures} of {2 * len(questions) * JUDGE_REPEATS} judgments")
-        results[name]["judge failures"] = failures
+            counts = (
+                f"{shares.count(1)} won, {len(shares) - shares.count(1) - shares.count(0)} tied, {shares.count(0)} lost"
+            )
+            more = f", {counts}: {verdict(low - 0.5, high - 0.5)}"
+            put(results[name], f"points of {name} against {first}", mean, (low, high), ".0%", more)
+            print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")
+        report_failures(results[name], [v for task, verdicts in found.items() if task[0] == name for v in verdicts])
     print_costs(server)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says."""
+    return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
 
 
 def print_costs(server) -> None:
@@ -370,10 +375,8 @@ def report_change(first: str, name: str, results: dict) -> None:
     both = [i for i in after.get("judged", {}) if i in before.get("judged", {})]
     if both:
         differences = [after["judged"][i] - before["judged"][i] for i in both]
-        low, high = scores.bootstrap_mean(differences)
-        verdict = "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
-        mean = statistics.fmean(differences)
-        print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict}")
+        mean, (low, high) = statistics.fmean(differences), scores.bootstrap_mean(differences)
+        print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict(low, high)}")
 
 
 def save(name: str, result: dict) -> None:

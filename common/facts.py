@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from common import generation, sources
-from common.scores import wilson_interval
 from common.settings import UserError
 
 SMALL_TALK = [
@@ -43,13 +42,11 @@ def ask(model, tokenizer, facts: list[dict], before: tuple | list = (), temperat
     ]
 
 
-def shares(asked: list[dict]) -> dict[str, tuple[int, int, float, float]]:
-    """By kind: right answers, questions, and the 95 % interval of their share."""
-    counted = {}
-    for kind in dict.fromkeys(row["kind"] for row in asked):
-        right = [row["right"] for row in asked if row["kind"] == kind]
-        counted[kind] = (sum(right), len(right), *wilson_interval(sum(right), len(right)))
-    return counted
+def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
+    """By kind: right answers, and questions."""
+    kinds = dict.fromkeys(row["kind"] for row in asked)
+    rights = {kind: [row["right"] for row in asked if row["kind"] == kind] for kind in kinds}
+    return {kind: (sum(right), len(right)) for kind, right in rights.items()}
 
 
 def read_prompts(file: str, setting: str = "PROMPTS") -> list[str]:
@@ -76,7 +73,7 @@ def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
         asked = ask(model, tokenizer, facts)
         answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
         tokenizer.padding_side = side
-        found = {"facts": {kind: right / count for kind, (right, count, *_) in shares(asked).items()}} if facts else {}
+        found = {"facts": {kind: right / count for kind, (right, count) in counts(asked).items()}} if facts else {}
         samples = [{"prompt": row["question"], "answer": row["answer"]} for row in answered]
         return found | ({"samples": samples} if prompts else {})
 

@@ -140,7 +140,7 @@ def evaluate(chatty, tmp_path, run_here):
 
 
 def table(out):
-    return [line for line in out.splitlines() if "interval" in line or "no grade" in line or "against" in line]
+    return [line for line in out.splitlines() if "interval" in line or "no verdict" in line or "against" in line]
 
 
 def test_a_judge_that_misbehaves_changes_nothing(fake, evaluate, tmp_path):
@@ -149,7 +149,7 @@ def test_a_judge_that_misbehaves_changes_nothing(fake, evaluate, tmp_path):
     assert code == 0 and len(table(expected)) == 2 * 6 + 1, err
     requests = 2 * len(QUESTIONS) * 2 * 2
     assert calm.number == requests and max(calm.asked.values()) == 1
-    assert f"requests {requests}" in expected and "no grade: 0 of 24" in expected
+    assert f"requests {requests}" in expected and "no verdict: 0 of 24" in expected
     assert f"{requests * (1000 * 1.0 + 10 * 2.0) / 1e6:.2f} US dollars" in expected
     faults = ["429", "500", "drop", "broken", "", "empty", "503", "", "slow", ""]
     wild = fake(plan=lambda number: faults[number % len(faults)])
@@ -192,16 +192,16 @@ def test_failures_are_counted_and_tried_again_the_next_time(fake, evaluate, tmp_
     server.failed = type("never", (set,), {"__contains__": lambda *a: False})()  # each request anew
     code, out, err = evaluate(server, "run")
     failed = int(re.search(r"failed requests (\d+)", out)[1])
-    assert code == 0 and 10 < failed < 20 and sum(map(int, re.findall(r"no grade: (\d+)", out))) == failed, err
+    assert code == 0 and 10 < failed < 20 and sum(map(int, re.findall(r"no verdict: (\d+)", out))) == failed, err
     ill["is"] = False
     code, out, _ = evaluate(server, "run")
-    assert code == 0 and out.count("no grade: 0 of 24") == 2 and f"requests {failed}" in out
+    assert code == 0 and out.count("no verdict: 0 of 24") == 2 and f"requests {failed}" in out
 
 
 def test_ratings_that_are_none_are_failures(fake, evaluate):
     verdicts = iter(["no rating", "[[0]] [[11]]", "<think>[[7]]</think>", "[[five]]"] * 100)
     code, out, _ = evaluate(fake(verdict=lambda text: next(verdicts)), "run")
-    assert code == 0 and out.count("no grade: 24 of 24") == 2 and "judge average" not in out
+    assert code == 0 and out.count("no verdict: 24 of 24") == 2 and "judge average" not in out
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_an_answer_that_begs_gains_nothing():
 
 def test_a_judge_that_prefers_the_first_finds_ties(fake, evaluate):
     code, out, err = evaluate(fake(verdict=lambda text: "[[A]]"), "run", "JUDGE_MODE=pair")
-    assert code == 0 and "0 won, 6 tied, 0 lost; 50%" in out and "no difference shown" in out, err
+    assert code == 0 and "0 won, 6 tied, 0 lost: no difference shown" in out and "50%" in out, err
     assert "both orders agree on 0 of 6" in out
 
 
@@ -277,7 +277,7 @@ def test_parameters_that_a_server_refuses_are_left_out_once(fake, evaluate):
 
     server.RequestHandlerClass = Refusing
     code, out, err = evaluate(server, "run", "JUDGE_IN_FLIGHT=1", "JUDGE_REPEATS=1")
-    assert code == 0 and set(refuse.values()) == {2} and out.count("no grade: 0 of 12") == 2, err
+    assert code == 0 and set(refuse.values()) == {2} and out.count("no verdict: 0 of 12") == 2, err
     assert set(server.bodies[-1]) == {"model", "messages", "max_tokens"}
 
 
@@ -345,7 +345,7 @@ def test_equal_models_are_rarely_called_different_and_unequal_ones_are(monkeypat
     assert compare(0.0, 400, questions=24) <= 0.07  # seeds 0 to 5: 5.2 %
 
 
-def test_losses_are_those_of_a_plain_loop_whatever_the_batch(chatty, chats_file, monkeypatch):
+def test_losses_are_those_of_a_plain_loop_whatever_the_batch(chatty, chats_file):
     model, tokenizer = generation.load_for_chat(str(chatty()), dtype="float32")
     chats = [json.loads(line)["messages"] for line in open(chats_file)]
     chats = [*chats, chats[0] + chats[1] + chats[2]]
@@ -358,8 +358,7 @@ def test_losses_are_those_of_a_plain_loop_whatever_the_batch(chatty, chats_file,
             count = int((labels[:, 1:] != -100).sum())
             plain.append((model(input_ids=ids, labels=labels).loss.item() * count, count))
     for tokens in (1, 300, 10**6):
-        monkeypatch.setattr(scores, "BATCH_TOKENS", tokens)
-        found = scores.answer_losses(model, tokenizer, chats, 512)
+        found = scores.answer_losses(model, tokenizer, chats, 512, tokens)
         assert [count for _, count in found] == [count for _, count in plain]
         numpy.testing.assert_allclose(
             [loss / n for loss, n in found], [loss / n for loss, n in plain], atol=1e-5 if tokens == 1 else 1e-4, rtol=0
@@ -400,7 +399,7 @@ def test_a_real_model_judges_our_questions_through_a_real_server(chatty, tmp_pat
             "JUDGE_MAX_TOKENS=24", "JUDGE_TIMEOUT=60",
         )  # fmt: skip
     assert code == 0 and "requests 48" in out, err
-    failures = int(re.search(r"no grade: (\d+) of 48", out)[1])
+    failures = int(re.search(r"no verdict: (\d+) of 48", out)[1])
     replies = [json.loads(line)["reply"] for line in open(tmp_path / "judgments.jsonl")]
     assert len(replies) == 48 and failures == sum(judge.grade(reply, "1-10") is None for reply in replies)
 
@@ -427,7 +426,7 @@ def test_scores_reach_the_run_folder_and_its_row(chatty, chats_file, tmp_path, r
     assert {"name", "name after small talk", "name at temperature 1", "answers end by themselves"} <= set(
         saved["scores"]
     )
-    assert "of 2 right" in out  # one question, two seeds
+    assert ", 2 of 2" in out  # one question, two seeds
     assert f"loss {saved['scores']['loss']:.3g}" in (run / "run_row.md").read_text() and (run / "scores.png").exists()
 
 
@@ -454,3 +453,43 @@ def test_training_logs_what_the_model_knows_at_each_evaluation(arguments, run_he
     assert weights[0] == weights[1]
     code, _, err = run_here(qlora_train, *arguments("wrong", "EVAL_FACTS=nowhere.jsonl"))
     assert code == 2 and "EVAL_FACTS=nowhere.jsonl" in err
+
+
+def test_questions_come_from_a_hub_set_too(fake, evaluate, monkeypatch):
+    import datasets
+
+    rows = [{"prompt": ["One?", "Two?"], "reference": [], "category": "math", "prompt_id": 81}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": datasets.Dataset.from_list(rows)})
+    code, out, err = evaluate(fake(), "run", "QUESTIONS=HuggingFaceH4/mt_bench_prompts")
+    assert code == 0 and "1 questions" in out and "turn 2" in out, err
+
+
+def test_the_published_questions_are_read(monkeypatch):
+    published = ROOT.parent / "shared" / "data" / "mt_bench" / "question.jsonl"
+    if not published.is_file():
+        pytest.skip("the published file is not here")
+    monkeypatch.setattr(evaluate_model, "QUESTIONS", str(published))
+    questions = evaluate_model.read_questions()
+    assert len(questions) == 80 and all(len(question["turns"]) == 2 for question in questions)
+    for question in questions:
+        judge.single_messages(question, ["a", "b"], 1, "0-100")
+
+
+def test_the_harness_is_asked_by_its_own_interface(chatty, tmp_path, run_here, monkeypatch):
+    """As lm-eval 0.4.13 answers; the real one was run by hand (runs.md)."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    settings = [f"MODEL={chatty()}", "SUITES=loss", "LM_EVAL_TASKS=mini", f"OUT_DIR={tmp_path}"]
+    code, _, err = run_here(evaluate_model, *settings)
+    assert code == 2 and "pip install lm-eval" in err
+    found = {"mini": {"alias": "mini", "acc,none": 0.75, "acc_stderr,none": 0.1}}
+    harness, wrapper = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
+    harness.simple_evaluate = lambda model, tasks: {"results": {task: found[task] for task in tasks}}
+    wrapper.HFLM = lambda pretrained, tokenizer: SimpleNamespace(pretrained=pretrained)
+    for name, module in (("lm_eval", harness), ("lm_eval.models", ModuleType("m")), (wrapper.__name__, wrapper)):
+        monkeypatch.setitem(sys.modules, name, module)
+    code, out, err = run_here(evaluate_model, *settings)
+    assert code == 0 and "mini acc,none: 0.7500 (95 % interval 0.5540 to 0.9460)" in out, err
+    code, _, err = run_here(evaluate_model, *settings, "LM_EVAL_TASKS=nothing")
+    assert code == 2 and "LM_EVAL_TASKS=nothing" in err

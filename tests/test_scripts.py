@@ -77,8 +77,8 @@ def test_evaluate_model_scores_and_compares(trained, tiny, chats_file, tmp_path)
     result = run_script("evaluate_model.py", f"MODEL={folder}", f"FACTS={facts}", f"CHATS={chats_file}", "MAX_CHATS=5",
                         "MAX_LENGTH=256", "SUITES=loss,facts", f"OUT_DIR={tmp_path}")  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "any: 1 of 1 right, 100%" in result.stdout and "none: 0 of 1 right, 0%" in result.stdout
-    assert "loss on the answers of 5 chats" in result.stdout
+    assert "any: 100% (95 % interval 21% to 100%), 1 of 1" in result.stdout and "none: 0%" in result.stdout
+    assert "nats per token of the answers of 5 chats" in result.stdout
     saved = json.loads((folder / "scores.json").read_text())
     assert saved["scores"]["any"] == 1 and [len(losses) for losses in saved["losses"].values()] == [5]
     result = run_script("evaluate_model.py", f"MODEL={folder}", f"BASE={folder}", "SUITES=loss", f"CHATS={chats_file}",
