@@ -48,6 +48,7 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -147,9 +148,10 @@ def read_chats() -> dict[str, list]:
 
 def put(result: dict, name: str, value: float, interval: tuple[float, float], form: str, more: str = "") -> None:
     """Keep a score with its interval, and print it."""
-    result["scores"][name], result["intervals"][name] = value, interval
-    low, high = (format(bound, form) for bound in interval)
-    print(f"  {name}: {value:{form}} (95 % interval {low} to {high}){more}")
+    known = all(map(math.isfinite, interval))  # not of a single question
+    result["scores"][name], result["intervals"][name] = value, interval if known else None
+    shown = f"95 % interval {interval[0]:{form}} to {interval[1]:{form}}" if known else "no interval"
+    print(f"  {name}: {value:{form}} ({shown}){more}")
 
 
 def put_share(result: dict, name: str, right: int, count: int) -> None:
@@ -406,7 +408,7 @@ def draw(file: Path, name: str, merged: dict) -> None:
     panels = {}
     for key, value in merged["scores"].items():
         panels.setdefault("judge" if key.startswith("judge") else "loss" if "loss" in key else "share", []).append(
-            (key.removeprefix("judge "), value, *merged["intervals"][key])
+            (key.removeprefix("judge "), value, *(merged["intervals"][key] or (value, value)))
         )
     if not panels:
         return
