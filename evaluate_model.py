@@ -7,7 +7,7 @@ Prints tables, each score with a 95 % interval; writes scores.json into the run 
 run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, from which the same command goes on.
 """
 
-from common.settings import UserError, apply_overrides, check_choice, run_main
+from common.settings import UserError, apply_overrides, check_choice, current, run_main
 from common.sources import check_files
 
 # Models
@@ -31,13 +31,13 @@ SHOW_MISSES = True  # print the questions that were answered wrongly
 # Judge: any OpenAI-compatible server
 JUDGE_MODEL: str | None = None  # its name on the server
 JUDGE_URL: str | None = None  # None: OpenAI; Ollama http://localhost:11434/v1, llama.cpp http://localhost:8080/v1 ...
-JUDGE_KEY = "OPENAI_API_KEY"  # environment variable with the key
+JUDGE_KEY: str | None = None  # environment variable with the key; None: OPENAI_API_KEY for OpenAI, no key for others
 JUDGE_MODE = "single"  # single: a grade for each answer; pair: against the first model's, in both orders
 JUDGE_SCALE = "1-10"  # or 0-100
-JUDGE_REPEATS = 1  # judgments of the same; their median counts
+JUDGE_REPEATS = 1  # judgments of the same, whose median counts; of no use where a server's replies never vary
 JUDGE_IN_FLIGHT = 4  # requests at the same time
 JUDGE_TIMEOUT = 120.0  # seconds for a reply
-JUDGE_MAX_TOKENS = 1024  # of a reply
+JUDGE_MAX_TOKENS = 4096  # of a reply, with what a reasoning model thinks
 JUDGE_PRICE: str | None = None  # "0.25,2.00": US dollars for a million tokens read and written
 QUESTIONS = "data/questions.jsonl"  # MT-Bench's schema; its published file works
 ANSWER_TOKENS = 512  # of an answer to be judged
@@ -68,8 +68,12 @@ def main():
     suites = SUITES.replace(" ", "").split(",")
     for suite in suites:
         check_choice("SUITES", suite, SUITE_NAMES)
-    names = [name.strip() for name in (MODELS or MODEL).split(",")]
-    names = [*([BASE] if BASE else []), *names]
+    check_numbers()
+    names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
+    if "" in names:
+        raise UserError(f"MODELS={MODELS}: an empty name; put commas between names only.")
+    for name in names:
+        models.load_config(models.locate(name))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in suites else []
     prompts = facts.read_prompts(PROMPTS) if "health" in suites else []
     chats = read_chats() if CHATS and "loss" in suites else {}
@@ -98,6 +102,7 @@ def main():
             score_by_harness(result, model, tokenizer)
         if judged:
             answers[name] = answer_questions(identity(name), model, tokenizer, judged, cache)
+        save(name, result)
         del model
 
     # Models against each other
@@ -109,6 +114,16 @@ def main():
         save(name, results[name])
 
 
+def check_numbers() -> None:
+    for name in ("MAX_CHATS", "MAX_LENGTH", "JUDGE_REPEATS", "JUDGE_IN_FLIGHT", "JUDGE_MAX_TOKENS", "ANSWER_TOKENS"):
+        if globals()[name] < 1:
+            raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
+    if JUDGE_PRICE and not re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", JUDGE_PRICE):
+        raise UserError(
+            f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, such as "0.25,2.00".'
+        )
+
+
 def read_questions() -> list[dict]:
     """Questions of one or more turns, of a file or of a hub set with MT-Bench's prompts."""
     if Path(QUESTIONS).is_file():
@@ -118,9 +133,13 @@ def read_questions() -> list[dict]:
     else:
         raise UserError(f"QUESTIONS={QUESTIONS}: there is no such file. A hub set is written org/name.")
     for number, row in rows:
-        turns = row.get("turns") if isinstance(row, dict) else None
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise UserError(f"QUESTIONS={QUESTIONS}:{number}: needs `turns`, a list of texts.")
+        for name in ("turns", "reference"):
+            texts = row.get(name) if isinstance(row, dict) else None
+            if not (isinstance(texts, list) and all(isinstance(t, str) and (t or name != "turns") for t in texts)):
+                if name == "turns" or texts is not None:
+                    raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `{name}` must be a list of texts.")
+            if name == "turns" and not texts:
+                raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `turns` is empty.")
     if not rows:
         raise UserError(f"QUESTIONS={QUESTIONS} is empty.")
     return [{"question_id": number, "category": "all", **row} for number, row in rows]
@@ -131,7 +150,7 @@ def load_hub_questions() -> list[dict]:
     import datasets  # slow import
 
     try:
-        (rows,) = datasets.load_dataset(QUESTIONS).values()
+        rows = next(iter(datasets.load_dataset(QUESTIONS).values()))
     except (OSError, ValueError) as error:
         raise UserError(f"QUESTIONS={QUESTIONS} cannot be loaded from the hub: {str(error).splitlines()[0]}") from error
     return [{**row, "turns": row.get("turns") or row.get("prompt")} for row in rows]
@@ -180,7 +199,15 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
     result["answers"] = [row["answer"] for row in rounds[""]]
     for how, asked in rounds.items():
         for kind, (right, count) in facts.counts(asked).items():
-            put_share(result, kind + how, right, count)
+            if how != " at temperature 1":
+                put_share(result, kind + how, right, count)
+                continue
+            by_question: dict[str, list[bool]] = {}  # a question asked again is no new question
+            for row in asked:
+                if row["kind"] == kind:
+                    by_question.setdefault(row["question"], []).append(row["right"])
+            interval = scores.bootstrap_mean([statistics.fmean(rights) for rights in by_question.values()])
+            put(result, kind + how, right / count, interval, ".0%", f", {right} of {count}")
     for row in rounds[""] if show_misses else ():
         if not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
@@ -219,13 +246,13 @@ def score_by_harness(result: dict, model, tokenizer) -> None:
 def identity(name: str) -> str:
     """Tells models apart by the hash of their weights, those of the hub by their commit."""
     source = models.locate(name)
-    commit = getattr(models.load_config(source), "_commit_hash", None)
-    hashes = [commit or name]
+    hashes = []
     for folder in filter(None, (source.path, source.adapter)):
         for file in sorted(Path(folder).glob("*.safetensors")):
             with open(file, "rb") as stream:
                 hashes.append(checkpoints.hash_of(stream))
-    return "-".join([*hashes, str(QUANTIZATION), str(DTYPE)])
+    commit = getattr(models.load_config(source), "_commit_hash", None)
+    return "-".join([*(hashes or [commit or name]), str(QUANTIZATION), str(DTYPE)])
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -> list[list[str]]:
@@ -234,7 +261,9 @@ def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -
     for turn in range(max(len(question["turns"]) for question in questions)):
         open_ = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
         chats = {i: chat_of(questions[i]["turns"][: turn + 1], given[i]) for i in open_}
-        keys = {i: judge.key_of(who, chats[i], ANSWER_TOKENS) for i in open_}
+        asked = {i: generation.encoder_of(tokenizer, tokenizer.chat_template).prompt(chats[i]) for i in open_}
+        ends = generation.end_tokens(model, tokenizer)
+        keys = {i: judge.key_of(who, asked[i], ends, ANSWER_TOKENS) for i in open_}
         new = [i for i in open_ if keys[i] not in cache.known]
         made = generation.answers(
             model, tokenizer, [chats[i] for i in new], max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_p=1.0
@@ -260,10 +289,6 @@ def open_judge(names: list[str]) -> judge.Server:
         raise UserError("SUITES=judge needs JUDGE_MODEL, the judge's name on its server (JUDGE_URL).")
     if JUDGE_MODE == "pair" and len(names) < 2:
         raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
-    if JUDGE_PRICE and not re.fullmatch(r"[\d.]+,[\d.]+", JUDGE_PRICE):
-        raise UserError(
-            f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, such as "0.25,2.00".'
-        )
     for name in names:
         base = models.locate(name).name
         if judge.is_family(JUDGE_MODEL, base):
@@ -301,14 +326,15 @@ def judge_singly(server, names: list[str], questions: list[dict], answers: dict,
     print(f"\n{JUDGE_MODEL}, scale {JUDGE_SCALE}, {len(questions)} questions, {JUDGE_REPEATS} judgments of each answer")
     for name in names:
         print(name)
+        sound = {task[1:]: grades for task, grades in found.items() if task[0] == name and set(grades) != {None}}
+        grades_of = {at: statistics.median(g for g in grades if g is not None) for at, grades in sound.items()}
+        results[name]["judged"] = {f"{i}, turn {turn + 1}": grade for (i, turn), grade in grades_of.items()}
         for column, members in columns.items():
             by_question: dict[int, list[float]] = {}
-            for (who, i, turn), grades in found.items():
-                if who == name and (i, turn) in members and any(grade is not None for grade in grades):
-                    by_question.setdefault(i, []).append(statistics.median(g for g in grades if g is not None))
+            for (i, turn), grade in grades_of.items():
+                if (i, turn) in members:
+                    by_question.setdefault(i, []).append(grade)
             means = {i: statistics.fmean(grades) for i, grades in by_question.items()}
-            if column == "average":
-                results[name]["judged"] = means
             if means:
                 mean, interval = statistics.fmean(means.values()), scores.bootstrap_mean(list(means.values()))
                 put(results[name], f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
@@ -372,11 +398,17 @@ def report_change(first: str, name: str, results: dict) -> None:
         losses = before["losses"][source], after["losses"][source]
         change = scores.mean_loss(losses[1]) / scores.mean_loss(losses[0]) - 1
         low, high = scores.bootstrap_change(*losses)
-        print(f"\nchange of that loss: {change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})")
-        after["scores"]["change of the loss"], after["intervals"]["change of the loss"] = change, (low, high)
-    both = [i for i in after.get("judged", {}) if i in before.get("judged", {})]
-    if both:
-        differences = [after["judged"][i] - before["judged"][i] for i in both]
+        what = "that loss" if len(after["losses"]) == 1 else f"the loss on {source}"
+        found = f"{change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
+        print(f"\nchange of {what}: {found}: {name} is {verdict(-high, -low)} against {first}")
+        if [n for _, n in losses[0]] != [n for _, n in losses[1]]:
+            print("  their tokenizers differ, and so do their tokens: such losses do not compare")
+        after["scores"][f"change of {what}"], after["intervals"][f"change of {what}"] = change, (low, high)
+    by_question: dict[str, list[float]] = {}
+    for at in after.get("judged", {}).keys() & before.get("judged", {}).keys():
+        by_question.setdefault(at.partition(",")[0], []).append(after["judged"][at] - before["judged"][at])
+    if by_question:
+        differences = [statistics.fmean(turns) for turns in by_question.values()]
         mean, (low, high) = statistics.fmean(differences), scores.bootstrap_mean(differences)
         print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict(low, high)}")
 
@@ -385,20 +417,17 @@ def save(name: str, result: dict) -> None:
     """scores.json, the picture and the row of a run folder, or into OUT_DIR for what is no run."""
     run = Path(name)
     is_run = (run / "settings.json").is_file()
-    folder = run if is_run else Path(OUT_DIR) / Path(name).name
+    folder = run if is_run else Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").is_file() else {}
-    merged = {key: {**earlier.get(key, {}), **result[key]} for key in ("scores", "intervals")}
-    about = {**earlier, **result, **merged}
-    checkpoints.write_whole(folder / "scores.json", json.dumps(about, indent=1))
-    draw(folder / "scores.png", name, merged)
+    checkpoints.write_whole(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
+    draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        note = ", ".join(f"{key} {value:.3g}" for key, value in merged["scores"].items())
+        note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())
         (folder / "run_row.md").write_text(report.row(summary, note) + "\n", encoding="utf-8")
 
 
-def draw(file: Path, name: str, merged: dict) -> None:
+def draw(file: Path, name: str, result: dict) -> None:
     """Scores with their intervals, a panel for each kind of number."""
     import matplotlib  # slow import
 
@@ -406,9 +435,9 @@ def draw(file: Path, name: str, merged: dict) -> None:
     from matplotlib import pyplot
 
     panels = {}
-    for key, value in merged["scores"].items():
+    for key, value in result["scores"].items():
         panels.setdefault("judge" if key.startswith("judge") else "loss" if "loss" in key else "share", []).append(
-            (key.removeprefix("judge "), value, *(merged["intervals"][key] or (value, value)))
+            (key.removeprefix("judge "), value, *(result["intervals"][key] or (value, value)))
         )
     if not panels:
         return

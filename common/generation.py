@@ -168,9 +168,13 @@ def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **s
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
     arguments = generation_settings(model, tokenizer, **settings)
     ends = set(arguments["eos_token_id"])
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for start in range(0, len(chats), batch_size):
         inputs = prompts(model, tokenizer, chats[start : start + batch_size])
-        outputs = model.generate(**inputs, **arguments)
+        left = context - inputs["input_ids"].shape[1]
+        if left < 1:
+            raise UserError(f"a prompt has {inputs['input_ids'].shape[1]} tokens, the model's context {context}.")
+        outputs = model.generate(**inputs, **arguments | {"max_new_tokens": min(left, arguments["max_new_tokens"])})
         for new in outputs[:, inputs["input_ids"].shape[1] :].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()

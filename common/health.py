@@ -21,8 +21,7 @@ def examine(prompts: list[str], answers: list) -> dict[str, list[bool]]:
         "answers repeat themselves": [repetition(text) > REPEATS for text in texts],
         "answers speak for the user": [bool(ROLE.search(text)) for text in texts],
         "answers are in another script": [
-            bool(text.strip()) and script_of(text) != script_of(prompt)
-            for prompt, text in zip(prompts, texts, strict=True)
+            "" != script_of(text) != script_of(prompt) != "" for prompt, text in zip(prompts, texts, strict=True)
         ],
     }
 

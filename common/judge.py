@@ -7,16 +7,18 @@ they found to go wrong in mind: every failure counts as one, both orders are ask
 import hashlib
 import json
 import os
+import queue
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common.settings import UserError
 
 TRIES = 6  # for one request, with growing pauses between (0.5 to 8 s, or as the server says)
+PAUSE = 0.5  # seconds, after a malformed reply; doubled each time
 MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # JSON that is broken or holds no choice
 SCALES = {"1-10": (1, 10), "0-100": (0, 100)}
 OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse
@@ -37,121 +39,173 @@ Assistant B:
 briefly, then end with [[A]], [[B]], or [[C]] for neither."""
 
 
+class Unfinished(Exception):
+    """A reply that was cut off before it said anything."""
+
+
 class Server:
     """An OpenAI-compatible chat server. Counts requests and tokens; refuses what the user must mend."""
 
-    def __init__(self, url: str | None, model: str, key_name: str, timeout: float, max_tokens: int):
+    def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
         import openai  # slow import
 
-        key = os.environ.get(key_name) or ("none" if url else None)  # servers of one's own ask for none
-        if key is None:
+        key_name = key_name or (None if url else "OPENAI_API_KEY")
+        if key_name and not os.environ.get(key_name):
             raise UserError(f"JUDGE_KEY={key_name}: there is no such environment variable. Put the key there.")
-        self.openai, self.url, self.model = openai, url, model
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=TRIES - 1)
+        self.openai, self.url, self.model = openai, (url or "https://api.openai.com/v1").rstrip("/"), model
+        key = os.environ[key_name] if key_name else "none"  # servers of one's own ask for none
+        elsewhere = dict(organization="", project="") if url else {}  # of OpenAI, and nobody else's business
+        try:
+            self.client = openai.OpenAI(
+                base_url=self.url, api_key=key, timeout=timeout, max_retries=TRIES - 1, **elsewhere
+            )
+            self.client.with_options(max_retries=0).models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
+        except openai.APIConnectionError as error:
+            raise UserError(f"JUDGE_URL={self.url}: no server answers there ({error}).") from error
+        except openai.APIStatusError:  # not every server lists its models
+            pass
+        except ValueError as error:  # no URL at all, or no JSON where models should be listed
+            raise UserError(f"JUDGE_URL={self.url}: {error}") from error
         self.options = {"temperature": 0.0, "max_tokens": max_tokens}
         self.refused: set[str] = set()
-        self.counts, self.lock, self.answered = Counter(), threading.Lock(), False
+        self.counts, self.lock, self.first_error = Counter(), threading.Lock(), None
 
     def ask(self, messages: list[dict], seed: int) -> str:
         """The model's reply, asked for again while it is no chat completion; errors as of `ask_once`."""
-        for _ in range(TRIES - 1):
+        for attempt in range(TRIES - 1):
             try:
                 return self.ask_once(messages, seed)
             except MALFORMED:
-                self.counts["malformed replies"] += 1
+                self.count("malformed replies")
+                time.sleep(PAUSE * 2**attempt)
         return self.ask_once(messages, seed)
 
     def ask_once(self, messages: list[dict], seed: int) -> str:
-        """The model's reply. Raises UserError for a wrong key, URL or model, openai's errors for what may pass."""
+        """The model's reply. Raises UserError for a wrong key or model, openai's errors for what may pass."""
         openai = self.openai
-        options = {**self.options, "seed": seed}
-        options = {name: value for name, value in options.items() if name not in self.refused}
+        options = {name: value for name, value in (self.options | {"seed": seed}).items() if name not in self.refused}
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
-            text = reply.choices[0].message.content or ""
-        except openai.BadRequestError as error:
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             named = [name for name in OPTIONAL if name in str(error) and name in options]
-            if not named:
-                raise UserError(f"JUDGE_MODEL={self.model}: the server refuses the request: {error}") from error
-            self.refused.update(named)  # for all requests to come
-            if "max_completion_tokens" in str(error):
-                self.options["max_completion_tokens"] = self.options["max_tokens"]
-            return self.ask_once(messages, seed)
+            if named:
+                with self.lock:
+                    self.refused.update(named)  # for all requests to come
+                    if "max_completion_tokens" in str(error):
+                        self.options["max_completion_tokens"] = self.options["max_tokens"]
+                return self.ask_once(messages, seed)
+            if self.counts["requests"]:  # this request only: too long, or filtered
+                raise
+            raise UserError(f"JUDGE_MODEL={self.model}: the server refuses the request: {error}") from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"JUDGE_KEY: the server at {self.url or 'OpenAI'} refuses the key: {error}") from error
+            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
         except openai.NotFoundError as error:
             raise UserError(f"JUDGE_MODEL={self.model} or JUDGE_URL={self.url} is not known: {error}") from error
-        except openai.APIConnectionError as error:
-            if not self.answered and not isinstance(error, openai.APITimeoutError):
-                raise UserError(f"JUDGE_URL={self.url or 'OpenAI'}: no server answers there ({error}).") from error
-            raise
-        with self.lock:
-            self.answered = True
-            self.counts["requests"] += 1
-            if reply.usage:
-                self.counts["prompt tokens"] += reply.usage.prompt_tokens
-                self.counts["completion tokens"] += reply.usage.completion_tokens
+        choice = reply.choices[0]
+        text = choice.message.content or ""
+        self.count("requests")
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.count(name.replace("_", " "), getattr(reply.usage, name, 0) or 0)
+        if choice.finish_reason == "length" and not text.strip():
+            raise Unfinished("cut off before its first word: raise JUDGE_MAX_TOKENS")
         return text
+
+    def count(self, what: str, number: int = 1) -> None:
+        with self.lock:
+            self.counts[what] += number
 
 
 class Cache:
     """Results by the hash of what they were asked with, one JSON line each; a line torn by a crash is left out."""
 
     def __init__(self, file: Path):
-        self.file, self.known = file, {}
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
+        self.file, self.known, self.lock = file, {}, threading.Lock()
+        data = file.read_bytes() if file.is_file() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.split(b"\n")[:-1]:
+            try:
                 entry = json.loads(line)
-                self.known[entry["key"]] = entry
-        if text and not text.endswith("\n"):
-            with open(file, "r+b") as stream:
-                stream.truncate(len(text[: text.rfind("\n") + 1].encode()))
+            except ValueError:  # two processes wrote at once: asked for again
+                continue
+            self.known[entry["key"]] = entry
+        if whole != data:
+            file.write_bytes(whole)
 
     def add(self, key: str, **entry) -> dict:
-        self.known[key] = {"key": key, **entry}
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(self.known[key], ensure_ascii=False) + "\n")
-        return self.known[key]
+        with self.lock:
+            self.known[key] = {"key": key, **entry}
+            with open(self.file, "ab") as stream:
+                stream.write(json.dumps(self.known[key]).encode() + b"\n")
+            return self.known[key]
 
 
 def key_of(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def judge_all(server: Server, cache: Cache, tasks: dict[str, list[dict]], repeats: int, in_flight: int) -> Iterator:
+def judge_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: int) -> Iterator:
     """Ask for every task (name: messages) `repeats` times; yields (name, repeat, reply, None on failure) as they come.
 
-    Replies are cached; failures to get one are not, so that the same command tries them again.
+    Equal messages are asked once. Replies are cached; failures to get one are not, so that the same command tries them
+    again. Raises UserError where the user must mend something, or where no request at all was answered.
     """
-    wanted = {}
+    wanted: dict[str, tuple] = {}  # by key: messages, repeat, and the names that ask so
     for name, messages in tasks.items():
         for repeat in range(repeats):
             key = key_of(server.url, server.model, messages, server.options, repeat)
             if key in cache.known:
                 yield name, repeat, cache.known[key]["reply"]
             else:
-                wanted[name, repeat] = key, messages
-    pool = ThreadPoolExecutor(in_flight)
-    try:
-        futures = {pool.submit(server.ask, messages, at[1]): (at, key) for at, (key, messages) in wanted.items()}
-        for future in as_completed(futures):
-            (name, repeat), key = futures[future]
+                wanted.setdefault(key, (messages, repeat, []))[2].append(name)
+    todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for key in wanted:
+        todo.put(key)
+
+    def work():
+        while not stopped.is_set():
             try:
-                reply = future.result()
-            except (server.openai.OpenAIError, *MALFORMED) as error:  # after all tries
-                server.counts["failed requests"] += 1
-                server.counts[f"  {type(error).__name__}"] += 1
-                yield name, repeat, None
-            else:
-                yield name, repeat, cache.add(key, judge=server.model, reply=reply)["reply"]
+                key = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                reply = server.ask(*wanted[key][:2])
+                done.put((key, cache.add(key, judge=server.model, reply=reply)["reply"], None))
+            except BaseException as error:  # handed to the main thread, which waits for something
+                done.put((key, None, error))
+
+    for _ in range(min(in_flight, len(wanted))):
+        threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for a reply
+    try:
+        for _ in wanted:
+            key, reply, error = next_of(done)
+            if error is not None:
+                if not isinstance(error, (server.openai.OpenAIError, Unfinished, *MALFORMED)):
+                    raise error
+                server.count("failed requests")
+                server.first_error = server.first_error or f"{type(error).__name__}: {error}"
+            _, repeat, names = wanted[key]
+            for name in names:
+                yield name, repeat, reply
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
+    if wanted and server.counts["failed requests"] == len(wanted):
+        raise UserError(f"JUDGE_URL={server.url}: none of {len(wanted)} requests was answered: {server.first_error}")
+
+
+def next_of(done: queue.SimpleQueue):
+    """The next item, waited for so that Ctrl-C is heard, on Windows too."""
+    while True:
+        try:
+            return done.get(timeout=0.5)
+        except queue.Empty:
+            continue
 
 
 def as_data(text: str) -> str:
-    """Text that cannot end its frame nor look like a verdict."""
-    return text.replace("[[", "[ [").replace("]]", "] ]").replace("<<<", "< < <").replace(">>>", "> > >")
+    """Text that cannot end its frame nor look like a verdict or a thought."""
+    return re.sub(r"(?<=([\[\]<>]))(?=\1)", " ", text).replace("<think>", "< think>").replace("</think>", "< /think>")
 
 
 def framed(role: str, text: str) -> str:
@@ -169,7 +223,7 @@ def dialogue(turns: list[str], answers: list[str]) -> str:
 
 def reference_of(question: dict, turns: int) -> str:
     references = (question.get("reference") or [])[:turns]
-    return "".join(framed(f"A good answer to message {i}", r) + "\n\n" for i, r in enumerate(references, 1))
+    return "".join(framed(f"A good answer to message {i}", r) + "\n\n" for i, r in enumerate(references, 1) if r)
 
 
 def single_messages(question: dict, answers: list[str], turn: int, scale: str) -> list[dict]:
@@ -205,7 +259,9 @@ def preference(reply: str | None) -> str | None:
 
 
 def without_thoughts(reply: str | None) -> str:
-    return re.sub(r"<think>.*?(</think>|$)", "", reply or "", flags=re.DOTALL)
+    """What a reasoning model says after thinking; nothing where it never ended that."""
+    text = (reply or "").rpartition("</think>")[2].strip()
+    return "" if text.startswith("<think>") else text
 
 
 def is_family(judge: str, candidate: str) -> bool:

@@ -10,6 +10,7 @@ from common.encoding import ChatEncoder
 from common.settings import UserError
 
 RESAMPLES = 10_000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, 1 to 8 degrees of freedom
 BATCH_TOKENS = 2048  # on a GPU, of padded rows; on a CPU one chat at a time is faster (604 tokens/s against 455)
 
 
@@ -75,7 +76,13 @@ def bootstrap_change(before: list, after: list) -> tuple[float, float]:
 
 
 def bootstrap_mean(values) -> tuple[float, float]:
-    """95 % interval of the mean of values, one a question: of grades, or of differences of two models' grades."""
+    """95 % interval of the mean of values, one a question: of grades, or of differences of two models' grades.
+
+    Fewer than ten are too few for a bootstrap: Student's.
+    """
+    if 2 <= len(values) < 10:
+        half = STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+        return statistics.fmean(values) - half, statistics.fmean(values) + half
     return percentiles(resample(numpy.array(values, dtype=float)).mean(axis=1), len(values))
 
 
