@@ -400,7 +400,7 @@ def report_change(first: str, name: str, results: dict) -> None:
         low, high = scores.bootstrap_change(*losses)
         what = "that loss" if len(after["losses"]) == 1 else f"the loss on {source}"
         found = f"{change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
-        print(f"\nchange of {what}: {found}: {name} is {verdict(-high, -low)} against {first}")
+        print(f"\nchange of {what}: {found}, {name} against {first}: {verdict(-high, -low)}")
         if [n for _, n in losses[0]] != [n for _, n in losses[1]]:
             print("  their tokenizers differ, and so do their tokens: such losses do not compare")
         after["scores"][f"change of {what}"], after["intervals"][f"change of {what}"] = change, (low, high)
