@@ -436,7 +436,8 @@ def draw(file: Path, name: str, result: dict) -> None:
 
     panels = {}
     for key, value in result["scores"].items():
-        panels.setdefault("judge" if key.startswith("judge") else "loss" if "loss" in key else "share", []).append(
+        kind = next((kind for kind in ("judge", "change", "loss") if key.startswith(kind)), "share")
+        panels.setdefault(kind, []).append(
             (key.removeprefix("judge "), value, *(result["intervals"][key] or (value, value)))
         )
     if not panels:
