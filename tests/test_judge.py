@@ -487,8 +487,7 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_answered(fake, chatty, tmp_path)
     command = [sys.executable, "evaluate_model.py", f"MODEL={chatty()}", "SUITES=judge", "JUDGE_MODEL=m",
                f"JUDGE_URL={slow.url}", f"QUESTIONS={questions}", f"OUT_DIR={tmp_path / 'out'}", "ANSWER_TOKENS=4",
                "JUDGE_IN_FLIGHT=2"]  # fmt: skip
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while slow.number < 6 and process.poll() is None:
             time.sleep(0.05)
         time.sleep(0.2)
