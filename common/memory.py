@@ -119,11 +119,8 @@ def inside_bytes(func, args) -> int:
     """What a GPU's kernel allocates for itself, beside its results."""
     if func.name() == "bitsandbytes::gemm_4bit":  # the weights, dequantised (some shapes of newer releases do without)
         return math.prod(args[2]) * args[0].element_size()
-    if (
-        func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    ):  # gradients of the queries, in float32
-        return args[1].numel() * 4
-    return 0
+    is_attention = func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return args[1].numel() * 4 if is_attention else 0  # the gradient of the queries, in float32
 
 
 def in_float32(function):
