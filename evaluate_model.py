@@ -72,16 +72,17 @@ def main():
     names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
     if "" in names:
         raise UserError(f"MODELS={MODELS}: an empty name; put commas between names only.")
-    for name in names:
-        models.load_config(models.locate(name))
+    located = {name: models.locate(name) for name in names}  # which reads the whole of a GGUF file
+    for source in located.values():
+        models.load_config(source)
     questions = facts.read_facts(FACTS) if FACTS and "facts" in suites else []
     prompts = facts.read_prompts(PROMPTS) if "health" in suites else []
     chats = read_chats() if CHATS and "loss" in suites else {}
     if "loss" in suites and not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
-    for name in names if chats else ():
-        models.check_length(models.locate(name), MAX_LENGTH)
-    server = open_judge(names) if "judge" in suites else None
+    for source in located.values() if chats else ():
+        models.check_length(source, MAX_LENGTH)
+    server = open_judge([(name, located[name]) for name in names]) if "judge" in suites else None
     judged = read_questions() if server else []
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     cache = judge.Cache(Path(OUT_DIR) / "answers.jsonl")
@@ -101,7 +102,7 @@ def main():
         if LM_EVAL_TASKS:
             score_by_harness(result, model, tokenizer)
         if judged:
-            answers[name] = answer_questions(identity(name), model, tokenizer, judged, cache)
+            answers[name] = answer_questions(identity(located[name]), model, tokenizer, judged, cache)
         save(name, result)
         del model
 
@@ -202,12 +203,9 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
             if how != " at temperature 1":
                 put_share(result, kind + how, right, count)
                 continue
-            by_question: dict[str, list[bool]] = {}  # a question asked again is no new question
-            for row in asked:
-                if row["kind"] == kind:
-                    by_question.setdefault(row["question"], []).append(row["right"])
-            interval = scores.bootstrap_mean([statistics.fmean(rights) for rights in by_question.values()])
-            put(result, kind + how, right / count, interval, ".0%", f", {right} of {count}")
+            # A question asked again is no new question.
+            means = scores.means_by_question((row["question"], row["right"]) for row in asked if row["kind"] == kind)
+            put(result, kind + how, right / count, scores.bootstrap_mean(means), ".0%", f", {right} of {count}")
     for row in rounds[""] if show_misses else ():
         if not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
@@ -243,16 +241,15 @@ def score_by_harness(result: dict, model, tokenizer) -> None:
                 put(result, f"{task} {metric}", value, (value - 1.96 * error, value + 1.96 * error), ".4f")
 
 
-def identity(name: str) -> str:
+def identity(source: models.Source) -> str:
     """Tells models apart by the hash of their weights, those of the hub by their commit."""
-    source = models.locate(name)
     hashes = []
     for folder in filter(None, (source.path, source.adapter)):
         for file in sorted(Path(folder).glob("*.safetensors")):
             with open(file, "rb") as stream:
                 hashes.append(checkpoints.hash_of(stream))
     commit = getattr(models.load_config(source), "_commit_hash", None)
-    return "-".join([*(hashes or [commit or name]), str(QUANTIZATION), str(DTYPE)])
+    return "-".join([*(hashes or [commit or source.name]), str(QUANTIZATION), str(DTYPE)])
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -> list[list[str]]:
@@ -282,16 +279,15 @@ def chat_of(turns: list[str], answers: list[str]) -> list[dict]:
     return [{"role": role, "content": text} for pair in messages for role, text in pair if text is not None]
 
 
-def open_judge(names: list[str]) -> judge.Server:
+def open_judge(candidates: list[tuple[str, models.Source]]) -> judge.Server:
     check_choice("JUDGE_MODE", JUDGE_MODE, ("single", "pair"))
     check_choice("JUDGE_SCALE", JUDGE_SCALE, judge.SCALES)
     if not JUDGE_MODEL:
         raise UserError("SUITES=judge needs JUDGE_MODEL, the judge's name on its server (JUDGE_URL).")
-    if JUDGE_MODE == "pair" and len(names) < 2:
+    if JUDGE_MODE == "pair" and len(candidates) < 2:
         raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
-    for name in names:
-        base = models.locate(name).name
-        if judge.is_family(JUDGE_MODEL, base):
+    for name, source in candidates:
+        if judge.is_family(JUDGE_MODEL, source.name):
             print(f"note: {JUDGE_MODEL} judges {name}, a model of its own family; judges favour those")
     return judge.Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
 
@@ -330,13 +326,9 @@ def judge_singly(server, names: list[str], questions: list[dict], answers: dict,
         grades_of = {at: statistics.median(g for g in grades if g is not None) for at, grades in sound.items()}
         results[name]["judged"] = {f"{i}, turn {turn + 1}": grade for (i, turn), grade in grades_of.items()}
         for column, members in columns.items():
-            by_question: dict[int, list[float]] = {}
-            for (i, turn), grade in grades_of.items():
-                if (i, turn) in members:
-                    by_question.setdefault(i, []).append(grade)
-            means = {i: statistics.fmean(grades) for i, grades in by_question.items()}
+            means = scores.means_by_question((at[0], grade) for at, grade in grades_of.items() if at in members)
             if means:
-                mean, interval = statistics.fmean(means.values()), scores.bootstrap_mean(list(means.values()))
+                mean, interval = statistics.fmean(means), scores.bootstrap_mean(means)
                 put(results[name], f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
         report_failures(results[name], [grade for task, grades in found.items() if task[0] == name for grade in grades])
     print_costs(server)
@@ -404,11 +396,10 @@ def report_change(first: str, name: str, results: dict) -> None:
         if [n for _, n in losses[0]] != [n for _, n in losses[1]]:
             print("  their tokenizers differ, and so do their tokens: such losses do not compare")
         after["scores"][f"change of {what}"], after["intervals"][f"change of {what}"] = change, (low, high)
-    by_question: dict[str, list[float]] = {}
-    for at in after.get("judged", {}).keys() & before.get("judged", {}).keys():
-        by_question.setdefault(at.partition(",")[0], []).append(after["judged"][at] - before["judged"][at])
-    if by_question:
-        differences = [statistics.fmean(turns) for turns in by_question.values()]
+    graded = before.get("judged", {})
+    both = [(at.partition(",")[0], grade - graded[at]) for at, grade in after.get("judged", {}).items() if at in graded]
+    if both:
+        differences = scores.means_by_question(both)
         mean, (low, high) = statistics.fmean(differences), scores.bootstrap_mean(differences)
         print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict(low, high)}")
 

@@ -75,6 +75,14 @@ def bootstrap_change(before: list, after: list) -> tuple[float, float]:
     return percentiles((sums[:, 2] / sums[:, 3]) / (sums[:, 0] / sums[:, 1]) - 1, len(before))
 
 
+def means_by_question(values) -> list[float]:
+    """The mean of each question's values, from pairs (question, value)."""
+    by_question: dict = {}
+    for question, value in values:
+        by_question.setdefault(question, []).append(value)
+    return [statistics.fmean(found) for found in by_question.values()]
+
+
 def bootstrap_mean(values) -> tuple[float, float]:
     """95 % interval of the mean of values, one a question: of grades, or of differences of two models' grades.
 
