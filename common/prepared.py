@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from common import data, sources
+from common import data, processes, sources
 from common.checkpoints import hash_of, write_whole
 from common.encoding import ChatEncoder
 from common.settings import UserError
@@ -32,7 +32,7 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     """
     prepared_before = Path(settings["DATA"]) if Path(settings["DATA"]).is_dir() else folder
     if mark:
-        if prepared_before == folder and not (folder / "report.json").is_file():  # removed since
+        if processes.on_first(lambda: prepared_before == folder and not (folder / "report.json").is_file()):  # removed
             datasets_for(settings, encoder, folder, keep_unlearned)
         try:
             loaded = load(prepared_before, settings, encoder, keep_unlearned)
@@ -48,13 +48,11 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
         return load(Path(settings["DATA"]), settings, encoder, keep_unlearned)
     folder.mkdir(exist_ok=True)
     # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
-    publish(folder, prepare(settings, encoder, folder, keep_unlearned, processes=1))
+    processes.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
     return load(folder, settings, encoder, keep_unlearned)
 
 
-def prepare(
-    settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, processes=None, vocab=None
-) -> dict:
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None) -> dict:
     """Write train.parquet and eval.parquet into the folder; returns the account, for `publish`.
 
     Needs memory for one row group and about 100 bytes a chat, whatever the size of the sources.
@@ -66,7 +64,7 @@ def prepare(
         held = data.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, vocabulary)
         batches = itertools.chain(batches, ((0, batch) for _, batch in held))
     spool = folder / "spool.parquet"
-    encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, processes or os.cpu_count())
+    encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, workers or os.cpu_count())
     sizes, times = write_spool(spool, encoded)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
