@@ -21,6 +21,7 @@ GALORE_SCALE = 0.25  # factor on the updates of projected matrices, beside LEARN
 GALORE_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
+MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
 MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
@@ -31,7 +32,7 @@ TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
 DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it is printed
 # Optimization
-OPTIM = "galore"  # galore, galore_8bit (moments), galore_exact_svd, galore_torch (the authors'), adamw, adamw_8bit
+OPTIM = "galore"  # galore, galore_8bit, galore_exact_svd, galore_torch, adamw, adamw_8bit, adamw_anyprecision
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
 PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once; None: what fits, out of GRADIENT_ACCUMULATION_STEPS rows
@@ -55,6 +56,7 @@ EVAL_FACTS: str | None = None  # questions (as FACTS of evaluate_model.py) asked
 EVAL_PROMPTS: str | None = None  # rows of {"prompt"} answered at each evaluation, into metrics.jsonl
 SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
+REPORT_TO: str | None = None  # tensorboard, wandb, mlflow, trackio, or several, comma-separated; beside metrics.jsonl
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: galore_train-<time>
 RESUME: str | None = "auto"  # the same command again goes on from the newest sound checkpoint; None: never
@@ -81,6 +83,7 @@ OPTIMIZERS = {
     "galore_torch": None,
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
+    "adamw_anyprecision": "adamw_anyprecision",  # moments in the dtype of the weights, sums after Kahan
 }
 
 

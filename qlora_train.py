@@ -23,6 +23,7 @@ LORA_DROPOUT = 0.0
 LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
+MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
 MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
@@ -43,7 +44,7 @@ LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
 WARMUP_RATIO = 0.1  # share of the steps
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
-OPTIM = "adamw_torch_fused"  # on CUDA also adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit (less or spilled VRAM)
+OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
 KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
@@ -57,6 +58,7 @@ EVAL_FACTS: str | None = None  # questions (as FACTS of evaluate_model.py) asked
 EVAL_PROMPTS: str | None = None  # rows of {"prompt"} answered at each evaluation, into metrics.jsonl
 SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
+REPORT_TO: str | None = None  # tensorboard, wandb, mlflow, trackio, or several, comma-separated; beside metrics.jsonl
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: qlora_train-<time>
 RESUME: str | None = "auto"  # the same command again goes on from the newest sound checkpoint; None: never

@@ -123,9 +123,8 @@ def batch_of_a_process(settings: dict) -> int:
                 f"GRADIENT_ACCUMULATION_STEPS={rows} is no multiple of {processes.count()} processes", file=sys.stderr
             )
     if processes.count() > 1:
-        print(
-            f"{processes.count()} processes ({processes.engine()}), {each} rows each: a batch of {each * processes.count()}"
-        )
+        whole = each * processes.count()
+        print(f"{processes.count()} processes ({processes.engine()}), {each} rows each: a batch of {whole}")
     return each
 
 

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Trainer, TrainingArguments, masking_utils
+from transformers import TrainingArguments, masking_utils
 
 from common import training
 
@@ -274,7 +274,7 @@ def make_fake(model, mode: FakeTensorMode, follower: Follower) -> None:
 def usual_optimizer(name: str):
     """Makes the optimizer that transformers knows by this name, for `trace`."""
     arguments = TrainingArguments(output_dir=".", optim=name, use_cpu=True, report_to="none")
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    kind, options = training.ChatTrainer.get_optimizer_cls_and_kwargs(arguments)
     return lambda model: kind([p for p in model.parameters() if p.requires_grad], **options)
 
 

@@ -169,6 +169,10 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
         about["changed"]["sequences left out of training, all their answers have weight 0"] = int((~learned).sum())
         train = train.filter(pa.array(learned))
         about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
+    if settings["MAX_SAMPLES"] and len(train) > settings["MAX_SAMPLES"]:
+        about["changed"]["sequences left out of training by MAX_SAMPLES"] = len(train) - settings["MAX_SAMPLES"]
+        train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), settings["MAX_SAMPLES"]))
+        about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
     use_evaluation = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
     return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
 

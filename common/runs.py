@@ -22,12 +22,12 @@ from common.settings import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 # What takes effect when a run goes on; the first ones decide what the data becomes.
-DATA_SETTINGS = ("DATA", "EVAL_DATA", "EVAL_SIZE", "TOO_LONG", "DROP_PATTERN")
+DATA_SETTINGS = ("DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN")
 CHANGEABLE = (
     *DATA_SETTINGS, *"""NUM_TRAIN_EPOCHS MAX_STEPS GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER
     WARMUP_RATIO MAX_GRAD_NORM KL_WEIGHT NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING ATTN_IMPLEMENTATION LORA_DROPOUT
     GALORE_SCALE GALORE_UPDATE_GAP DOCTOR LOGGING_STEPS EVAL_STEPS EVAL_FACTS EVAL_PROMPTS SAVE_STEPS
-    SAVE_TOTAL_LIMIT""".split(),
+    SAVE_TOTAL_LIMIT REPORT_TO""".split(),
 )  # fmt: skip
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
 

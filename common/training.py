@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
@@ -17,7 +18,7 @@ from common.resumable import ResumableTrainer
 from common.settings import UserError, check_choice
 
 SCHEDULES = ("constant", "linear", "cosine")
-
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
@@ -49,9 +50,19 @@ def check_settings(settings: dict) -> None:
         raise UserError(
             f"OPTIM={settings['OPTIM']}: paged optimizers need an NVIDIA GPU. OPTIM=adamw_torch_fused works."
         )
+    if settings["MAX_SAMPLES"] is not None and settings["MAX_SAMPLES"] < 1:
+        raise UserError(f"MAX_SAMPLES={settings['MAX_SAMPLES']}: it must be at least 1; None takes all.")
+    for name in trackers(settings):
+        check_choice("REPORT_TO", name, TRACKERS)
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"REPORT_TO={settings['REPORT_TO']}: the package is missing: pip install {name}.")
     if settings["MEMORY_LIMIT"]:
         gpu.read_size(settings["MEMORY_LIMIT"])
     refuse_engine(settings)
+
+
+def trackers(settings: dict) -> list[str]:
+    return [name.strip() for name in settings["REPORT_TO"].split(",")] if settings["REPORT_TO"] else []
 
 
 def refuse_engine(settings: dict) -> None:
@@ -113,7 +124,8 @@ def arguments(settings: dict, fit, folder: Path, dtype: torch.dtype, evaluate: b
         save_strategy="steps" if settings["SAVE_STEPS"] else "no",
         save_steps=settings["SAVE_STEPS"] or 500,
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=trackers(settings) or "none",
+        run_name=folder.name,
         disable_tqdm=True,
     )
     config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
@@ -234,6 +246,15 @@ class ChatTrainer(ResumableTrainer):
         if processes.count() == 1:
             return super()._get_train_sampler(*args)
         return processes.EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        if args.optim != "adamw_anyprecision":
+            return ResumableTrainer.get_optimizer_cls_and_kwargs(args, model)
+        from optimi import AdamW  # transformers wants torchdistx, which is given up
+
+        betas = args.adam_beta1, args.adam_beta2
+        return AdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:

@@ -2,8 +2,8 @@
 
     accelerate launch --config_file launch/fsdp.yaml --num_processes 2 tests/launched.py PLAN
 
-PLAN: a JSON list of {"script", "arguments", "signal_at", "nan_at"}: steps at which the last process gets a SIGTERM, or
-its loss is not finite. The first process writes the exit codes to PLAN.codes.
+PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at"}: steps at which the last process gets a
+SIGTERM or SIGKILL (then there is PLAN.killed), or its loss is not finite. The first writes exit codes to PLAN.codes.
 """
 
 import importlib
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-plan = Path(sys.argv[1])
 
 from common import settings
 from common.training import ChatTrainer
 
+plan = Path(sys.argv[1])
 honest, runs, codes = ChatTrainer.compute_loss, json.loads(plan.read_text()), []
 is_last = settings.RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
 for run in runs:
@@ -27,6 +27,9 @@ for run in runs:
         step, loss = self.state.global_step + 1, honest(self, *args, **kwargs)
         if self.model.training and is_last and step == run.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.model.training and is_last and step == run.get("kill_at"):
+            Path(f"{plan}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         return loss * float("nan") if self.model.training and is_last and step == run.get("nan_at") else loss
 
     ChatTrainer.compute_loss = compute_loss

@@ -16,8 +16,8 @@ from common import chat_template, data, doctor, prepared, sources
 from common.settings import UserError
 
 SETTINGS = dict(
-    EVAL_SIZE=0, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto", TRAIN_ON="assistant", SEED=0,
-    VOCAB=None, DOCTOR="stop",
+    EVAL_SIZE=0, MAX_SAMPLES=None, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto",
+    TRAIN_ON="assistant", SEED=0, VOCAB=None, DOCTOR="stop",
 )  # fmt: skip
 
 
@@ -42,6 +42,19 @@ def texts(tokenizer, dataset):
 
 def check_account(about):
     assert about["rows"] == about["trained"] + about["held_out"] + sum(about["dropped"].values())
+
+
+def test_max_samples_takes_some_chats_at_random_and_counts_the_others(encoder, chats_file):
+    settings = SETTINGS | {"DATA": str(chats_file), "EVAL_SIZE": 4}
+    whole, held_out, _ = make(settings, encoder)
+    some, same_held_out, about = make(settings | {"MAX_SAMPLES": 7}, encoder)
+    again, *_ = make(settings | {"MAX_SAMPLES": 7}, encoder)
+    other, *_ = make(settings | {"MAX_SAMPLES": 7, "SEED": 1}, encoder)
+    ids = [{tuple(row["input_ids"]) for row in rows} for rows in (whole, some, again, other)]
+    assert len(some) == 7 and ids[1] < ids[0] and ids[1] == ids[2] != ids[3]
+    assert same_held_out[:] == held_out[:]
+    assert about["changed"]["sequences left out of training by MAX_SAMPLES"] == len(whole) - 7
+    assert about["tokens"] == sum(map(len, some["input_ids"])) and about["sequences"] == 7
 
 
 def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, encoder, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_jsonl
+from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 import galore_train
 import qlora_train
 from common import fitting, processes, training
-from common.settings import UserError, current
 
 BIN = Path(sys.executable).parent
 FULL = ["ADAPTER=None", "LEARNING_RATE=1e-3"]
@@ -143,42 +141,24 @@ def test_two_processes_learn_what_one_does(engine, singles, common_settings, tmp
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(singles, common_settings, tmp_path):
-    settings = [*common_settings, f"OUT_DIR={tmp_path}", "RUN_NAME=lora", "SAVE_STEPS=1"]
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "qlora_train.py"]
-    run = subprocess.Popen(
-        [*command, *settings, "MAX_STEPS=2000", "EVAL_STEPS=None"], cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in run.stdout:
-        if line.startswith("step 3/"):
-            break
-    victim = max(int(pid) for pid in children(run.pid))
-    os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
-    run.stdout.read()
-    assert run.wait(timeout=60) != 0 and time.monotonic() - killed < 30
-    assert not children(run.pid)
+    arguments = [*common_settings, *RUNS["lora"][1], f"OUT_DIR={tmp_path}", "RUN_NAME=lora"]
+    run = {"script": "qlora_train", "arguments": [*arguments, "SAVE_STEPS=1"]}
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "tests/launched.py"]
+    killed = run_launched([*torchrun, write_plan(tmp_path, [run | {"kill_at": 4}])])
+    assert killed.returncode != 0 and "step 3/10" in killed.stdout and "step 4/10" not in killed.stdout
+    assert time.time() - (tmp_path / "plan.json.killed").stat().st_mtime < 30
 
-    done = run_launched(
-        [*command, *settings, "MAX_STEPS=2000", "EVAL_STEPS=None", "ALLOW_CHANGE=MAX_STEPS", "MAX_STEPS=6"]
-    )
-    assert done.returncode == 0 and "going on from checkpoint-" in done.stdout, done.stderr[-3000:]
-    assert [row["loss"] for row in logged(tmp_path / "lora")][:2] == pytest.approx(
-        [row["loss"] for row in logged(singles / "lora") if "loss" in row][:2], rel=1e-4
-    )
-
-    alone = run_script("qlora_train.py", *settings, "MAX_STEPS=6", "EVAL_STEPS=None")
+    alone = run_script("qlora_train.py", *run["arguments"])
     assert alone.returncode == 3
     assert "the run began with 2 processes (ddp), now there are 1 (None)" in alone.stderr
 
-
-def children(pid: int) -> list[str]:
-    file = Path(f"/proc/{pid}/task/{pid}/children")
-    return file.read_text().split() if file.exists() else []
+    done = run_launched([*torchrun, write_plan(tmp_path, [run])])
+    assert done.returncode == 0 and "going on from checkpoint-3" in done.stdout, done.stderr[-3000:]
+    assert_equal_runs(singles / "lora", tmp_path / "lora", 1e-4)
 
 
 def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_settings, tmp_path):
-    """launch/slurm.sbatch as it is, srun and scontrol played by scripts: two nodes of a process each on this machine."""
+    """launch/slurm.sbatch as it is, srun and scontrol played by scripts: two nodes of a process each, both here."""
     script = ROOT / "launch" / "slurm.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert subprocess.run([BIN / "shellcheck", script]).returncode == 0
@@ -186,7 +166,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
     fakes.mkdir()
     for name, text in {
         "srun": 'SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait %1; a=$?; wait %2; b=$?; exit $((a > b ? a : b))',
-        "scontrol": f'if [ "$1" = show ]; then printf "localhost\\nlocalhost\\n"; else echo "$@" >> {tmp_path}/requeued; fi',
+        "scontrol": f'[ "$1" = show ] && printf "localhost\\nlocalhost\\n" || echo "$@" >> {tmp_path}/requeued',
     }.items():
         (fakes / name).write_text(f"#!/bin/bash\n{text}\n")
         (fakes / name).chmod(0o755)
@@ -198,7 +178,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
     )
     env = environment() | job
     env["PATH"] = f"{fakes}:{env['PATH']}"
-    settings = [*common_settings, f"OUT_DIR={tmp_path}"]
+    settings = [*common_settings, *RUNS["lora"][1], f"OUT_DIR={tmp_path}"]
     command = ["bash", str(script), "qlora_train.py", *settings]
     run = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = ""
@@ -214,3 +194,75 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr[-3000:]
     assert_equal_runs(singles / "lora", tmp_path / f"slurm-{job['SLURM_JOB_ID']}", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "engine, script, changes, expected",
+    [
+        ("zero3", qlora_train, {"QUANTIZATION": "nf4"}, "QUANTIZATION=nf4 .* launch/zero2.yaml works"),
+        ("fsdp", qlora_train, {"QUANTIZATION": "int8"}, "QUANTIZATION=int8 .* QUANTIZATION=nf4 works"),
+        ("fsdp", qlora_train, {"OPTIM": "adamw_bnb_8bit"}, "OPTIM=adamw_bnb_8bit .* OPTIM=adamw_torch_fused works"),
+        ("zero3", qlora_train, {"EVAL_FACTS": "data/facts.jsonl"}, "EVAL_FACTS.* python evaluate_model.py"),
+        ("fsdp1", qlora_train, {}, "Set fsdp_version: 2"),
+        ("context", qlora_train, {}, "cp_size.* GRADIENT_CHECKPOINTING=True"),
+        ("fsdp", galore_train, {}, "OPTIM=galore with fsdp: .* launch/ddp.yaml"),
+        ("zero2", galore_train, {"OPTIM": "galore_torch"}, "OPTIM=galore_torch with zero2"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(engine, script, changes, expected, monkeypatch, run_here):
+    if engine.startswith("zero"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", engine[-1])
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "1" if engine == "fsdp1" else "2")
+        if engine == "context":
+            monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    code, _, error = run_here(script, *(f"{name}={value}" for name, value in changes.items()))
+    assert code == 2 and re.search(expected, error), error
+
+
+def test_scripts_that_do_not_train_want_one_process(monkeypatch):
+    done = run_script("chat_pipe.py", "PROMPT=Hi", WORLD_SIZE="2")
+    assert done.returncode == 2 and "only training uses several processes" in done.stderr
+
+
+def test_a_batch_is_shared_by_the_processes(monkeypatch, capsys):
+    def rows(count, accumulation, per_device=None):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        settings = {"GRADIENT_ACCUMULATION_STEPS": accumulation, "PER_DEVICE_TRAIN_BATCH_SIZE": per_device}
+        return fitting.batch_of_a_process(settings)
+
+    assert [rows(1, 16), rows(2, 16), rows(4, 16)] == [16, 8, 4]
+    assert rows(4, 2, per_device=3) == 6  # as the libraries mean it
+    assert "4 processes (ddp), 6 rows each: a batch of 24" in capsys.readouterr().out
+    assert rows(4, 10) == 3 and "no multiple of 4 processes" in capsys.readouterr().err
+
+
+def test_memory_is_shared_out_by_the_engine(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parts = {"weights": 80, "gradients": 40, "optimizer states": 160, "activations": 7}
+    assert fitting.shared_out(parts) == parts | {"exchange": 40}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert fitting.shared_out(parts) == {"weights": 20, "gradients": 10, "optimizer states": 40, "activations": 7}
+
+
+def test_rows_are_dealt_in_the_order_of_one_process(tiny):
+    """The order is accelerate's own, epoch by epoch; blank rows come last and are no tokens."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    own, even = SeedableRandomSampler(range(9), data_seed=3), processes.EvenSampler(9, 3, 3)
+    for epoch in range(3):
+        own.set_epoch(epoch)
+        even.set_epoch(epoch)
+        assert list(even) == [*own, 9, 10, 11]
+    packed = {"input_ids": torch.zeros(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])}
+    padded = {"input_ids": torch.zeros(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert training.count_tokens(packed) == 5 and training.count_tokens(padded) == 2
+
+
+def test_a_mistake_is_told_once_and_an_error_by_the_process_that_has_it(tmp_path):
+    done = run_launched(launch("ddp", "qlora_train.py", f"OUT_DIR={tmp_path}", "LORA_DROPOUT=0.1", "DTYPE=float8"))
+    lines = [line for line in done.stderr.splitlines() if "DTYPE" in line and "error" in line]
+    assert [line.startswith("error") for line in lines].count(True) == 1 and len(lines) == 2
+    assert done.stderr.count("LORA_DROPOUT = 0.1") == 1

@@ -1,12 +1,13 @@
 """The training step: loss and attention against transformers' own, the schedule, packing, exact repeats."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import qlora_train
 from common import training
@@ -162,3 +163,47 @@ def test_accumulation_means_one_larger_batch(train):
     )
     for a, b in zip(losses(micro), losses(batch), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_anyprecision_keeps_what_bfloat16_rounds_away():
+    """Updates of a hundredth of a bfloat16's step add up, as in float32; torch's AdamW loses each of them."""
+
+    def weights(optim, dtype):
+        weight = torch.nn.Parameter(torch.ones(256, dtype=dtype))
+        arguments = TrainingArguments(output_dir=".", optim=optim, learning_rate=4e-5, use_cpu=True, report_to="none")
+        kind, options = training.ChatTrainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weight], **options)
+        for _ in range(200):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        kept = sum(s.nbytes for s in optimizer.state[weight].values() if torch.is_tensor(s) and s.numel() > 1)
+        return weight.detach().float(), kept
+
+    exact, in_float32 = weights("adamw_torch", torch.float32)
+    lost, _ = weights("adamw_torch", torch.bfloat16)
+    ours, in_16_bits = weights("adamw_anyprecision", torch.bfloat16)
+    assert torch.equal(lost, torch.ones(256)) and (exact < 0.993).all()
+    assert (ours - exact).abs().max() < 2**-8  # a step of bfloat16 below 1
+    assert in_16_bits == 0.75 * in_float32  # two moments and what was rounded off, 2 bytes each
+
+
+def test_anyprecision_goes_on_bit_for_bit(train, run_here, tmp_path):
+    settings = ("ADAPTER=None", "OPTIM=adamw_anyprecision", "LEARNING_RATE=1e-4", "DTYPE=bfloat16", "KL_WEIGHT=0")
+    whole = train("whole", *settings)
+    stopped = train("stopped", *settings, "MAX_STEPS=2", "SAVE_STEPS=1")
+    shutil.rmtree(stopped / "final")
+    (stopped / "summary.json").unlink()
+    train("stopped", *settings, "ALLOW_CHANGE=MAX_STEPS,SAVE_STEPS")
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
+    assert losses(whole)[-1] == losses(stopped)[-1]
+    assert weights[0] == weights[1]
+
+
+def test_runs_are_reported_where_asked(train, tmp_path, run_here, monkeypatch):
+    folder = train("told", "REPORT_TO=tensorboard")
+    assert list(folder.rglob("events.out.tfevents.*"))
+    assert not list(train("quiet").rglob("events.out.tfevents.*"))
+    code, _, error = run_here(qlora_train, "REPORT_TO=wandb")
+    assert code == 2 and "REPORT_TO=wandb: the package is missing: pip install wandb" in error
+    code, _, error = run_here(qlora_train, "REPORT_TO=tensorbord")
+    assert code == 2 and "Did you mean tensorboard" in error
