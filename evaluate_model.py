@@ -420,35 +420,26 @@ def save(name: str, result: dict) -> None:
 
 def draw(file: Path, name: str, result: dict) -> None:
     """Scores with their intervals, a panel for each kind of number."""
-    import matplotlib  # slow import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow import
 
     panels = {}
     for key, value in result["scores"].items():
         kind = next((kind for kind in ("judge", "change", "loss") if key.startswith(kind)), "share")
-        panels.setdefault(kind, []).append(
-            (key.removeprefix("judge "), value, *(result["intervals"][key] or (value, value)))
-        )
+        low, high = result["intervals"][key] or (value, value)
+        panels.setdefault(kind, []).append((key.removeprefix("judge "), value, value - low, high - value))
     if not panels:
         return
     sizes = [len(rows) for rows in panels.values()]
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(8, 1 + 0.5 * sum(sizes) + len(panels)), height_ratios=sizes, squeeze=False
-    )
-    for panel, (kind, rows) in zip(axes[:, 0], panels.items(), strict=True):
-        labels, values, lows, highs = zip(*rows, strict=True)
-        around = [[v - low for v, low in zip(values, lows, strict=True)],
-                  [high - v for v, high in zip(values, highs, strict=True)]]  # fmt: skip
+    figure = Figure(figsize=(8, 1 + 0.5 * sum(sizes) + len(panels)), layout="tight")
+    axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    for panel, (kind, rows) in zip(axes, panels.items(), strict=True):
+        labels, values, *around = zip(*rows, strict=True)
         panel.errorbar(values, range(len(rows)), xerr=around, fmt="o", capsize=4)
         panel.set_yticks(range(len(rows)), labels)
         panel.invert_yaxis()
         panel.set_xlabel(kind)
     figure.suptitle(name)
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
