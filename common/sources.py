@@ -112,6 +112,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, row
 
 
+def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
+    """All rows of the .jsonl file that a setting names, as `read_jsonl` gives them; UserError where there are none."""
+    if not Path(file).is_file():
+        raise UserError(f"{setting}={file}: there is no such file.{remedy}")
+    rows = list(read_jsonl(Path(file)))
+    if not rows:
+        raise UserError(f"{setting}={file} is empty.")
+    return rows
+
+
 def read_json(path: Path) -> Iterator[tuple[int, object]]:
     """(line number, row) of one JSON array, read piece by piece; of JSON lines where the file is no array."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
