@@ -79,10 +79,8 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, ite
     for (place, _), row in zip(chats, encoded, strict=True):
         if len(row.ids) > settings["MAX_LENGTH"]:
             if settings["TOO_LONG"] == "error":
-                raise UserError(
-                    f"{place}: {len(row.ids):,} tokens, more than MAX_LENGTH={settings['MAX_LENGTH']}. "
-                    "TOO_LONG=cut cuts at a turn."
-                )
+                size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={settings['MAX_LENGTH']}"
+                raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
             row = cut(row, settings["MAX_LENGTH"]) if settings["TOO_LONG"] == "cut" else None
             what = "dropped: longer than MAX_LENGTH" if row is None else "changed: cut at a turn to fit MAX_LENGTH"
             counts[what] += 1

@@ -1,5 +1,6 @@
 """The doctor: looks at the rows a run is about to learn from, shows some, and stops the run on a fault."""
 
+import itertools
 import os
 import re
 import sys
@@ -53,11 +54,9 @@ def show(row: dict, tokenizer) -> None:
 
 def runs_of(row: dict):
     """A row's tokens as (learned, ids) in runs."""
-    start, ids, labels = 0, row["input_ids"], row["labels"]
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
-            yield labels[start] != IGNORE_INDEX, ids[start:end]
-            start = end
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for learned, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+        yield learned, [token for token, _ in run]
 
 
 def row_faults(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: dict, held: bool):
