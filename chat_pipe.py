@@ -315,7 +315,10 @@ def question_of(row) -> list[dict] | str:
 
 def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> None:
     """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
-    by = {name: value for name, value in current(globals()).items() if name in MADE_BY} | {"weights": weights_written()}
+    source = models.locate(MODEL)
+    times = [weights.stat().st_mtime for weights in Path(source.adapter or source.path).glob("*.safetensors")]
+    by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
+    by["weights"] = max(times, default=None)  # when they were written: tells the answers of an earlier training apart
     rows, views = [row for row, _ in asked], [window(speaker, chat) for _, chat in asked]
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
@@ -342,13 +345,6 @@ def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> No
 
 def as_line(row: dict) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
-
-
-def weights_written() -> float | None:
-    """When MODEL's weights were written, so that answers of an earlier training are told apart; None for the hub's."""
-    source = models.locate(MODEL)
-    times = [file.stat().st_mtime for file in Path(source.adapter or source.path).glob("*.safetensors")]
-    return max(times, default=None)
 
 
 if __name__ == "__main__":

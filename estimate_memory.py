@@ -130,9 +130,7 @@ def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float
         for tokens in fitting.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
             found.append((fitting.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))
     if not found:
-        raise UserError(
-            f"FIT={FIT}: not even {smallest} tokens fit. METHOD=qlora needs least; or take a smaller model."
-        )
+        raise UserError(f"FIT={FIT}: not even {smallest} tokens fit. Try METHOD=qlora, or a smaller model.")
     print(f"\nfits in {FIT} (used to {fitting.MARGIN[DEVICE]:.0%}), fastest first:")
     print("  tokens at once  checkpointing    GiB  time a token")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20

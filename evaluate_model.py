@@ -123,9 +123,7 @@ def check_numbers() -> None:
         if globals()[name] < 1:
             raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
     if JUDGE_PRICE and not re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", JUDGE_PRICE):
-        raise UserError(
-            f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, such as "0.25,2.00".'
-        )
+        raise UserError(f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, as "0.25,2.00".')
 
 
 def read_questions() -> list[dict]:
@@ -348,17 +346,6 @@ def score_pairs(result: dict, versus: str, given: dict) -> None:
 def verdict(low: float, high: float) -> str:
     """What an interval of a difference says."""
     return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
-
-
-def print_costs(server) -> None:
-    """Requests, tokens, and what they cost."""
-    counts = server.counts
-    line = ", ".join(f"{name.strip()} {count:,}" for name, count in counts.items()) or "all from judgments.jsonl"
-    if JUDGE_PRICE:
-        read, written = map(float, JUDGE_PRICE.split(","))
-        cost = (counts["prompt tokens"] * read + counts["completion tokens"] * written) / 1e6
-        line += f"; {cost:.2f} US dollars"
-    print(f"judge: {line}")
 
 
 def report_change(first: str, name: str, results: dict) -> None:

@@ -82,11 +82,9 @@ class ChatEncoder:
             passages = [
                 self.find_answer(text, messages[:i], m) for i, m in enumerate(messages) if m["role"] == "assistant"
             ]
-        answers = sum(m["role"] == "assistant" for m in messages)
-        if len(passages) != answers:
-            raise UserError(
-                f"CHAT_TEMPLATE marks {len(passages)} passages in a chat of {answers} answers; mark each once."
-            )
+        found, answers = len(passages), sum(m["role"] == "assistant" for m in messages)
+        if found != answers:
+            raise UserError(f"CHAT_TEMPLATE marks {found} passages in a chat of {answers} answers; mark each once.")
         pieces, at = [], 0
         for start, end in passages:
             pieces += [text[at:start], START, text[start:end], END]

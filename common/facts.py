@@ -60,12 +60,8 @@ def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
         return None
 
     def probe(model) -> dict:
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        try:
-            asked = ask(model, tokenizer, facts)
-            answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
-        finally:
-            tokenizer.padding_side = side
+        asked = ask(model, tokenizer, facts)
+        answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
         found = {"facts": {kind: right / count for kind, (right, count) in counts(asked).items()}} if facts else {}
         samples = [{"prompt": row["question"], "answer": row["answer"]} for row in answered]
         return found | ({"samples": samples} if prompts else {})

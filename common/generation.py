@@ -25,7 +25,6 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if (trained := models.trained_with(source)) != quantization and source.adapter:
         note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
         print(note, file=sys.stderr)
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     dtype = models.choose_dtype(dtype)
@@ -63,7 +62,8 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
 def prompts(model, tokenizer, chats: list[list[dict]]):
     """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    return tokenizer.pad({"input_ids": [encoder.prompt(chat) for chat in chats]}, return_tensors="pt").to(model.device)
+    ids = {"input_ids": [encoder.prompt(chat) for chat in chats]}
+    return tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
 
 
 @functools.lru_cache(maxsize=4)

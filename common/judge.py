@@ -6,13 +6,14 @@ they found to go wrong in mind: every failure counts as one, both orders are ask
 
 import hashlib
 import json
+import multiprocessing
 import os
-import queue
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.pool import IMapIterator, ThreadPool
 from pathlib import Path
 
 from common.settings import UserError
@@ -159,25 +160,16 @@ def judge_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight
                 yield name, repeat, cache.known[key]["reply"]
             else:
                 wanted.setdefault(key, (messages, repeat, []))[2].append(name)
-    todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    for key in wanted:
-        todo.put(key)
 
-    def work():
-        while not stopped.is_set():
-            try:
-                key = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                reply = server.ask(*wanted[key][:2])
-                done.put((key, cache.add(key, judge=server.model, reply=reply)["reply"], None))
-            except BaseException as error:  # handed to the main thread, which waits for something
-                done.put((key, None, error))
+    def ask(key: str):
+        try:
+            reply = server.ask(*wanted[key][:2])
+            return key, cache.add(key, judge=server.model, reply=reply)["reply"], None
+        except BaseException as error:  # handed to the main thread, which waits for something
+            return key, None, error
 
-    for _ in range(min(in_flight, len(wanted))):
-        threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for a reply
-    try:
+    with ThreadPool(max(1, min(in_flight, len(wanted)))) as pool:  # of daemons: Ctrl-C does not wait for a reply
+        done = pool.imap_unordered(ask, wanted)
         for _ in wanted:
             key, reply, error = next_of(done)
             if error is not None:
@@ -188,18 +180,16 @@ def judge_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight
             _, repeat, names = wanted[key]
             for name in names:
                 yield name, repeat, reply
-    finally:
-        stopped.set()
     if wanted and server.counts["failed requests"] == len(wanted):
         raise UserError(f"JUDGE_URL={server.url}: none of {len(wanted)} requests was answered: {server.first_error}")
 
 
-def next_of(done: queue.SimpleQueue):
-    """The next item, waited for so that Ctrl-C is heard, on Windows too."""
+def next_of(done: IMapIterator):
+    """The next result, waited for so that Ctrl-C is heard, on Windows too."""
     while True:
         try:
-            return done.get(timeout=0.5)
-        except queue.Empty:
+            return done.next(timeout=0.5)
+        except multiprocessing.TimeoutError:
             continue
 
 

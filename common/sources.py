@@ -274,9 +274,7 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
         tokens = {int(key): str(value) for key, value in pairs.items()}
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"VOCAB={file}: not a .json of tokens and ids, nor a text of one token a line ({error})."
-        ) from error
+        raise UserError(f"VOCAB={file}: no .json of tokens and ids, nor a token a line ({error}).") from error
 
 
 def detokenize(row, vocabulary: tuple[dict[int, str], str]):
