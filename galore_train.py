@@ -70,7 +70,7 @@ import sys
 import torch
 from transformers import set_seed
 
-from common import chat_template, data, facts, fitting, galore, gpu, memory, models, runs, training
+from common import chat_template, data, facts, fitting, galore, gpu, memory, models, processes, runs, training
 from common.galore import GaLore
 
 # OPTIM, and what it is called in transformers; None: made here.
@@ -128,6 +128,8 @@ def main():
         model = load_whole(source, dtype, attention, len(tokenizer))
         base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
         optimizer = make_optimizer(model)
+        if isinstance(optimizer, GaLore):
+            optimizer.leave_out_of_ddp(model)
         if OPTIM.startswith("galore"):
             projected, _ = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
             share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())
@@ -147,7 +149,11 @@ def main():
             data_digest=run.account["digest"],
             base_fingerprint=model.base_fingerprint,
         )
-        runs.carry_out(trainer, run, fit, lambda final: models.save_final(final, trainer.model, tokenizer))
+
+        def save(final, weights):
+            models.save_final(final, trainer.model, tokenizer, weights=weights)
+
+        runs.carry_out(trainer, run, fit, save)
 
     fitting.restart_smaller(train, fit, settings)
 
@@ -166,10 +172,16 @@ class GaloreTrainer(training.ChatTrainer):
 
 def check_galore_settings():
     """Refuse what GaLore cannot work with; warn of what did not work for others."""
+    sharded = processes.engine() not in (None, "ddp")
     if GALORE_RANK < 1 or GALORE_UPDATE_GAP < 1 or GALORE_SCALE <= 0:
         raise UserError(
             f"GALORE_RANK={GALORE_RANK} GALORE_UPDATE_GAP={GALORE_UPDATE_GAP} GALORE_SCALE={GALORE_SCALE}: rank and "
             "gap are at least 1, the scale is above 0."
+        )
+    if OPTIM == "galore_torch" and processes.count() > 1 or OPTIM.startswith("galore") and sharded:
+        raise UserError(
+            f"OPTIM={OPTIM} with {processes.engine()}: its projection needs whole gradients in one process. "
+            "OPTIM=galore works with launch/ddp.yaml, OPTIM=adamw with all of them."
         )
     if OPTIM.startswith("galore") and GALORE_SCALE >= 1:
         print(

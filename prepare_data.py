@@ -51,7 +51,7 @@ def main():
     folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
 
     # Sources to tokens, to disk as they come; then into two files
-    account = prepared.prepare(settings, encoder, folder, processes=PROCESSES, vocab=VOCAB)
+    account = prepared.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
     print(prepared.describe(account))
 
     # What a run will learn

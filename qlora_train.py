@@ -130,9 +130,11 @@ def main():
             data_digest=run.account["digest"],
             base_fingerprint=base_fingerprint,
         )
-        runs.carry_out(
-            trainer, run, fit, lambda final: models.save_final(final, trainer.model, tokenizer, base_fingerprint)
-        )
+
+        def save(final, weights):
+            models.save_final(final, trainer.model, tokenizer, base_fingerprint, weights)
+
+        runs.carry_out(trainer, run, fit, save)
 
     fitting.restart_smaller(train, fit, settings)
 

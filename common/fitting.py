@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common import gpu
+from common import gpu, processes
 from common.gpu import GIB
 from common.memory import Step, trace
 from common.settings import UserError
@@ -63,13 +63,13 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
     makes (model, base or None) of a quantisation; make_optimizer, step: as for `trace`. checkpoint: what the run goes
     on from, whose choice is kept. Raises UserError when nothing fits.
     """
-    batch = settings["GRADIENT_ACCUMULATION_STEPS"] * (settings["PER_DEVICE_TRAIN_BATCH_SIZE"] or 1)
+    batch = batch_of_a_process(settings)
     rows, checkpointing = settings["PER_DEVICE_TRAIN_BATCH_SIZE"], settings["GRADIENT_CHECKPOINTING"]
     before = checkpoint and checkpoint[1].get("fit")
     if before and before["PER_DEVICE_TRAIN_BATCH_SIZE"] * before["GRADIENT_ACCUMULATION_STEPS"] == batch:
         rows = before["PER_DEVICE_TRAIN_BATCH_SIZE"]
         checkpointing = before["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
-    limit = gpu.memory_limit(settings["MEMORY_LIMIT"], step.device)
+    limit = min(processes.gather(gpu.memory_limit(settings["MEMORY_LIMIT"], step.device)))
     usable = limit * MARGIN[step.device]
     outside = {"outside of tensors": round(gpu.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE}
     quantization = settings.get("QUANTIZATION")
@@ -77,7 +77,7 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
     @functools.cache
     def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
         this = replace(step, rows=rows, checkpointing=checkpointing, accumulates=batch > rows)
-        return trace(*build(quantization), make_optimizer, this) | outside
+        return shared_out(trace(*build(quantization), make_optimizer, this)) | outside
 
     def peak(*choice) -> int:
         return sum(parts(*choice).values())
@@ -109,6 +109,37 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
         if (other := peak(rows, checkpointing, None)) < peak(rows, checkpointing):
             print(f"memory: QUANTIZATION=None would need less, {other / GIB:.2f} GiB", file=sys.stderr)
     return fit
+
+
+def batch_of_a_process(settings: dict) -> int:
+    """Rows of a step in each process; with PER_DEVICE_TRAIN_BATCH_SIZE=None, processes share those of one."""
+    rows, per_device = settings["GRADIENT_ACCUMULATION_STEPS"], settings["PER_DEVICE_TRAIN_BATCH_SIZE"]
+    if per_device:
+        each = rows * per_device
+    else:
+        each = -(-rows // processes.count())
+        if each * processes.count() != rows:
+            print(
+                f"GRADIENT_ACCUMULATION_STEPS={rows} is no multiple of {processes.count()} processes", file=sys.stderr
+            )
+    if processes.count() > 1:
+        print(
+            f"{processes.count()} processes ({processes.engine()}), {each} rows each: a batch of {each * processes.count()}"
+        )
+    return each
+
+
+def shared_out(parts: dict[str, int]) -> dict[str, int]:
+    """The bytes of a process, of those that one alone would need."""
+    engine, number = processes.engine(), processes.count()
+    in_parts = {
+        "zero1": ["optimizer states"],
+        "zero2": ["optimizer states", "gradients"],
+        "zero3": ["optimizer states", "gradients", "weights"],
+        "fsdp": ["optimizer states", "gradients", "weights"],
+    }.get(engine, [])
+    buckets = {"exchange": parts["gradients"]} if engine == "ddp" else {}  # DDP averages in a second copy
+    return {kind: size // number if kind in in_parts else size for kind, size in parts.items()} | buckets
 
 
 def largest(possible: list, fits) -> list:
@@ -147,6 +178,8 @@ def restart_smaller(train, fit: Fit, settings: dict):
             if not gpu.is_out_of_memory(error):
                 raise
             smaller = fit.smaller(may_checkpoint=settings["GRADIENT_CHECKPOINTING"] is None)
+            if processes.count() > 1:
+                smaller = None  # the others do not know of it
             if smaller is None or not left:
                 raise UserError(
                     f"out of memory with {fit}: {str(error).splitlines()[0]} Lower MAX_LENGTH={settings['MAX_LENGTH']} "

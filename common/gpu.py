@@ -1,11 +1,13 @@
 """Hardware: memory, power and load of this machine's GPUs and CPU. Nothing is guessed: what cannot be read is None."""
 
 import csv
+import os
 import platform
 import re
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,8 @@ import pynvml
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from common.settings import UserError
+from common import processes
+from common.settings import RANK, UserError
 
 GIB = 2**30
 POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
@@ -22,8 +25,9 @@ HOT = (
     pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
     | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
 )  # fmt: skip  # the power cap is not among them: at full load it is always on
+# Of hardware.csv; used_gib: of a GPU by all programs, of the CPU by this process.
 COLUMNS = ("unix_time", "device", "power_w", "used_gib", "reserved_gib", "utilization_percent", "temperature_c",
-           "clock_mhz", "throttled")  # fmt: skip  # of hardware.csv; used: of a GPU by all programs, of the CPU by this
+           "clock_mhz", "throttled", "rank")  # fmt: skip
 
 
 def device_type() -> str:
@@ -151,7 +155,8 @@ class Cpu:
     def __init__(self):
         self.process = psutil.Process()
         self.process.cpu_percent()  # counts from here
-        self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1]
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one reads the energy
+        self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1 and is_first]
         self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # then from 0 again
         self.energy_j, self.read_at = 0.0, time.monotonic()
         self.before = self.energies()
@@ -174,13 +179,23 @@ class Cpu:
         return dict(power_w=power_w, used_gib=rss, utilization_percent=self.process.cpu_percent())
 
 
+def add(*values: float | None) -> float | None:
+    """The sum of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
 def open_devices() -> list:
-    """What can be read here: the GPUs that torch sees, then the CPU. Why the others cannot be is printed."""
+    """What can be read here: the GPUs that torch sees (of several processes, each its own), then the CPU.
+
+    Why the others cannot be is printed.
+    """
     devices = [Cpu()]
     if torch.cuda.is_available():
         try:
             pynvml.nvmlInit()
-            devices = [*(Gpu(number) for number in range(torch.cuda.device_count())), *devices]
+            numbers = [torch.cuda.current_device()] if processes.count() > 1 else range(torch.cuda.device_count())
+            devices = [*(Gpu(number) for number in numbers), *devices]
         except pynvml.NVMLError as error:
             print(f"the GPU's power and load cannot be read: {error}", file=sys.stderr)
     elif devices[0].before is None:
@@ -191,7 +206,8 @@ def open_devices() -> list:
 class HardwareMonitor:
     """A thread that reads the devices once a second into a CSV file, as a context manager.
 
-    latest: the last reading of each device, by name. Power and energy are those of the device that trains.
+    latest: the last reading of each device, by name. Power and energy are those of the device that trains, of all
+    processes where there are several: their readings reach the file and the sums by `exchange`.
     """
 
     def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
@@ -200,6 +216,8 @@ class HardwareMonitor:
         self.trains = f"gpu{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.latest: dict[str, dict] = {}
         self.hot_readings = 0  # in a row
+        self.rows: deque[dict] = deque()  # that are not in the file yet
+        self.others: list[tuple] = []  # watts and joules of other processes
         self.start = time.monotonic()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -207,16 +225,8 @@ class HardwareMonitor:
     def run(self) -> None:
         while True:
             self.read()
-            try:  # a run that goes on adds to the file; the times tell where it paused
-                with open(self.file, "a", newline="", encoding="utf-8") as stream:
-                    writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
-                    if not stream.tell():
-                        writer.writeheader()
-                    for device, reading in self.latest.items():
-                        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
-                        writer.writerow({"unix_time": round(time.time(), 2), "device": device, **shown})
-            except OSError:  # a full disk costs the row; what it costs the run, the run tells
-                pass
+            if not RANK:
+                self.write()
             if self.stop.wait(self.interval_seconds):
                 return
 
@@ -224,18 +234,50 @@ class HardwareMonitor:
         self.latest = {device.name: device.read() for device in self.devices}
         self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
 
+        for device, reading in self.latest.items():
+            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
+            self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})
+
+    def write(self) -> None:
+        """Add to the file what was read; that of a run that goes on has the times where it paused."""
+        rows = self.take()
+        try:
+            with open(self.file, "a", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+                if not stream.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+        except OSError:  # a full disk costs the rows; what it costs the run, the run tells
+            pass
+
+    def exchange(self) -> None:
+        """Let the first process have what the others have read; all have to call it."""
+        told = processes.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
+        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(told) if rank != RANK]
+        if not RANK:
+            self.rows.extend(row for rows, _, _ in told for row in rows)
+
+    def take(self) -> list[dict]:
+        return [self.rows.popleft() for _ in range(len(self.rows))]
+
     def gpu(self) -> dict | None:
         """The last reading of the GPU that trains."""
         return self.latest.get(self.trains) if self.trains != "cpu" else None
 
-    def power_w(self) -> float | None:
+    def own_power_w(self) -> float | None:
         return self.latest.get(self.trains, {}).get("power_w")
+
+    def own_energy_j(self) -> float | None:
+        if self.own_power_w() is None:
+            return None
+        return next(device.energy_j for device in self.devices if device.name == self.trains)
+
+    def power_w(self) -> float | None:
+        return add(self.own_power_w(), *(watts for watts, _ in self.others))
 
     def energy_j(self) -> float | None:
         """Since the start; None where power cannot be read."""
-        if self.power_w() is None:
-            return None
-        return next(device.energy_j for device in self.devices if device.name == self.trains)
+        return add(self.own_energy_j(), *(joules for _, joules in self.others))
 
     def mean_power_w(self) -> float | None:
         joules = self.energy_j()

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 import common.attention  # noqa: F401  registers sdpa_documents
+from common import processes
 from common.checkpoints import sync_files
 from common.settings import UserError, check_choice, nearest
 
@@ -97,7 +98,10 @@ def convert_gguf(file: Path) -> Path:
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]  # a second per GB
     folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
-    if not folder.is_dir():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # others may start at the same time
+        if folder.is_dir():
+            return folder
         print(f"converting {file.name} once, to {folder}", file=sys.stderr)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         options = dict(gguf_file=file.name, dtype=torch.bfloat16, **dequantized())
@@ -154,7 +158,7 @@ def choose_dtype(name: str | None) -> torch.dtype:
     check_choice("DTYPE", name, DTYPES)
     if name is not None:
         return getattr(torch, name)
-    device = PartialState().device.type
+    device = processes.device().type
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -166,7 +170,7 @@ def choose_attention(name: str | None, packing: bool) -> str:
     """The attention implementation asked for; for None, SDPA (per document where rows are packed on a CPU)."""
     if name is not None:
         return name
-    return "sdpa_documents" if packing and PartialState().device.type == "cpu" else "sdpa"
+    return "sdpa_documents" if packing and processes.device().type == "cpu" else "sdpa"
 
 
 def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -178,6 +182,7 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if processes.engine() == "fsdp" else torch.uint8,  # FSDP knows one dtype
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
@@ -223,7 +228,7 @@ def load_model(
         dtype=dtype,
         attn_implementation=attention,
         quantization_config=quantization_config(quantization, dtype),
-        device_map={"": PartialState().device},
+        device_map=None if processes.engine() in ("fsdp", "zero3") else {"": processes.device()},
         use_safetensors=True,
     )
     model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
@@ -324,14 +329,17 @@ def same_weights(one: list[float], other: list[float]) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.02)
 
 
-def save_final(folder: Path, model, tokenizer, base_fingerprint: list[float] | None = None) -> None:
-    """Write adapter or model, tokenizer with its template, and for an adapter its base's fingerprint."""
+def save_final(folder: Path, model, tokenizer, base_fingerprint=None, weights: dict | None = None) -> None:
+    """Write adapter or model, tokenizer with its template, and for an adapter its base's fingerprint.
+
+    weights: where the model holds only a part of them.
+    """
     # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
         options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": "5GB"}
-        model.save_pretrained(partial, **options)
+        model.save_pretrained(partial, state_dict=weights, **options)
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
     tokenizer.save_pretrained(partial)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from common import data, sources
+from common import data, processes, sources
 from common.checkpoints import hash_of, write_whole
 from common.encoding import ChatEncoder
 from common.settings import UserError
@@ -35,10 +35,10 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
         if settings["EVAL_DATA"] and not mark:
             held = f"EVAL_DATA={settings['EVAL_DATA']}"
             raise UserError(f"{held}: DATA is a prepared folder, with chats of its own to hold.")
-    elif not mark or not (folder / "report.json").is_file():  # or removed since
+    elif not mark or processes.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
         folder.mkdir(exist_ok=True)
         # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
-        publish(folder, prepare(settings, encoder, folder, keep_unlearned, processes=1))
+        processes.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
     try:
         loaded = load(folder, settings, encoder, keep_unlearned)
         if mark:
@@ -50,9 +50,7 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
         raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
 
 
-def prepare(
-    settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, processes=None, vocab=None
-) -> dict:
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None) -> dict:
     """Write train.parquet and eval.parquet into the folder; returns the account, for `publish`.
 
     Needs memory for one row group and about 100 bytes a chat, whatever the size of the sources.
@@ -64,7 +62,7 @@ def prepare(
         held = data.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, vocabulary)
         batches = itertools.chain(batches, ((0, batch) for _, batch in held))
     spool = folder / "spool.parquet"
-    encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, processes or os.cpu_count())
+    encoded = data.encode_all(batches, encoder, settings, keep_unlearned, counts, workers or os.cpu_count())
     sizes, times = write_spool(spool, encoded)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from common import gpu
+from common import gpu, processes
 from common.checkpoints import write_whole
 from common.events import Watch
+from common.settings import RANK
 
 LOGGED = (
     "loss",
@@ -72,6 +73,7 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if not ("loss" in logs or "eval_loss" in logs):
             return
+        self.monitor.exchange()
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         entry |= {k: logs[k] for k in LOGGED if k in logs}
         if "eval_loss" in logs:
@@ -161,7 +163,18 @@ def read_metrics(folder: Path) -> list[dict]:
 def finish(
     folder: Path, log: RunLog, train_loss: float, eval_loss: float | None, train_seconds: float, predicted: float | None
 ) -> None:
-    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last."""
+    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
+
+    Of several processes all have to call it: peaks are those of the process that held most, power that of all.
+    """
+    log.monitor.exchange()
+    peaks = zip(
+        *processes.gather((gpu.peak_vram_gib(), gpu.peak_rss_gib(), gpu.peak_vram_gib(reserved=True))), strict=True
+    )
+    peak_vram_gib, peak_rss_gib, reserved_gib = (None if None in peak else max(peak) for peak in peaks)
+    if RANK:
+        return
+    log.monitor.write()
     if eval_loss is not None and not math.isfinite(eval_loss):
         eval_loss = None
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -178,16 +191,16 @@ def finish(
         train_seconds=train_seconds,
         median_step_seconds=statistics.median(seconds) if seconds else None,
         max_step_seconds=max(seconds) if seconds else None,
-        peak_vram_gib=gpu.peak_vram_gib(),
-        peak_rss_gib=gpu.peak_rss_gib(),
+        peak_vram_gib=peak_vram_gib,
+        peak_rss_gib=peak_rss_gib,
         predicted_peak_gib=predicted,
         mean_power_w=log.monitor.mean_power_w(),
         energy_wh=None if joules is None else joules / 3600,
-        device=gpu.device_name(),
+        device=f"{processes.count()} x {gpu.device_name()}" if processes.count() > 1 else gpu.device_name(),
         command=about["command"],
         commit=about["commit"],
         verdict=", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
-        peak_vram_reserved_gib=gpu.peak_vram_gib(reserved=True),
+        peak_vram_reserved_gib=reserved_gib,
         tokens_per_joule=trainer.tokens / joules if joules else None,
         events=events,
     )

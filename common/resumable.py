@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from trl import SFTTrainer
 
-from common import checkpoints
+from common import checkpoints, processes
 from common.models import same_weights
-from common.settings import UserError
+from common.settings import RANK, UserError
 
 MAX_BAD_STEPS = 3  # not finite, in a row
 # A spike is a loss so many standard deviations above the mean of the last steps; OLMo-core's SkipStepOptimizer's rule.
@@ -33,6 +34,8 @@ class ResumableTrainer(SFTTrainer):
 
     stop: a runs.StopRequest, set before training; when it is wished, the run saves and ends.
     data_digest, base_fingerprint: of the training data and the base's weights; they go into the checkpoints.
+
+    Of several processes the first writes; what decides how the run goes on is agreed on in each step.
     """
 
     # What a checkpoint holds of the trainer itself, beside what Trainer saves.
@@ -59,7 +62,7 @@ class ResumableTrainer(SFTTrainer):
         self.metrics, self.unwritten = self.run / METRICS, b""  # lines that a full disk did not take
         self.save_total_limit, self.data_digest = save_total_limit, data_digest
         self.base_fingerprint = list(base_fingerprint)
-        self.stop = self.progress = None
+        self.stop = self.stopping = self.progress = None  # stopping: the signal, once all processes know of it
         self.tokens = 0  # seen in training by all processes, padding left out
         self.seconds, self.joules = 0.0, None  # spent in steps, by the whole run (energy: where it can be read)
         self.spikes = 0
@@ -82,7 +85,8 @@ class ResumableTrainer(SFTTrainer):
         finite, with 2 where the disk is too small or a checkpoint holds code.
         """
         folder, mark = checkpoint or (None, {"step": 0, "progress": None})
-        self.progress, self.saved_step = mark["progress"], mark["step"]
+        self.progress = [mark["progress"], *mark.get("progress_of_others", [])][RANK if folder else 0]
+        self.saved_step = mark["step"]
         if folder:
             print(f"going on from {folder.name}")
             now = self.about()["versions"]
@@ -91,7 +95,7 @@ class ResumableTrainer(SFTTrainer):
                 print(f"{name} was {before.get(name)}, now {now[name]}: results may differ a little", file=sys.stderr)
             if not same_weights(mark.get("base", []), self.base_fingerprint):
                 raise UserError("RESUME=auto would change the run: MODEL has other weights than it began with.", code=3)
-        checkpoints.clear(self.run, self.saved_step)
+        processes.on_first(lambda: checkpoints.clear(self.run, self.saved_step))
         self.began_from = folder
         try:
             result = super().train(resume_from_checkpoint=folder and str(folder))
@@ -106,7 +110,7 @@ class ResumableTrainer(SFTTrainer):
                 f"Lower LEARNING_RATE={self.args.learning_rate}, or look at DATA.",
                 code=4,
             )
-        if self.stop and self.stop.number is not None and self.state.global_step < self.state.max_steps:
+        if self.stopping is not None and self.state.global_step < self.state.max_steps:
             self.leave()
         return result
 
@@ -141,24 +145,31 @@ class ResumableTrainer(SFTTrainer):
         """Write a checkpoint and publish it in a thread; a save that fails is told and tried again, the run goes on."""
         step = self.state.global_step
         self.finish_publishing()
-        if self.gave_up or step == self.saved_step:
+        if self.gave_up or step == processes.gather(self.saved_step)[0]:
             return
-        checkpoint = self.run / f"checkpoint-{step}"
+        checkpoint, failed = self.run / f"checkpoint-{step}", ""
         try:
-            checkpoints.check_space(self.run, self.checkpoint_bytes())
+            processes.on_first(lambda: checkpoints.check_space(self.run, self.checkpoint_bytes()))
             super()._save_checkpoint(model, trial)
             if self.write_metrics():
                 raise OSError(errno.ENOSPC, "not all lines are written", METRICS)
-            shutil.copyfile(self.metrics, checkpoint / METRICS)
+            if not RANK:
+                shutil.copyfile(self.metrics, checkpoint / METRICS)
         except SAVE_ERRORS as error:
-            self.save_failed(checkpoint, error)
+            failed = str(error)
+        progress = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
+        said = processes.gather((failed, progress))
+        if any(failed for failed, _ in said):
+            self.save_failed(checkpoint, next(failed for failed, _ in said if failed))
+            return
+        if RANK:
             return
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
         about = self.about() | {"step": step, "data": self.data_digest, "base": self.base_fingerprint}
         about["eval_loss"] = None
         if self.evaluation and self.evaluation["step"] == step:
             about["eval_loss"] = self.evaluation["eval_loss"]
-        about["progress"] = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
+        about["progress"], *about["progress_of_others"] = (progress for _, progress in said)
         self.publishing = checkpoint, self.publisher.submit(self.publish, checkpoint, about)
 
     def about(self) -> dict:
@@ -180,13 +191,14 @@ class ResumableTrainer(SFTTrainer):
             try:
                 publishing.result()
             except OSError as error:
-                self.save_failed(checkpoint, error)
+                self.save_failed(checkpoint, str(error))
             else:
                 self.saved_step = checkpoints.step_of(checkpoint)
                 self.retry_at, self.retry_after = math.inf, 1
 
-    def save_failed(self, checkpoint: Path, error: Exception) -> None:
-        shutil.rmtree(checkpoint, ignore_errors=True)  # what is left does not count, and goes when the run starts again
+    def save_failed(self, checkpoint: Path, error: str) -> None:
+        if not RANK:  # what is left does not count, and goes when the run starts again
+            shutil.rmtree(checkpoint, ignore_errors=True)
         self.retry_at = self.state.global_step + self.retry_after
         self.retry_after *= 2
         again = f"; tried again at step {self.retry_at}" if self.retry_at <= self.state.max_steps else ""
@@ -197,7 +209,7 @@ class ResumableTrainer(SFTTrainer):
         self._save_checkpoint(self.model, None)
         self.finish_publishing()
         step = self.state.global_step
-        if self.saved_step != step:
+        if processes.gather(self.saved_step)[0] != step:
             raise UserError(
                 f"stopped at step {step}, which could not be saved: the same command goes on from the checkpoint "
                 f"before. Make room in OUT_DIR={self.run.parent}."
@@ -206,7 +218,7 @@ class ResumableTrainer(SFTTrainer):
             f"stopped at step {step}; the same command, with RUN_NAME={self.run.name}, goes on from there",
             file=sys.stderr,
         )
-        raise SystemExit(128 + self.stop.number)
+        raise SystemExit(128 + self.stopping)
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -221,35 +233,41 @@ class ResumableTrainer(SFTTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.finish_publishing()  # beside forward and backward, and before the next update could be lost, too
+        step = self.state.global_step + 1
         loss = torch.stack([loss for _, loss in self.micro_steps]).sum().item()
+        said = processes.gather((loss, step >= self.retry_at))
+        loss = sum(loss for loss, _ in said) / len(said)
+        self.control.should_save |= any(retry for _, retry in said)
         finite = math.isfinite(loss)
         if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
             finite &= math.isfinite(norm)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        step = self.state.global_step + 1
         if not finite:
             self.optimizer.zero_grad(set_to_none=True)
             self.bad_steps += 1
             self.bad_since_log += 1
             print(f"step {step}: loss or gradient not finite, no update", file=sys.stderr)
-            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= max(MAX_BAD_STEPS, self.state.max_steps / 100):
+            too_many = max(MAX_BAD_STEPS, self.state.max_steps / 100)
+            # DeepSpeed has updated already, and what it leaves out depends on the dtype.
+            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= too_many or self.is_deepspeed_enabled:
                 self.gave_up = self.control.should_training_stop = True
         else:
             if is_spike(loss, self.recent_losses):
                 self.report_spike(step, loss)
             self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]
         self.micro_steps = []
-        self.control.should_save |= step >= self.retry_at
         return norm
 
     def report_spike(self, step: int, loss: float) -> None:
         """Tell of a step's loss with the chats in it that have the highest."""
-        chats = []
+        rows, chats = [chat for inputs, _ in self.micro_steps for chat in chats_of(inputs)], []
+        rows += rows[-1:] * (max(processes.gather(len(rows))) - len(rows))  # shared weights are gathered by all at once
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for ids, labels in itertools.chain.from_iterable(chats_of(inputs) for inputs, _ in self.micro_steps):
+            for ids, labels in rows:
                 mean = self.compute_loss(self.model, self._prepare_inputs({"input_ids": ids, "labels": labels})).item()
                 chats.append({"loss": mean, "begins": self.processing_class.decode(ids[0, :100])})
+        chats = {chat["begins"]: chat for chats in processes.gather(chats) for chat in chats}.values()
         chats = sorted(chats, key=lambda chat: -chat["loss"])[:3]
         usual = statistics.fmean(self.recent_losses)
         self.spikes += 1
@@ -266,11 +284,9 @@ class ResumableTrainer(SFTTrainer):
 
     def begin(self) -> None:
         """To be called when Trainer has loaded everything: begin the log, or go on where the checkpoint was written."""
-        self.check_space()
+        processes.on_first(self.begin_metrics)
         if not self.began_from:
-            self.metrics.write_text("")
             return
-        shutil.copyfile(self.began_from / METRICS, self.metrics)
         self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
         for name in set(self.PROGRESS) & set(self.progress):  # a checkpoint of an earlier version holds fewer
             setattr(self, name, self.progress[name])
@@ -287,8 +303,17 @@ class ResumableTrainer(SFTTrainer):
         if self.evaluation_due:
             self.evaluate()
 
+    def begin_metrics(self) -> None:
+        self.check_space()
+        if self.began_from:
+            shutil.copyfile(self.began_from / METRICS, self.metrics)
+        else:
+            self.metrics.write_text("")
+
     def write_metrics(self, line: str = "") -> bytes:
         """Append to metrics.jsonl; what a full disk does not take waits for the next time, and is returned."""
+        if RANK:
+            return b""
         self.unwritten += line.encode()
         try:
             with open(self.metrics, "ab", buffering=0) as stream:
@@ -305,7 +330,23 @@ class ResumableTrainer(SFTTrainer):
         return self.unwritten
 
     def stop_wished(self) -> bool:
-        return self.stop is not None and self.stop.wished()
+        """Whether a stop is wished in any process; all have to call it."""
+        if self.stopping is None and self.stop is not None:
+            said = processes.gather(self.stop.number if self.stop.wished() else None)
+            self.stopping = next((number for number in said if number is not None), None)
+        return self.stopping is not None
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The trained weights on the CPU of the first process, where processes hold parts of them; else None."""
+        engine = processes.engine()
+        if engine == "fsdp":
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.model, options=options)
+        elif engine == "zero3":
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+        else:
+            return None
+        return weights
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:

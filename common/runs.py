@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers import PrinterCallback
 
-from common import checkpoints, doctor, gpu, prepared, report
+from common import checkpoints, doctor, gpu, prepared, processes, report
 from common.checkpoints import write_whole
 from common.settings import UserError
 
@@ -46,8 +46,8 @@ class Run:
 
 def begin(settings: dict, script: str, tokenizer, encoder, keep_unlearned: bool, trained_rows: list[int]) -> Run:
     """Run folder, checkpoint, data, doctor. keep_unlearned, trained_rows: see prepared.datasets_for, doctor.examine."""
-    folder = create_folder(settings["OUT_DIR"], settings["RUN_NAME"], script, settings)
-    checkpoint = checkpoints.newest_sound(folder) if settings["RESUME"] else None
+    folder = processes.on_first(lambda: create_folder(settings["OUT_DIR"], settings["RUN_NAME"], script, settings))
+    checkpoint = processes.on_first(lambda: checkpoints.newest_sound(folder)) if settings["RESUME"] else None
     mark = checkpoint[1] if checkpoint and not allowed_changes(settings) & set(DATA_SETTINGS) else None
     data = prepared.datasets_for(settings, encoder, folder / "data", keep_unlearned, mark)
     train_set, eval_set, account = data
@@ -90,6 +90,7 @@ def create_folder(out_dir: str, run_name: str | None, script: str, settings: dic
         commit=git_commit(),
         versions={"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         settings=settings,
+        **how_many(),
     )
     write_whole(folder / "settings.json", json.dumps(about, indent=1))
     return folder
@@ -110,10 +111,17 @@ def refuse_changes(folder: Path, settings: dict) -> None:
         folder / "settings.json",
     ]:
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            about = json.loads(file.read_text(encoding="utf-8"))
+            before, there_were = about["settings"], {name: about.get(name, now) for name, now in how_many().items()}
             break
         except (OSError, ValueError, KeyError, TypeError):
-            before = settings  # damaged; without any checkpoint the run starts again
+            before, there_were = settings, how_many()  # damaged; without any checkpoint the run starts again
+    if there_were != how_many():
+        raise UserError(
+            f"RESUME=auto: the run began with {there_were['processes']} processes ({there_were['engine']}), now there "
+            f"are {processes.count()} ({processes.engine()}). Start it as before, or start a new run.",
+            code=3,
+        )
     allowed = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT", *allowed_changes(settings)}
     changed = [k for k, v in settings.items() if k not in allowed and before.get(k) != v]
     if changed:
@@ -122,6 +130,11 @@ def refuse_changes(folder: Path, settings: dict) -> None:
         raise UserError(
             f"RESUME=auto would change the run: {difference}. Set it back, {allowing}or start a new run.", code=3
         )
+
+
+def how_many() -> dict:
+    """What must be the same when a run goes on: optimizer states, random numbers and rows belong to processes."""
+    return {"processes": processes.count(), "engine": processes.engine()}
 
 
 def allowed_changes(settings: dict) -> set[str]:
@@ -136,8 +149,12 @@ def allowed_changes(settings: dict) -> set[str]:
 
 
 def command() -> str:
-    """The command line of this run, without the interpreter's folder."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this run, without the interpreter's folder; of several processes, one that does the same."""
+    launcher = ["python"]
+    if processes.engine():
+        config = f"launch/{processes.engine()}.yaml"
+        launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(processes.count())]
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:
@@ -164,8 +181,8 @@ def carry_out(trainer, run: Run, fit, save) -> None:
     fit: the fitting.Fit by which the trainer computes; it goes into settings.json, and from there into checkpoints.
     """
     folder = run.folder
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    write_whole(folder / "settings.json", json.dumps(about | {"fit": fit.settings()}, indent=1))
+    about = json.loads((folder / "settings.json").read_text(encoding="utf-8")) | {"fit": fit.settings()}
+    processes.on_first(lambda: write_whole(folder / "settings.json", json.dumps(about, indent=1)))
     if (published := checkpoints.published(folder)) and published[0] != (run.checkpoint or [None])[0]:
         run.checkpoint = checkpoints.newest_sound(folder)  # memory ran out after it was written
     monitor = gpu.HardwareMonitor(folder / "hardware.csv")
@@ -176,11 +193,12 @@ def carry_out(trainer, run: Run, fit, save) -> None:
     with monitor, StopRequest(folder) as trainer.stop, log:
         train_loss = trainer.train(run.checkpoint).metrics["train_loss"]
         train_seconds = report.now() - started
-        save(folder / "final")  # before the evaluation, which may crash
+        weights = trainer.whole_weights()
+        processes.on_first(lambda: save(folder / "final", weights))  # before the evaluation, which may crash
         try:
             eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset else None
         except Exception as error:
-            if not gpu.is_out_of_memory(error):
+            if not gpu.is_out_of_memory(error) or processes.count() > 1:
                 raise
             trainer.args.per_device_eval_batch_size = 1  # training is done; it is not to begin again
             eval_loss = trainer.evaluate()["eval_loss"]
@@ -204,6 +222,8 @@ class StopRequest:
 
     def receive(self, number: int, frame) -> None:
         if self.number is not None:
+            if processes.count() > 1 and number != signal.SIGINT:
+                return  # a launcher passes on what a terminal or a scheduler has sent to every process
             raise KeyboardInterrupt
         self.number = number
         if number == getattr(signal, "SIGHUP", None):  # the terminal is gone; writing to it would end the run

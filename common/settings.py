@@ -20,6 +20,8 @@ from pathlib import Path
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
 
+RANK = int(os.environ.get("RANK", 0))  # of this process, where a launcher has started several
+
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 
 
@@ -119,10 +121,14 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
+    if RANK:  # what the first process says is enough
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     if any(argument in ("--help", "-h", "help") for argument in argv):
         print(help_text(namespace, settings.values()))
         raise SystemExit(0)
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "SAVE_STEPS" not in settings:
+            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only training uses several processes. Use python.")
         for name, setting in settings.items():
             if not has_type(namespace[name], setting["types"]):
                 raise UserError(f"{name} = {namespace[name]!r} in the script has the wrong type.")
@@ -170,8 +176,13 @@ def current(namespace: dict) -> dict:
 
 def exit_with(error: UserError):
     """Print the error to stderr and end with its exit code."""
-    print(redact(f"error: {error}"), file=sys.stderr)
+    complain(f"error: {error}\n")
     raise SystemExit(error.code)
+
+
+def complain(text: str) -> None:
+    """Write to stderr without secrets, from each of several processes."""
+    print(f"process {RANK}: " * bool(RANK) + redact(text), file=sys.__stderr__ if RANK else sys.stderr, end="")
 
 
 def run_main(main) -> None:
@@ -179,7 +190,7 @@ def run_main(main) -> None:
 
     Secrets are left out of tracebacks.
     """
-    sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), file=sys.stderr, end="")
+    sys.excepthook = lambda *error: complain("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from common import gpu
+from common import gpu, processes
 from common.loss import add_chunked_loss, supports_chunked_loss
 from common.resumable import ResumableTrainer
 from common.settings import UserError, check_choice
@@ -51,8 +51,30 @@ def check_settings(settings: dict) -> None:
         )
     if settings["MEMORY_LIMIT"]:
         gpu.read_size(settings["MEMORY_LIMIT"])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process only, so far. Start it with plain python.")
+    refuse_engine(settings)
+
+
+def refuse_engine(settings: dict) -> None:
+    """Refuse what cannot be combined with the way processes share the model, with the reason and what works."""
+    engine, optim, quantization = processes.engine(), settings["OPTIM"], settings.get("QUANTIZATION")
+    in_parts, probed = engine in ("fsdp", "zero3"), settings["EVAL_FACTS"] or settings["EVAL_PROMPTS"]
+    sizes = [os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("CP", "SP", "TP")]
+    for wrong, what, reason in (
+        (engine == "zero3" and quantization, f"QUANTIZATION={quantization} with DeepSpeed's stage 3",
+         "quantised weights cannot be shared out by it. launch/zero2.yaml works, and launch/fsdp.yaml with nf4."),
+        (engine == "fsdp" and quantization not in (None, "nf4"), f"QUANTIZATION={quantization} with FSDP",
+         "it shares out weights of one dtype. QUANTIZATION=nf4 works, or launch/ddp.yaml."),
+        (engine == "fsdp" and os.environ.get("FSDP_VERSION") != "2", "fsdp_version: 1",
+         "frozen and trained weights need FSDP2. Set fsdp_version: 2, as in launch/fsdp.yaml."),
+        (in_parts and ("8bit" in optim or "4bit" in optim or "paged" in optim), f"OPTIM={optim} with {engine}",
+         "its states cannot be shared out. OPTIM=adamw_torch_fused works, or launch/ddp.yaml."),
+        (in_parts and probed, f"EVAL_FACTS, EVAL_PROMPTS with {engine}",
+         "no process has the whole model to answer with. Ask afterwards: python evaluate_model.py."),
+        (set(sizes) != {"1"}, "parallelism_config with cp_size, sp_size or tp_size",
+         "packed chats and this loss need whole rows. GRADIENT_CHECKPOINTING=True or launch/fsdp.yaml saves memory."),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"{what}: {reason}")
 
 
 def choose_kl_weight(settings: dict, config, base_tokenizer, keeps_base: bool = True) -> float:
@@ -90,6 +112,7 @@ def arguments(settings: dict, fit, folder: Path, dtype: torch.dtype, evaluate: b
         eval_steps=settings["EVAL_STEPS"],
         save_strategy="steps" if settings["SAVE_STEPS"] else "no",
         save_steps=settings["SAVE_STEPS"] or 500,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -128,6 +151,12 @@ class ChatTrainer(ResumableTrainer):
 
     def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
         super().__init__(*args, **kwargs)
+        share = processes.count() * self.args.per_device_train_batch_size
+        blank = {"input_ids": [self.processing_class.eos_token_id], "labels": [-100], "seq_lengths": [1]}
+        self.rows = len(self.train_dataset)
+        if processes.count() > 1:
+            self.train_dataset = processes.with_blanks(self.train_dataset, blank, share)
+            self.eval_dataset = self.eval_dataset and processes.with_blanks(self.eval_dataset, blank, share)
         self.schedule, self.probe = schedule, probe
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
@@ -135,9 +164,7 @@ class ChatTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
-            ids = inputs["input_ids"]
-            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else ids.new_tensor(ids.numel())
-            self.tokens += int(self.accelerator.gather(seen[None]).sum())
+            self.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
         if not self.chunked or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -163,12 +190,14 @@ class ChatTrainer(ResumableTrainer):
             self.bad_since_log, self.divergences[2:] = 0, (0.0, 0)
             super().log(logs, start_time)
             return
-        if self.kl_weight and "loss" in logs:
-            logs["kl"] = self.divergences[2] / max(1, self.divergences[3])
-            logs["loss"] -= self.kl_weight * logs["kl"]
-            self.divergences[2:] = 0.0, 0
-        if self.kl_weight and "train_loss" in logs:
-            logs["train_loss"] -= self.kl_weight * self.divergences[0] / max(1, self.divergences[1])
+        if self.kl_weight and ("loss" in logs or "train_loss" in logs):
+            totals = [sum(numbers) for numbers in zip(*processes.gather(self.divergences), strict=True)]
+            if "loss" in logs:
+                logs["kl"] = totals[2] / max(1, totals[3])
+                logs["loss"] -= self.kl_weight * logs["kl"]
+                self.divergences[2:] = 0.0, 0
+            else:
+                logs["train_loss"] -= self.kl_weight * totals[0] / max(1, totals[1])
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
@@ -201,6 +230,11 @@ class ChatTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_train_sampler(self, *args):
+        if processes.count() == 1:
+            return super()._get_train_sampler(*args)
+        return processes.EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
             name, warmup_ratio, min_lr = self.schedule
@@ -211,6 +245,16 @@ class ChatTrainer(ResumableTrainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def count_tokens(inputs: dict) -> torch.Tensor:
+    """Of a batch, without padding and the single ones that are blank rows."""
+    if "attention_mask" in inputs:
+        lengths = inputs["attention_mask"].sum(1)
+        return lengths[lengths > 1].sum()
+    begins = inputs["position_ids"].flatten() == 0
+    ends = torch.cat([begins[1:], begins.new_ones(1)])
+    return (~(begins & ends)).sum()
 
 
 def learned_positions(labels: torch.Tensor) -> torch.Tensor:
