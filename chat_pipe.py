@@ -69,18 +69,18 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_settings()
-    rows = read_prompts(Path(PROMPTS)) if PROMPTS else []
+    asked = read_prompts(Path(PROMPTS)) if PROMPTS else []
     names = [MODEL, COMPARE] if COMPARE else [MODEL]
     speakers = {name: generation.Speaker(*generation.load_for_chat(name, QUANTIZATION, DTYPE)) for name in names}
     set_seed(SEED)
     if PROMPTS:
-        answer_file(speakers[MODEL], rows, Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl"))
+        answer_file(speakers[MODEL], asked, Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl"))
     elif PROMPT is not None:
         Talk(speakers).ask(PROMPT)
     elif not sys.stdin.isatty():
-        for line in sys.stdin:
-            if line.strip():
-                print(one_line(speakers[MODEL], line.strip()), flush=True)
+        for prompt in filter(None, map(str.strip, sys.stdin)):
+            _, ids = window(speakers[MODEL], [*opening(), {"role": "user", "content": prompt}])
+            print(" ".join("".join(stream(speakers[MODEL], ids)).split()), flush=True)
     else:
         converse(Talk(speakers))
 
@@ -126,12 +126,6 @@ def stream(speaker, ids: list[int]):
     return speaker.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
 
 
-def one_line(speaker, prompt: str) -> str:
-    """The answer to a single prompt, without line breaks."""
-    _, ids = window(speaker, [*opening(), {"role": "user", "content": prompt}])
-    return " ".join("".join(stream(speaker, ids)).split())
-
-
 class Talk:
     """A conversation with one model, or two side by side.
 
@@ -162,21 +156,17 @@ class Talk:
             except KeyboardInterrupt:
                 pass
             print(flush=True)
-            if speaker.last is None:  # stopped before it began
+            last = speaker.last
+            if last is None:  # stopped before it began
                 return
-            self.answers.append(speaker.last)
-            answers[name] = speaker.last.text.strip()
+            self.answers.append(last)
+            answers[name] = last.text.strip()
             if PROMPT is None:
-                print(self.describe(speaker))
+                used = f"context {last.prompt_tokens + last.tokens} of {context_of(speaker)}"
+                print(f"[{last.tokens} tokens, {last.tokens / last.seconds:.1f} tokens/s, {used}, {STOPS[last.stop]}]")
         if all(answers.values()):
             for name, history in self.histories.items():
                 history += [asked, {"role": "assistant", "content": answers[name]}]
-
-    def describe(self, speaker) -> str:
-        """The line after an answer."""
-        last = speaker.last
-        used = f"context {last.prompt_tokens + last.tokens} of {context_of(speaker)}"
-        return f"[{last.tokens} tokens, {last.tokens / last.seconds:.1f} tokens/s, {used}, {STOPS[last.stop]}]"
 
     def undo(self) -> str:
         """Take the last prompt and its answers back; returns the prompt."""
@@ -295,52 +285,46 @@ def change_setting(text: str) -> str:
     return f"({name}={globals()[name]}, was {before})"
 
 
-def read_prompts(file: Path) -> list[dict]:
-    """The rows of PROMPTS; UserError for one that holds no question."""
+def read_prompts(file: Path) -> list[tuple[dict, list[dict]]]:
+    """The rows of PROMPTS, each with the chat up to the question to be answered; UserError for one that has none."""
     if not file.is_file():
         raise UserError(f"PROMPTS={file}: there is no such file.")
-    rows = []
-    for number, row in sources.read_jsonl(file):
-        try:
-            question_of(row)
-        except UserError as error:
-            raise UserError(f"{file}:{number}: {error}") from None
-        rows.append(row)
-    return rows
-
-
-def question_of(row) -> list[dict]:
-    """The chat up to the question that is to be answered, the last of a row."""
-    if isinstance(row, shapes.Fault):
-        raise UserError(row)
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        row = {"prompt": row["prompt"], "completion": "to be answered"}
-    turns = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
-        row = row | {"messages": [*turns, {"role": "assistant", "content": "to be answered"}]}
-    chat = shapes.to_chat(row)
-    if isinstance(chat, str) or chat[0]["role"] == "text":
-        raise UserError(chat if isinstance(chat, str) else "row: a text without a question")
-    chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-    return chat if has_system(chat) else opening() + chat
-
-
-def answer_file(speaker, rows: list[dict], file: Path) -> None:
-    """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
-    by = {name: value for name, value in current(globals()).items() if name in MADE_BY} | {"weights": weights_written()}
     asked = []
-    for row in rows:  # all, before the first is answered
+    for number, row in sources.read_jsonl(file):
+        chat = question_of(row)
+        if isinstance(chat, str):
+            raise UserError(f"{file}:{number}: {chat}")
         if taken := ADDED & set(row):
-            raise UserError(f"PROMPTS={PROMPTS}: rows must not have a field {sorted(taken)[0]}, which the answers get.")
-        asked.append(window(speaker, question_of(row)))
+            raise UserError(f"{file}:{number}: rows must not have a field {sorted(taken)[0]}, which the answers get.")
+        asked.append((row, chat if has_system(chat) else opening() + chat))
+    return asked
+
+
+def question_of(row) -> list[dict] | str:
+    """The chat up to the question that is to be answered, the last of a row; or what is wrong with the row."""
+    match row:
+        case {"prompt": str(prompt)} if prompt.strip():
+            row = {"prompt": prompt, "completion": "to be answered"}
+        case {"messages": [*turns, {"role": "user"} as last]}:
+            row = row | {"messages": [*turns, last, {"role": "assistant", "content": "to be answered"}]}
+    chat = shapes.to_chat(row)
+    if isinstance(chat, list) and chat[0]["role"] == "text":
+        return "row: a text without a question"
+    return chat[:-1] if isinstance(chat, list) and chat[-1]["role"] == "assistant" else chat
+
+
+def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> None:
+    """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
+    source = models.locate(MODEL)
+    times = [weights.stat().st_mtime for weights in Path(source.adapter or source.path).glob("*.safetensors")]
+    by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
+    by["weights"] = max(times, default=None)  # when they were written: tells the answers of an earlier training apart
+    rows, views = [row for row, _ in asked], [window(speaker, chat) for _, chat in asked]
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
     begins, ends = [as_line(row)[:-2] for row in rows], as_line({"by": by})[1:]
-    if (
-        len(lines) > len(rows)
-        or any(line[: len(begin)] != begin[: len(line)] for line, begin in zip(lines, begins, strict=False))
-        or not all(line.endswith(ends) for line in whole)
-    ):
+    ours = all(line[: len(begin)] == begin[: len(line)] for line, begin in zip(lines, begins, strict=False))
+    if not ours or len(lines) > len(rows) or not all(line.endswith(ends) for line in whole):
         raise UserError(f"ANSWERS={file} holds something else, or answers by other settings: name another.", code=3)
     done = len(rows) if len(whole) == len(rows) else len(whole) // BATCH_SIZE * BATCH_SIZE
     with open(file, "ab") as stream:
@@ -348,27 +332,19 @@ def answer_file(speaker, rows: list[dict], file: Path) -> None:
         starts = range(done, len(rows), BATCH_SIZE)
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
             set_seed(SEED + start)
-            chats, ids = zip(*asked[start : start + BATCH_SIZE], strict=True)
+            chats, ids = zip(*views[start : start + BATCH_SIZE], strict=True)
             length = min(MAX_NEW_TOKENS, context_of(speaker) - max(map(len, ids)))
             how = dict(max_new_tokens=length, temperature=TEMPERATURE, top_p=TOP_P)
             given = generation.answers(speaker.model, speaker.tokenizer, chats, BATCH_SIZE, **how)
             for row, answer in zip(rows[start : start + BATCH_SIZE], given, strict=True):
-                stream.write(
-                    as_line(row | {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by})
-                )
+                added = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
+                stream.write(as_line(row | added))
             stream.flush()
     print(f"{len(rows)} answers: {file}")
 
 
 def as_line(row: dict) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
-
-
-def weights_written() -> float | None:
-    """When MODEL's weights were written, so that answers of an earlier training are told apart; None for the hub's."""
-    source = models.locate(MODEL)
-    times = [file.stat().st_mtime for file in Path(source.adapter or source.path).glob("*.safetensors")]
-    return max(times, default=None)
 
 
 if __name__ == "__main__":

@@ -77,16 +77,14 @@ def print_table(runs: dict[str, dict]) -> None:
 
 def draw(runs: dict[str, dict], file: Path) -> None:
     """Losses over tokens and over the time spent in steps: lines in training, dots on what was held out."""
-    import matplotlib  # slow import
+    import matplotlib  # slow imports
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 13})
-    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(12, 6))
-    for axes, unit, size, label in zip(
-        panels, ("tokens", "seconds"), (1000, 60), ("thousand tokens", "minutes"), strict=True
-    ):
+    matplotlib.rc("font", size=13)
+    figure = Figure(figsize=(12, 6), layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    units = ("tokens", 1000, "thousand tokens"), ("seconds", 60, "minutes")
+    for axes, (unit, size, label) in zip(panels, units, strict=True):
         for i, (name, run) in enumerate(runs.items()):
             for loss, style in (("loss", "-"), ("eval_loss", "o")):
                 points = [(m[unit] / size, m[loss]) for m in run["metrics"] if None not in (m.get(unit), m.get(loss))]
@@ -95,7 +93,6 @@ def draw(runs: dict[str, dict], file: Path) -> None:
         axes.set_xlabel(label)
     panels[0].set_ylabel("loss (nats a token); dots: held out")
     panels[0].legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
 
 

@@ -29,6 +29,7 @@ FIT: str | None = None  # "8GiB": print what fits in so much, the fastest first
 if __name__ == "__main__":
     apply_overrides(globals())
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -52,23 +53,22 @@ def main():
     source = models.locate(MODEL)
     config = models.load_config(source)
     models.check_length(source, MAX_LENGTH)
-    model, _ = build(config)
-    count = sum(p.numel() for p in models.empty_model(config, None, torch.bfloat16, "sdpa").parameters())
+    model, _ = build(config, METHODS[METHOD])
+    count = models.count_weights(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"{MODEL}: {count:,} weights; {METHOD} trains {trained:,}, {OPTIM if METHOD != 'galore' else 'galore'}, {DTYPE}"
-    )
+    optim = "galore" if METHOD == "galore" else OPTIM
+    print(f"{MODEL}: {count:,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
     step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, getattr(torch, DTYPE), DEVICE,
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
+    checkpointing = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
     try:
-        print_fits(config, step, size) if size else print_table(config, step)
+        print_fits(config, step, checkpointing, size) if size else print_table(config, step, checkpointing)
     except (NotImplementedError, ImportError, ValueError) as error:
         raise UserError(f"MODEL={MODEL} OPTIM={OPTIM} cannot be traced: {error}") from error
 
 
-def build(config, quantization: str | None = "of METHOD"):
+def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
-    quantization = METHODS[METHOD] if quantization == "of METHOD" else quantization
     attention = "sdpa_documents" if DEVICE == "cpu" and PACKING else "sdpa"
     like = config, quantization, getattr(torch, DTYPE), attention
     model = models.empty_model(*like)
@@ -86,24 +86,23 @@ def optimizer(model):
     return made
 
 
-def print_table(config, step: memory.Step):
+def print_table(config, step: memory.Step, columns: tuple[bool, ...]):
     """Memory by kind, with and without checkpointing."""
-    columns = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
+
+    def show(name: str, sizes) -> None:
+        print(f"{name:24}" + "".join(f"{size / GIB:17.2f}   " for size in sizes))
+
     steps = [replace(step, checkpointing=checkpointing) for checkpointing in columns]
-    parts = [memory.trace(*build(config), optimizer, step) for step in steps]
+    parts = [memory.trace(*build(config, METHODS[METHOD]), optimizer, step) for step in steps]
     print(f"\n{'GiB':24}" + "".join(f"checkpointing {'on' if c else 'off':6}" for c in columns))
     for kind in memory.KINDS:
-        print(f"{kind:24}" + "".join(f"{p[kind] / GIB:17.2f}   " for p in parts))
-    print(f"{'peak':24}" + "".join(f"{sum(p.values()) / GIB:17.2f}   " for p in parts))
+        show(kind, (p[kind] for p in parts))
+    show("peak", (sum(p.values()) for p in parts))
     if METHODS[METHOD]:
         plain = [memory.trace(*build(config, None), optimizer, step) for step in steps]
-        print(f"{'the same in 16 bits':24}" + "".join(f"{sum(p.values()) / GIB:17.2f}   " for p in plain))
-        print_formula(config.get_text_config(), [overhead(p, q) for p, q in zip(parts, plain, strict=True)])
-
-
-def overhead(parts: dict, plain: dict) -> float:
-    """GiB that quantisation costs, beside the weights that it saves."""
-    return sum((parts[kind] - plain[kind]) / GIB for kind in memory.KINDS if kind != "weights")
+        show("the same in 16 bits", (sum(p.values()) for p in plain))
+        beside = [[sum(p.values()) - p["weights"] for p in both] for both in zip(parts, plain, strict=True)]
+        print_formula(config.get_text_config(), [(ours - theirs) / GIB for ours, theirs in beside])
 
 
 def print_formula(config, traced: list[float]):
@@ -115,33 +114,29 @@ def print_formula(config, traced: list[float]):
         print(f"overhead of quantisation: {found} GiB traced; {bytes_ / GIB:.2f} by gpu_poor's formula")
 
 
-def print_fits(config, step: memory.Step, size: float):
-    """What fits into a size, in powers of two of tokens at once."""
+def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float):
+    """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
     budget = size * fitting.MARGIN[DEVICE] - (fitting.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
     smallest, found = 256 if PACKING else MAX_LENGTH, []
-    for checkpointing in (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,):
-        needs = {}
 
-        def fits(tokens, checkpointing=checkpointing, needs=needs):
-            rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
-            this = replace(step, rows=rows, length=length, checkpointing=checkpointing)
-            needs[tokens] = sum(memory.trace(*build(config), optimizer, this).values())
-            return needs[tokens] <= budget
+    @functools.cache
+    def needed(tokens: int, again: bool) -> int:
+        rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
+        this = replace(step, rows=rows, length=length, checkpointing=again)
+        return sum(memory.trace(*build(config, METHODS[METHOD]), optimizer, this).values())
 
-        for tokens in fitting.largest([smallest * 2**i for i in range(10)], fits):
-            found.append((fitting.relative_time(tokens, checkpointing, step), tokens, checkpointing, needs[tokens]))
+    possible = [smallest * 2**i for i in range(10)]
+    for again in choices:
+        for tokens in fitting.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
+            found.append((fitting.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))
     if not found:
-        raise UserError(
-            f"FIT={FIT}: not even {smallest} tokens fit. METHOD=qlora needs least; or take a smaller model."
-        )
+        raise UserError(f"FIT={FIT}: not even {smallest} tokens fit. Try METHOD=qlora, or a smaller model.")
     print(f"\nfits in {FIT} (used to {fitting.MARGIN[DEVICE]:.0%}), fastest first:")
     print("  tokens at once  checkpointing    GiB  time a token")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
-    for time, tokens, checkpointing, need in sorted(found):
-        form = f"  {tokens:14,}  {'on' if checkpointing else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
-        lengths = (
-            [n for n in (256 * 2**i for i in range(10)) if n <= min(tokens, positions)] if PACKING else [MAX_LENGTH]
-        )
+    for time, tokens, again, need in sorted(found):
+        form = f"  {tokens:14,}  {'on' if again else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
+        lengths = [n for n in possible if n <= min(tokens, positions)] if PACKING else [MAX_LENGTH]
         print(form + "   " + ", ".join(f"{tokens // n} x {n:,}" for n in lengths))
 
 

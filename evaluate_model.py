@@ -56,7 +56,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from common import checkpoints, facts, generation, health, judge, models, report, scores, sources
+from common import checkpoints, facts, generation, health, judge, models, prepared, report, scores, sources
 
 SUITE_NAMES = ("loss", "facts", "health", "judge")
 
@@ -77,12 +77,15 @@ def main():
         models.load_config(source)
     questions = facts.read_facts(FACTS) if FACTS and "facts" in suites else []
     prompts = facts.read_prompts(PROMPTS) if "health" in suites else []
-    chats = read_chats() if CHATS and "loss" in suites else {}
     if "loss" in suites and not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
+    chats = {}
+    for source in sources.parse(CHATS, "CHATS") if CHATS and "loss" in suites else ():
+        sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
+        chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
     for source in located.values() if chats else ():
         models.check_length(source, MAX_LENGTH)
-    server = open_judge([(name, located[name]) for name in names]) if "judge" in suites else None
+    server = open_judge(names, located) if "judge" in suites else None
     judged = read_questions() if server else []
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     cache = judge.Cache(Path(OUT_DIR) / "answers.jsonl")
@@ -108,7 +111,7 @@ def main():
 
     # Models against each other
     if server:
-        (judge_pairs if JUDGE_MODE == "pair" else judge_singly)(server, names, judged, answers, results)
+        score_by_judge(results, server, names, judged, answers)
     for name in names[1:]:
         report_change(names[0], name, results)
     for name in names:
@@ -120,50 +123,34 @@ def check_numbers() -> None:
         if globals()[name] < 1:
             raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
     if JUDGE_PRICE and not re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", JUDGE_PRICE):
-        raise UserError(
-            f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, such as "0.25,2.00".'
-        )
+        raise UserError(f'JUDGE_PRICE={JUDGE_PRICE}: dollars for a million tokens read and written, as "0.25,2.00".')
 
 
 def read_questions() -> list[dict]:
     """Questions of one or more turns, of a file or of a hub set with MT-Bench's prompts."""
-    if Path(QUESTIONS).is_file():
-        rows = list(sources.read_jsonl(Path(QUESTIONS)))
-    elif QUESTIONS.count("/") == 1 and not QUESTIONS.endswith((".jsonl", ".json")):
-        rows = list(enumerate(load_hub_questions(), 1))
+    if Path(QUESTIONS).is_file() or QUESTIONS.count("/") != 1 or QUESTIONS.endswith((".jsonl", ".json")):
+        rows = sources.read_rows(QUESTIONS, "QUESTIONS", " A hub set is written org/name.")
     else:
-        raise UserError(f"QUESTIONS={QUESTIONS}: there is no such file. A hub set is written org/name.")
+        import datasets  # slow import
+
+        try:
+            hub_rows = next(iter(datasets.load_dataset(QUESTIONS).values()))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"QUESTIONS={QUESTIONS} cannot be loaded from the hub: {reason}") from error
+        # HuggingFaceH4/mt_bench_prompts names the turns `prompt`.
+        rows = list(enumerate(({**row, "turns": row.get("turns") or row.get("prompt")} for row in hub_rows), 1))
     for number, row in rows:
-        for name in ("turns", "reference"):
-            texts = row.get(name) if isinstance(row, dict) else None
-            if not (isinstance(texts, list) and all(isinstance(t, str) and (t or name != "turns") for t in texts)):
-                if name == "turns" or texts is not None:
-                    raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `{name}` must be a list of texts.")
-            if name == "turns" and not texts:
-                raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `turns` is empty.")
-    if not rows:
-        raise UserError(f"QUESTIONS={QUESTIONS} is empty.")
+        turns, reference = (row.get(name) if isinstance(row, dict) else None for name in ("turns", "reference"))
+        if not is_texts(turns) or not turns or not all(turns):
+            raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `turns` must be a list of texts that are not empty.")
+        if reference is not None and not is_texts(reference):
+            raise UserError(f"QUESTIONS={QUESTIONS}:{number}: `reference` must be a list of texts.")
     return [{"question_id": number, "category": "all", **row} for number, row in rows]
 
 
-def load_hub_questions() -> list[dict]:
-    """Rows of a hub set such as HuggingFaceH4/mt_bench_prompts, whose turns are named `prompt`."""
-    import datasets  # slow import
-
-    try:
-        rows = next(iter(datasets.load_dataset(QUESTIONS).values()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"QUESTIONS={QUESTIONS} cannot be loaded from the hub: {str(error).splitlines()[0]}") from error
-    return [{**row, "turns": row.get("turns") or row.get("prompt")} for row in rows]
-
-
-def read_chats() -> dict[str, list]:
-    """By source: its first chats."""
-    sound = {}
-    for source in sources.parse(CHATS, "CHATS"):
-        found = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
-        sound[source.name] = list(itertools.islice(found, MAX_CHATS))
-    return sound
+def is_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def put(result: dict, name: str, value: float, interval: tuple[float, float], form: str, more: str = "") -> None:
@@ -193,19 +180,24 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
     rounds = {"": facts.ask(model, tokenizer, questions)}
     if FACT_SEEDS:
         rounds[" after small talk"] = facts.ask(model, tokenizer, questions, facts.SMALL_TALK)
-        rounds[" at temperature 1"] = []
-        for seed in range(FACT_SEEDS):
-            torch.manual_seed(seed)
-            rounds[" at temperature 1"] += facts.ask(model, tokenizer, questions, temperature=1.0)
-    result["answers"] = [row["answer"] for row in rounds[""]]
     for how, asked in rounds.items():
         for kind, (right, count) in facts.counts(asked).items():
-            if how != " at temperature 1":
-                put_share(result, kind + how, right, count)
-                continue
-            # A question asked again is no new question.
-            means = scores.means_by_question((row["question"], row["right"]) for row in asked if row["kind"] == kind)
-            put(result, kind + how, right / count, scores.bootstrap_mean(means), ".0%", f", {right} of {count}")
+            put_share(result, kind + how, right, count)
+    again = []
+    for seed in range(FACT_SEEDS):
+        torch.manual_seed(seed)
+        again += facts.ask(model, tokenizer, questions, temperature=1.0)
+    for kind, (right, count) in facts.counts(again).items():  # a question asked again is no new question
+        means = scores.means_by_question((row["question"], row["right"]) for row in again if row["kind"] == kind)
+        put(
+            result,
+            f"{kind} at temperature 1",
+            right / count,
+            scores.bootstrap_mean(means),
+            ".0%",
+            f", {right} of {count}",
+        )
+    result["answers"] = [row["answer"] for row in rounds[""]]
     for row in rounds[""] if show_misses else ():
         if not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
@@ -214,7 +206,7 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
 def score_health(result: dict, model, tokenizer, prompts: list[str]) -> None:
     """How answers look: whether they end, how long they are, whether they repeat themselves or speak for the user."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    given = list(generation.answers(model, tokenizer, chats, max_new_tokens=256, temperature=0.0, top_p=1.0))
+    given = list(generation.answers(model, tokenizer, chats, max_new_tokens=256))
     result["health"] = [answer.text for answer in given]
     for name, flags in health.examine(prompts, given).items():
         put_share(result, name, sum(flags), len(flags))
@@ -243,137 +235,72 @@ def score_by_harness(result: dict, model, tokenizer) -> None:
 
 def identity(source: models.Source) -> str:
     """Tells models apart by the hash of their weights, those of the hub by their commit."""
-    hashes = []
-    for folder in filter(None, (source.path, source.adapter)):
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            with open(file, "rb") as stream:
-                hashes.append(checkpoints.hash_of(stream))
+    folders = filter(None, (source.path, source.adapter))
+    hashes = [prepared.hash_file(file) for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
     commit = getattr(models.load_config(source), "_commit_hash", None)
     return "-".join([*(hashes or [commit or source.name]), str(QUANTIZATION), str(DTYPE)])
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -> list[list[str]]:
     """A model's answers, for each question those of its turns; kept in the cache as they are made."""
-    given: list[list[str]] = [[] for _ in questions]
+    chats: list[list[dict]] = [[] for _ in questions]
+    encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
     for turn in range(max(len(question["turns"]) for question in questions)):
-        open_ = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
-        chats = {i: chat_of(questions[i]["turns"][: turn + 1], given[i]) for i in open_}
-        asked = {i: generation.encoder_of(tokenizer, tokenizer.chat_template).prompt(chats[i]) for i in open_}
-        ends = generation.end_tokens(model, tokenizer)
-        keys = {i: judge.key_of(who, asked[i], ends, ANSWER_TOKENS) for i in open_}
-        new = [i for i in open_ if keys[i] not in cache.known]
-        made = generation.answers(
-            model, tokenizer, [chats[i] for i in new], max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_p=1.0
-        )
+        keys = {}
+        for i, question in enumerate(questions):
+            if turn < len(question["turns"]):
+                chats[i].append({"role": "user", "content": question["turns"][turn]})
+                keys[i] = judge.key_of(who, encoder.prompt(chats[i]), ends, ANSWER_TOKENS)
+        new = [i for i in keys if keys[i] not in cache.known]
+        made = generation.answers(model, tokenizer, [chats[i] for i in new], max_new_tokens=ANSWER_TOKENS)
         for i, answer in zip(new, made, strict=True):
             cache.add(keys[i], question=questions[i]["question_id"], turn=turn + 1, answer=answer.text)
-        for i in open_:
-            given[i].append(cache.known[keys[i]]["answer"])
-    return given
+        for i, key in keys.items():
+            chats[i].append({"role": "assistant", "content": cache.known[key]["answer"]})
+    return [[message["content"] for message in chat[1::2]] for chat in chats]
 
 
-def chat_of(turns: list[str], answers: list[str]) -> list[dict]:
-    """The conversation up to the last of the turns, which is not answered yet."""
-    pairs = itertools.zip_longest(turns, answers)
-    messages = [(("user", turn), ("assistant", answer)) for turn, answer in pairs]
-    return [{"role": role, "content": text} for pair in messages for role, text in pair if text is not None]
-
-
-def open_judge(candidates: list[tuple[str, models.Source]]) -> judge.Server:
+def open_judge(names: list[str], located: dict[str, models.Source]) -> judge.Server:
     check_choice("JUDGE_MODE", JUDGE_MODE, ("single", "pair"))
     check_choice("JUDGE_SCALE", JUDGE_SCALE, judge.SCALES)
     if not JUDGE_MODEL:
         raise UserError("SUITES=judge needs JUDGE_MODEL, the judge's name on its server (JUDGE_URL).")
-    if JUDGE_MODE == "pair" and len(candidates) < 2:
+    if JUDGE_MODE == "pair" and len(names) < 2:
         raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
-    for name, source in candidates:
-        if judge.is_family(JUDGE_MODEL, source.name):
+    for name in names:
+        if judge.is_family(JUDGE_MODEL, located[name].name):
             print(f"note: {JUDGE_MODEL} judges {name}, a model of its own family; judges favour those")
     return judge.Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
 
 
-def collect(server: judge.Server, tasks: dict) -> dict:
-    """By task: the replies of all repeats, None for those that failed; shows how many are in."""
+def score_by_judge(results: dict, server: judge.Server, names: list[str], questions: list[dict], answers: dict) -> None:
+    """Ask for all judgments, show how many are in, score each model by them, and print what they cost."""
+    pairs, tasks = JUDGE_MODE == "pair", {}  # by name, number of the question, and turn, or place in the pair
+    for name, (i, question) in itertools.product(names[1:] if pairs else names, enumerate(questions)):
+        own, firsts = answers[name][i], answers[names[0]][i]
+        if pairs:
+            tasks[name, i, "A"] = judge.pair_messages(question, own, firsts)
+            tasks[name, i, "B"] = judge.pair_messages(question, firsts, own)
+        else:
+            for turn in range(len(own)):
+                tasks[name, i, turn] = judge.single_messages(question, own, turn, JUDGE_SCALE)
+    verdicts = {task: [None] * JUDGE_REPEATS for task in tasks}
     cache = judge.Cache(Path(OUT_DIR) / "judgments.jsonl")
-    replies = {name: [None] * JUDGE_REPEATS for name in tasks}
     with report.progress("judgments", len(tasks) * JUDGE_REPEATS) as advance:
-        for name, repeat, reply in judge.judge_all(server, cache, tasks, JUDGE_REPEATS, JUDGE_IN_FLIGHT):
-            replies[name][repeat] = reply
+        for task, repeat, reply in judge.judge_all(server, cache, tasks, JUDGE_REPEATS, JUDGE_IN_FLIGHT):
+            verdicts[task][repeat] = judge.preference(reply) if pairs else judge.grade(reply, JUDGE_SCALE)
             advance()
-    return replies
-
-
-def judge_singly(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
-    """A grade for each answer; means by turn and by category, with intervals over questions."""
-    tasks = {
-        (name, i, turn): judge.single_messages(question, answers[name][i], turn, JUDGE_SCALE)
-        for name in names
-        for i, question in enumerate(questions)
-        for turn in range(len(question["turns"]))
-    }
-    found = {
-        task: [judge.grade(reply, JUDGE_SCALE) for reply in given] for task, given in collect(server, tasks).items()
-    }
-    columns = {f"turn {turn + 1}": {(i, turn) for i in range(len(questions))} for turn in {turn for *_, turn in tasks}}
-    columns["average"] = {(i, turn) for _, i, turn in tasks}
-    categories = dict.fromkeys(question["category"] for question in questions)
-    for category in categories if len(categories) > 1 else ():
-        columns[category] = {(i, turn) for _, i, turn in tasks if questions[i]["category"] == category}
-    print(f"\n{JUDGE_MODEL}, scale {JUDGE_SCALE}, {len(questions)} questions, {JUDGE_REPEATS} judgments of each answer")
-    for name in names:
-        print(name)
-        sound = {task[1:]: grades for task, grades in found.items() if task[0] == name and set(grades) != {None}}
-        grades_of = {at: statistics.median(g for g in grades if g is not None) for at, grades in sound.items()}
-        results[name]["judged"] = {f"{i}, turn {turn + 1}": grade for (i, turn), grade in grades_of.items()}
-        for column, members in columns.items():
-            means = scores.means_by_question((at[0], grade) for at, grade in grades_of.items() if at in members)
-            if means:
-                mean, interval = statistics.fmean(means), scores.bootstrap_mean(means)
-                put(results[name], f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
-        report_failures(results[name], [grade for task, grades in found.items() if task[0] == name for grade in grades])
-    print_costs(server)
-
-
-def report_failures(result: dict, verdicts: list) -> None:
-    result["judge failures"] = verdicts.count(None)
-    print(f"  no verdict: {verdicts.count(None)} of {len(verdicts)} judgments")
-
-
-def judge_pairs(server, names: list[str], questions: list[dict], answers: dict, results: dict) -> None:
-    """Each model against the first, both orders; who wins one order only has not won."""
-    first = names[0]
-    tasks = {}
-    for name in names[1:]:
-        for i, question in enumerate(questions):
-            tasks[name, i, "A"] = judge.pair_messages(question, answers[name][i], answers[first][i])
-            tasks[name, i, "B"] = judge.pair_messages(question, answers[first][i], answers[name][i])
-    found = {task: [judge.preference(reply) for reply in given] for task, given in collect(server, tasks).items()}
-    print(f"\n{JUDGE_MODEL}, each question in both orders, {JUDGE_REPEATS} judgments of each")
-    for name in names[1:]:
-        both = []  # of each question: the model's points where it stands as A, and as B
-        for i in range(len(questions)):
-            sound = [[0.5 if v == "C" else float(v == place) for v in found[name, i, place] if v] for place in "AB"]
-            both += [tuple(map(statistics.median, sound))] if all(sound) else []
-        shares = [one if one == other else 0.5 for one, other in both]
-        if shares:
-            mean, (low, high) = statistics.fmean(shares), scores.bootstrap_mean(shares)
-            counts = (
-                f"{shares.count(1)} won, {len(shares) - shares.count(1) - shares.count(0)} tied, {shares.count(0)} lost"
-            )
-            more = f", {counts}: {verdict(low - 0.5, high - 0.5)}"
-            put(results[name], f"points of {name} against {first}", mean, (low, high), ".0%", more)
-            print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")
-        report_failures(results[name], [v for task, verdicts in found.items() if task[0] == name for v in verdicts])
-    print_costs(server)
-
-
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says."""
-    return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
-
-
-def print_costs(server) -> None:
-    """Requests, tokens, and what they cost."""
+    how = "each question in both orders" if pairs else f"scale {JUDGE_SCALE}, {len(questions)} questions"
+    print(f"\n{JUDGE_MODEL}, {how}, {JUDGE_REPEATS} judgments of {'each' if pairs else 'each answer'}")
+    for name in names[1:] if pairs else names:
+        given = {task[1:]: found for task, found in verdicts.items() if task[0] == name}
+        if pairs:
+            score_pairs(results[name], f"{name} against {names[0]}", given)
+        else:
+            print(name)
+            score_grades(results[name], questions, given)
+        missing = results[name]["judge failures"] = sum(found.count(None) for found in given.values())
+        print(f"  no verdict: {missing} of {len(given) * JUDGE_REPEATS} judgments")
     counts = server.counts
     line = ", ".join(f"{name.strip()} {count:,}" for name, count in counts.items()) or "all from judgments.jsonl"
     if JUDGE_PRICE:
@@ -381,6 +308,44 @@ def print_costs(server) -> None:
         cost = (counts["prompt tokens"] * read + counts["completion tokens"] * written) / 1e6
         line += f"; {cost:.2f} US dollars"
     print(f"judge: {line}")
+
+
+def score_grades(result: dict, questions: list[dict], given: dict) -> None:
+    """Means of the grades by turn and by category, with intervals over questions."""
+    valid = {at: [grade for grade in grades if grade is not None] for at, grades in given.items()}
+    grades = {at: statistics.median(found) for at, found in valid.items() if found}
+    result["judged"] = {f"{i}, turn {turn + 1}": grade for (i, turn), grade in grades.items()}
+    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in given})]
+    categories = list(dict.fromkeys(question["category"] for question in questions))
+    for column in [*turns, "average", *(categories if len(categories) > 1 else ())]:
+        means = scores.means_by_question(
+            (i, grade)
+            for (i, turn), grade in grades.items()
+            if column in (f"turn {turn + 1}", "average", questions[i]["category"])
+        )
+        if means:
+            mean, interval = statistics.fmean(means), scores.bootstrap_mean(means)
+            put(result, f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
+
+
+def score_pairs(result: dict, versus: str, given: dict) -> None:
+    """The share of points; who wins in one order only has not won."""
+    points = {at: [0.5 if v == "C" else float(v == at[1]) for v in found if v] for at, found in given.items()}
+    medians = {at: statistics.median(found) for at, found in points.items() if found}
+    # Of each question: the model's points where it stands as A, and as B.
+    both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
+    shares = [one if one == other else 0.5 for one, other in both]
+    if shares:
+        mean, (low, high) = statistics.fmean(shares), scores.bootstrap_mean(shares)
+        won, lost = shares.count(1), shares.count(0)
+        counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost"
+        put(result, f"points of {versus}", mean, (low, high), ".0%", f", {counts}: {verdict(low - 0.5, high - 0.5)}")
+        print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says."""
+    return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
 
 
 def report_change(first: str, name: str, results: dict) -> None:
@@ -420,35 +385,26 @@ def save(name: str, result: dict) -> None:
 
 def draw(file: Path, name: str, result: dict) -> None:
     """Scores with their intervals, a panel for each kind of number."""
-    import matplotlib  # slow import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow import
 
     panels = {}
     for key, value in result["scores"].items():
         kind = next((kind for kind in ("judge", "change", "loss") if key.startswith(kind)), "share")
-        panels.setdefault(kind, []).append(
-            (key.removeprefix("judge "), value, *(result["intervals"][key] or (value, value)))
-        )
+        low, high = result["intervals"][key] or (value, value)
+        panels.setdefault(kind, []).append((key.removeprefix("judge "), value, value - low, high - value))
     if not panels:
         return
     sizes = [len(rows) for rows in panels.values()]
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(8, 1 + 0.5 * sum(sizes) + len(panels)), height_ratios=sizes, squeeze=False
-    )
-    for panel, (kind, rows) in zip(axes[:, 0], panels.items(), strict=True):
-        labels, values, lows, highs = zip(*rows, strict=True)
-        around = [[v - low for v, low in zip(values, lows, strict=True)],
-                  [high - v for v, high in zip(values, highs, strict=True)]]  # fmt: skip
+    figure = Figure(figsize=(8, 1 + 0.5 * sum(sizes) + len(panels)), layout="tight")
+    axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    for panel, (kind, rows) in zip(axes, panels.items(), strict=True):
+        labels, values, *around = zip(*rows, strict=True)
         panel.errorbar(values, range(len(rows)), xerr=around, fmt="o", capsize=4)
         panel.set_yticks(range(len(rows)), labels)
         panel.invert_yaxis()
         panel.set_xlabel(kind)
     figure.suptitle(name)
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

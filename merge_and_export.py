@@ -186,13 +186,13 @@ def merge(source: models.Source, quantization: str | None, tokenizer, folder: Pa
 
 def prove_merged(folder: Path, tokenizer, reference, bound: float):
     """The saved model, and its KL divergence from the trained one; rejected where that is too far, or tokens differ."""
-    saved = models.load_model(models.locate(str(folder)), None, proof_dtype(), "sdpa").eval()
+    source = models.locate(str(folder))
+    saved = models.load_model(source, None, proof_dtype(), "sdpa").eval()
     kl, fault = reference.compare(saved)["kl"], None
-    encoders = ChatEncoder(tokenizer), ChatEncoder(models.load_tokenizer(models.locate(str(folder))))
-    for text in proof.TEXTS:
-        prompts = [encoder.prompt([{"role": "user", "content": text}]) for encoder in encoders]
-        if prompts[0] != prompts[1]:
-            fault = f"its saved tokenizer splits {text!r} in another way"
+    encoders = ChatEncoder(tokenizer), ChatEncoder(models.load_tokenizer(source))
+    for chat in ([{"role": "user", "content": text}] for text in proof.TEXTS):
+        if encoders[0].prompt(chat) != encoders[1].prompt(chat):
+            fault = f"its saved tokenizer splits {chat[0]['content']!r} in another way"
     if not kl <= bound:
         fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
     if fault:
@@ -238,9 +238,8 @@ def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) ->
         file = folder / f"{model_name()}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
         note = write_gguf(partial, folder / "final", config, tokenizer, kind)
-        r = {"file": file.name, "note": note} | proof.examine(
-            partial, kind, config, tokenizer, reference, proof_dtype()
-        )
+        r = proof.examine(partial, kind, config, tokenizer, reference, proof_dtype())
+        r = {"file": file.name, "note": note} | r
         partial.rename(f"{file}.rejected" if r["faults"] else file)
         results.append({name: None if value == math.inf else value for name, value in r.items()})
         kl, perplexity = ("-" if r[name] is None else f"{r[name]:.4g}" for name in ("kl", "perplexity"))

@@ -66,17 +66,14 @@ def main():
 
 def plot_lengths(histogram: list[int], file):
     """Draw how many chats have how many tokens: counts in equal bins from 0 to MAX_LENGTH."""
-    import matplotlib  # slow import
+    from matplotlib.figure import Figure  # slow import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4), layout="tight")
+    axes = figure.subplots()
     width = MAX_LENGTH / len(histogram)
     axes.bar([i * width for i in range(len(histogram))], histogram, width, align="edge")
     axes.set_xlabel("tokens of a chat")
     axes.set_ylabel("chats")
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
 
 

@@ -61,7 +61,7 @@ def matcher(pattern: str | None):
 
 
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, items: list[tuple[str, list[dict]]]):
-    """Encode chats, each with its place `file:line`: (rows, their places, counts by reason).
+    """Encode chats, each with its place `file:line`: (rows, each with its place, and counts by reason).
 
     The reasons begin with `dropped: ` or `changed: `.
     """
@@ -74,24 +74,21 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, ite
             counts["changed: cut at a question without an answer"] += 1
             chat = chat[:-1]
         chats.append((place, chat))
-    rows, places = [], []
+    rows: list[tuple[str, Encoded]] = []
     encoded = encoder.encode([chat for _, chat in chats], settings["TRAIN_ON"])
     for (place, _), row in zip(chats, encoded, strict=True):
         if len(row.ids) > settings["MAX_LENGTH"]:
             if settings["TOO_LONG"] == "error":
-                raise UserError(
-                    f"{place}: {len(row.ids):,} tokens, more than MAX_LENGTH={settings['MAX_LENGTH']}. "
-                    "TOO_LONG=cut cuts at a turn."
-                )
+                size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={settings['MAX_LENGTH']}"
+                raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
             row = cut(row, settings["MAX_LENGTH"]) if settings["TOO_LONG"] == "cut" else None
             what = "dropped: longer than MAX_LENGTH" if row is None else "changed: cut at a turn to fit MAX_LENGTH"
             counts[what] += 1
         if row is not None and not keep_unlearned and not row.learned.any():
             counts["dropped: no answer to learn, all have weight 0"] += 1
         elif row is not None:
-            rows.append(row)
-            places.append(place)
-    return rows, places, counts
+            rows.append((place, row))
+    return rows, counts
 
 
 def cut(row: Encoded, max_length: int) -> Encoded | None:
@@ -148,10 +145,10 @@ def encode_all(batches: Iterator, encoder, settings: dict, keep_unlearned: bool,
     else:
         results = encode_in_pool(batches, arguments, processes)
     trained, held_out = set(), set()
-    for times, (rows, places, more) in results:
+    for times, (rows, more) in results:
         counts.update(more)
         fresh = []
-        for row, place in zip(rows, places, strict=True):
+        for place, row in rows:
             # What is left after cutting counts. 64 bits: one false duplicate in a billion for 200,000 chats.
             key = int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest())
             seen = trained if times else held_out

@@ -1,5 +1,6 @@
 """The doctor: looks at the rows a run is about to learn from, shows some, and stops the run on a fault."""
 
+import itertools
 import os
 import re
 import sys
@@ -53,17 +54,15 @@ def show(row: dict, tokenizer) -> None:
 
 def runs_of(row: dict):
     """A row's tokens as (learned, ids) in runs."""
-    start, ids, labels = 0, row["input_ids"], row["labels"]
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
-            yield labels[start] != IGNORE_INDEX, ids[start:end]
-            start = end
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for learned, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+        yield learned, [token for token, _ in run]
 
 
 def row_faults(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: dict, held: bool):
     """Faults of the rows themselves, each kind with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
-    bos = tokenizer.bos_token_id
+    bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
     faults = {
         "nothing in it is learned (answers of weight 0? KL_WEIGHT=1 would hold them)": lambda row: (
             not held and all(label == IGNORE_INDEX for label in row["labels"])
@@ -73,9 +72,7 @@ def row_faults(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: dict
             and any(learned and ids[-1] not in (end, tokenizer.eos_token_id) for learned, ids in runs_of(row))
         ),
         "it begins with two BOS tokens": lambda row: bos is not None and row["input_ids"][:2] == [bos, bos],
-        f"it is longer than MAX_LENGTH={settings['MAX_LENGTH']}": lambda row: (
-            len(row["input_ids"]) > settings["MAX_LENGTH"]
-        ),
+        f"it is longer than MAX_LENGTH={longest}": lambda row: len(row["input_ids"]) > longest,
     }
     for fault, is_ill in faults.items():
         ill = [row for row in rows if is_ill(row)]

@@ -51,11 +51,9 @@ class ChatEncoder:
         self.backend.no_padding()
         self.backend.no_truncation()
         # An end token that swallows the white space after it must do so here, too, with our mark in between.
-        swallow = end is not None and end.rstrip
-        self.backend.add_special_tokens(
-            [AddedToken(START, normalized=False), AddedToken(END, normalized=False, rstrip=swallow)]
-            + [AddedToken(BREAK, normalized=False)]
-        )
+        swallow = {END: end is not None and end.rstrip}
+        marks = [AddedToken(mark, normalized=False, rstrip=swallow.get(mark, False)) for mark in (START, END, BREAK)]
+        self.backend.add_special_tokens(marks)
         self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
@@ -66,10 +64,8 @@ class ChatEncoder:
                 **self.variables, **options,
             )  # fmt: skip
         except TEMPLATE_ERRORS as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise UserError(
-                f"CHAT_TEMPLATE refuses a chat ({roles}): {error}. Change the chat or the template."
-            ) from error
+            chat = ", ".join(m["role"] for m in messages)
+            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change the one or the other.") from error
         return texts[0], passages[0] if self.marked else []
 
     def mark(self, messages: list[dict], **options) -> str:
@@ -77,22 +73,18 @@ class ChatEncoder:
 
         Raises UserError when the answers cannot be told apart from what is around them.
         """
-        if messages[0]["role"] == "text":
-            content = self.as_text(messages)[0]["content"]
-            eos = self.variables.get("eos_token", "")
-            bos = self.variables["bos_token"] if self.adds_bos else ""
-            return f"{bos}{START}{content}{eos}{END}"
         messages = self.as_text(messages)
+        if messages[0]["role"] == "text":
+            bos = self.variables["bos_token"] if self.adds_bos else ""
+            return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
         text, passages = self.render(messages, **options)
         if not self.marked:
             passages = [
                 self.find_answer(text, messages[:i], m) for i, m in enumerate(messages) if m["role"] == "assistant"
             ]
-        answers = sum(m["role"] == "assistant" for m in messages)
-        if len(passages) != answers:
-            raise UserError(
-                f"CHAT_TEMPLATE marks {len(passages)} passages in a chat of {answers} answers; mark each once."
-            )
+        found, answers = len(passages), sum(m["role"] == "assistant" for m in messages)
+        if found != answers:
+            raise UserError(f"CHAT_TEMPLATE marks {found} passages in a chat of {answers} answers; mark each once.")
         pieces, at = [], 0
         for start, end in passages:
             pieces += [text[at:start], START, text[start:end], END]
@@ -125,11 +117,10 @@ class ChatEncoder:
             return text
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
-            bare = pieces[i].lstrip(START + END + BREAK)
+            marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
             if i and self.swallows[pieces[i - 1]]:
                 bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
-                marks = pieces[i][: len(pieces[i]) - len(pieces[i].lstrip(START + END + BREAK))]
                 pieces[i] = marks + "\u2581" + bare
         return "".join(pieces)
 
@@ -180,10 +171,8 @@ def take_prefix(backend: Tokenizer) -> Prefix | None:
     spec = json.loads(backend.to_str())
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
-        spec["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [s for s in steps if s.get("type") not in ("Prepend", "Sequence")],
-        }
+        others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": others}
         backend.normalizer = Tokenizer.from_str(json.dumps(spec)).normalizer
         return Prefix(everywhere=True, once=False)
     metaspace = spec["pre_tokenizer"] or {}

@@ -1,7 +1,6 @@
 """Questions with patterns that a right answer matches: does a model know its name, and what it was taught?"""
 
 import re
-from pathlib import Path
 
 from common import generation, sources
 from common.settings import UserError
@@ -17,47 +16,39 @@ ANSWER_TOKENS = 64
 
 def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
     """Questions, each with a kind and the pattern (regular expression) that a right answer matches."""
-    if not Path(file).is_file():
-        raise UserError(f"{setting}={file}: there is no such file.")
-    rows = []
-    for number, row in sources.read_jsonl(Path(file)):
+    facts = []
+    for number, row in sources.read_rows(file, setting):
         try:
             re.compile(row["pattern"])
-            rows.append({key: row[key] for key in ("kind", "question", "pattern")})
+            facts.append({key: row[key] for key in ("kind", "question", "pattern")})
         except (KeyError, TypeError, re.error) as error:
             raise UserError(f"{file}:{number}: needs kind, question and a valid pattern ({error!r})") from error
-    if not rows:
-        raise UserError(f"{setting}={file} holds no question.")
-    return rows
+    return facts
 
 
 def ask(model, tokenizer, facts: list[dict], before: tuple | list = (), temperature: float = 0.0) -> list[dict]:
     """The facts, each with the model's answer and whether it is right. before: messages of a chat that is going on."""
     chats = [[*before, {"role": "user", "content": fact["question"]}] for fact in facts]
-    settings = dict(max_new_tokens=ANSWER_TOKENS, temperature=temperature, top_p=1.0)
-    given = [answer.text for answer in generation.answers(model, tokenizer, chats, **settings)]
+    given = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS, temperature=temperature)
     return [
-        {**fact, "answer": answer, "right": bool(re.search(fact["pattern"], answer))}
+        {**fact, "answer": answer.text, "right": bool(re.search(fact["pattern"], answer.text))}
         for fact, answer in zip(facts, given, strict=True)
     ]
 
 
 def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
     """By kind: right answers, and questions."""
-    kinds = dict.fromkeys(row["kind"] for row in asked)
-    rights = {kind: [row["right"] for row in asked if row["kind"] == kind] for kind in kinds}
+    rights: dict[str, list[bool]] = {}
+    for row in asked:
+        rights.setdefault(row["kind"], []).append(row["right"])
     return {kind: (sum(right), len(right)) for kind, right in rights.items()}
 
 
 def read_prompts(file: str, setting: str = "PROMPTS") -> list[str]:
     """The prompts of a file with rows of {"prompt": text}."""
-    if not Path(file).is_file():
-        raise UserError(f"{setting}={file}: there is no such file.")
-    rows = list(sources.read_jsonl(Path(file)))
+    rows = sources.read_rows(file, setting)
     if faulty := [n for n, row in rows if not isinstance(row, dict) or not isinstance(row.get("prompt"), str)]:
         raise UserError(f'{setting}={file}:{faulty[0]}: a row is {{"prompt": text}}.')
-    if not rows:
-        raise UserError(f"{setting}={file} is empty.")
     return [row["prompt"] for _, row in rows]
 
 
@@ -69,12 +60,8 @@ def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
         return None
 
     def probe(model) -> dict:
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        try:
-            asked = ask(model, tokenizer, facts)
-            answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
-        finally:
-            tokenizer.padding_side = side
+        asked = ask(model, tokenizer, facts)
+        answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
         found = {"facts": {kind: right / count for kind, (right, count) in counts(asked).items()}} if facts else {}
         samples = [{"prompt": row["question"], "answer": row["answer"]} for row in answered]
         return found | ({"samples": samples} if prompts else {})

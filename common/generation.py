@@ -25,7 +25,6 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if (trained := models.trained_with(source)) != quantization and source.adapter:
         note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
         print(note, file=sys.stderr)
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     dtype = models.choose_dtype(dtype)
@@ -39,14 +38,13 @@ def end_tokens(model, tokenizer) -> list[int]:
     """Every token that ends an answer: the model's, the tokenizer's, and the usual end-of-turn tokens."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
     if tokenizer.chat_template:
-        ids.add(tokenizer.convert_tokens_to_ids(encoder_of(tokenizer, tokenizer.chat_template).end_token))
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary.get(token) for token in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")}
-    return sorted(ids - {None})
+        tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
+    return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
 
 
-def generation_settings(model, tokenizer, max_new_tokens: int, temperature: float, top_p: float) -> dict:
+def generation_settings(model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> dict:
     """Arguments for generate(): greedy at temperature 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
     return dict(
@@ -64,13 +62,25 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
 def prompts(model, tokenizer, chats: list[list[dict]]):
     """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    return tokenizer.pad({"input_ids": [encoder.prompt(chat) for chat in chats]}, return_tensors="pt").to(model.device)
+    ids = {"input_ids": [encoder.prompt(chat) for chat in chats]}
+    return tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
 
 
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
-    """The tokenizer's encoder, made once for each template."""
+    """The tokenizer's encoder, made once for each of its templates."""
     return ChatEncoder(tokenizer)
+
+
+def context_of(model) -> int:
+    """Tokens that a model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
 
 
 class Answer(NamedTuple):
@@ -98,7 +108,7 @@ class Speaker:
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.context = context_of(model)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
         # Layers with a window forget what is outside of it, and could not go back; plain ones keep all. Layers with a
         # running state cannot go back anyway: there each turn is read from the start.
@@ -144,9 +154,7 @@ class Speaker:
 
     def rewind(self, prompt: list[int]) -> None:
         """Keep of the cache what the prompt begins with; but for its last token, whose prediction is wanted."""
-        same = 0
-        while same < min(len(self.seen), len(prompt) - 1) and self.seen[same] == prompt[same]:
-            same += 1
+        same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
                 layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
@@ -168,7 +176,7 @@ def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **s
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
     arguments = generation_settings(model, tokenizer, **settings)
     ends = set(arguments["eos_token_id"])
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    context = context_of(model)
     for start in range(0, len(chats), batch_size):
         inputs = prompts(model, tokenizer, chats[start : start + batch_size])
         left = context - inputs["input_ids"].shape[1]

@@ -25,18 +25,11 @@ from common.settings import UserError, check_choice
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "stablelm": "stablelm", "gpt2": "gpt2",
 }  # fmt: skip
-# name -> (file type, type of the weights, of those that matter most, of the joint q, k and v of GPT-2); the K-quants as
+# name -> types of the weights, of those that matter most, and of the joint q, k and v of GPT-2; the K-quants as
 # llama.cpp mixes them, the others with embeddings and head in 8 bits.
-KINDS = {
-    "f32": (LlamaFileType.ALL_F32, Type.F32, Type.F32, Type.F32),
-    "f16": (LlamaFileType.MOSTLY_F16, Type.F16, Type.F16, Type.F16),
-    "bf16": (LlamaFileType.MOSTLY_BF16, Type.BF16, Type.BF16, Type.BF16),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0, Type.Q8_0, Type.Q8_0),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0, Type.Q4_0, Type.Q4_0),
-    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0, Type.Q5_0, Type.Q5_0),
-    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K, Type.Q6_K, Type.Q5_K),
-    "q5_k_m": (LlamaFileType.MOSTLY_Q5_K_M, Type.Q5_K, Type.Q6_K, Type.Q6_K),
-    "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K, Type.Q6_K, Type.Q6_K),
+KINDS = {kind: (Type[kind.upper()],) * 3 for kind in ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q6_k")} | {
+    "q4_k_m": (Type.Q4_K, Type.Q6_K, Type.Q5_K),
+    "q5_k_m": (Type.Q5_K, Type.Q6_K, Type.Q6_K),
 }
 K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # and what stands in for short rows
 SPLIT = (
@@ -50,6 +43,11 @@ PRE_TOKENIZERS = {
     (SPLIT, "ByteLevel"): "llama-bpe",
     (SPLIT.replace("{1,3}", ""), "ByteLevel"): "qwen2",
 }
+# What cannot be written in a file where it is otherwise.
+USUAL = {
+    "qk_layernorm": False, "use_sliding_window": False, "mlp_bias": False, "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+}  # fmt: skip
 
 
 def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
@@ -58,7 +56,7 @@ def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
         check_choice("GGUF", kind, KINDS)
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
         raise UserError(f"LLAMA_CPP={llama_cpp} holds no convert_hf_to_gguf.py. Name a checkout of llama.cpp.")
-    k_quants = not llama_cpp and any(KINDS[kind][1] in K_QUANTS for kind in kinds)
+    k_quants = not llama_cpp and any(KINDS[kind][0] in K_QUANTS for kind in kinds)
     for package in ["xllamacpp"] * bool(kinds) + ["libgguf"] * k_quants:
         if not importlib.util.find_spec(package):
             raise UserError(f"GGUF={','.join(kinds)} needs the package {package}: pip install {package}")
@@ -71,18 +69,14 @@ def check(config, kinds: list[str], llama_cpp: str | None = None) -> None:
         )
     rope = getattr(config, "rope_parameters", None) or {}
     activation = config.activation_function if config.model_type == "gpt2" else config.hidden_act
-    for wrong, what in (
-        (rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"), f"rope {rope}"),
-        (len(set(rope) & {"attention_factor", "beta_fast", "beta_slow", "mscale"}) > 0, f"rope {rope}"),
-        (activation not in ("silu", "gelu_new"), f"the activation {activation}"),
-        (getattr(config, "qk_layernorm", False), "qk_layernorm"),
-        (getattr(config, "use_sliding_window", False), "use_sliding_window"),
-        (getattr(config, "mlp_bias", False), "mlp_bias"),
-        (getattr(config, "scale_attn_by_inverse_layer_idx", False), "scale_attn_by_inverse_layer_idx"),
-        (not getattr(config, "scale_attn_weights", True), "scale_attn_weights=False"),
-    ):
-        if wrong:
-            raise UserError(f"GGUF: the model has {what}, which is not written here. Set LLAMA_CPP.")
+    odd = [name for name, usual in USUAL.items() if bool(getattr(config, name, usual)) != usual]
+    known = rope.get("rope_type", "default") in ("default", "linear", "yarn", "llama3")
+    if not known or set(rope) & {"attention_factor", "beta_fast", "beta_slow", "mscale"}:
+        odd.append(f"rope {rope}")
+    if activation not in ("silu", "gelu_new"):
+        odd.append(f"activation {activation}")
+    if odd:
+        raise UserError(f"GGUF: the model's {', '.join(odd)} cannot be written here. Set LLAMA_CPP.")
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
@@ -93,7 +87,7 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
     """
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     writer.add_name(folder.parent.name)
-    writer.add_file_type(KINDS[kind][0])
+    writer.add_file_type(LlamaFileType[("ALL_" if kind == "f32" else "MOSTLY_") + kind.upper()])
     writer.add_quantization_version(2)
     add_config(writer, config)
     add_tokenizer(writer, tokenizer, config, pre_tokenizer)
@@ -108,10 +102,8 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
     for name, tensor in tensors(folder, config):
         writer.write_tensor_data(quantized(name, tensor, types[name]))
     writer.close()
-    wanted = [name for name, type in types.items() if KINDS[kind][1] in K_QUANTS and type not in (Type.F32, *K_QUANTS)]
-    return (
-        f"{len(wanted)} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0" if wanted else ""
-    )
+    short = sum(type not in (Type.F32, *K_QUANTS) for type in types.values()) if KINDS[kind][0] in K_QUANTS else 0
+    return f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0" if short else ""
 
 
 def add_config(writer: GGUFWriter, config) -> None:
@@ -182,12 +174,11 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def tensor_type(name: str, shape, kind: str, config) -> Type:
     """How a tensor is stored. The rules of K-quants are llama.cpp's (llama_tensor_get_type)."""
-    _, usual, important, joint = KINDS[kind]
+    usual, important, joint = KINDS[kind]
     if len(shape) == 1 or "norm" in name or name == "position_embd.weight":
         return Type.F32
     chosen = usual
-    tied_embeddings = name == "token_embd.weight" and config.tie_word_embeddings
-    if name == "output.weight" or tied_embeddings:
+    if name == "output.weight" or name == "token_embd.weight" and config.tie_word_embeddings:
         chosen = Type.Q8_0 if usual in (Type.Q4_0, Type.Q5_0) else important
     elif "attn_qkv" in name:
         chosen = joint
@@ -226,7 +217,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     texts = {id: token for token, id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(count)])
-    writer.add_token_types([token_type(i, texts.get(i), added.get(i), tokenizer.unk_token) for i in range(count)])
+    writer.add_token_types([token_type(texts.get(i), added.get(i), tokenizer.unk_token) for i in range(count)])
     if model.get("byte_fallback"):  # as SentencePiece made it: tokens are merged by score
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre(pre_tokenizer or "default")
@@ -237,17 +228,13 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer or pre_tokenizer_name(spec, config))
         writer.add_token_merges(merges)
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
-    writer.add_eos_token_id(end)
-    writer.add_eot_token_id(end)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
+    ids = dict(bos=tokenizer.bos_token_id, eos=end, eot=end, pad=tokenizer.pad_token_id, unk=tokenizer.unk_token_id)
+    for name, id in ids.items():
+        if id is not None:
+            getattr(writer, f"add_{name}_token_id")(id)
     writer.add_chat_template(tokenizer.chat_template)
 
 
@@ -260,12 +247,12 @@ def adds_bos(encoder: ChatEncoder) -> bool:
     return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
 
 
-def token_type(id: int, text: str | None, added, unknown: str | None) -> TokenType:
+def token_type(text: str | None, added, unknown: str | None) -> TokenType:
     if text is None:
         return TokenType.UNUSED
-    if added is not None and text == unknown:
-        return TokenType.UNKNOWN
     if added is not None:
+        if text == unknown:
+            return TokenType.UNKNOWN
         control = added.special or re.fullmatch(r"<\|.*\|>", text)
         return TokenType.CONTROL if control else TokenType.USER_DEFINED
     return TokenType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
@@ -277,20 +264,14 @@ def pre_tokenizer_name(spec: dict, config) -> str:
     steps = part.get("pretokenizers", [part])
     key = tuple(s["pattern"].get("Regex") if s.get("type") == "Split" else s.get("type") for s in steps)
     name = PRE_TOKENIZERS.get(key)
-    splits = len(key) > 1 and key[0] != "Digits"
-    for step in steps:
-        if step.get("type") == "ByteLevel" and (step["add_prefix_space"] or step["use_regex"] == splits):
-            name = None
-        if step.get("type") == "Digits" and not step["individual_digits"]:
-            name = None
-        if step.get("type") == "Split" and (step["behavior"] != "Isolated" or step["invert"]):
-            name = None
-    normalizer = (spec["normalizer"] or {}).get("type")
-    if (
-        name is None
-        or normalizer not in (None, "NFC")
-        or spec["model"].get("ignore_merges", False) != (name == "llama-bpe")
-    ):
+    options = {
+        "ByteLevel": {"add_prefix_space": False, "use_regex": len(key) == 1 or key[0] == "Digits"},
+        "Digits": {"individual_digits": True},
+        "Split": {"behavior": "Isolated", "invert": False},
+    }
+    as_known = all(step | options.get(step.get("type"), {}) == step for step in steps)
+    normalizer, ignores = (spec["normalizer"] or {}).get("type"), spec["model"].get("ignore_merges", False)
+    if name is None or not as_known or normalizer not in (None, "NFC") or ignores != (name == "llama-bpe"):
         raise UserError(
             "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does. Name one with "
             f"PRE_TOKENIZER=, and see whether the proof agrees. ({json.dumps(part)[:300]})"
@@ -302,12 +283,10 @@ def modelfile(gguf_name: str, tokenizer) -> str:
     """A Modelfile for Ollama: the file, where to stop, and the template in Go's language, as far as that can say it."""
     encoder = ChatEncoder(tokenizer)
     template = go_template(encoder)
-    lines = [f"FROM ./{gguf_name}", f'PARAMETER stop "{encoder.end_token}"']
-    if template is None:
-        lines.append("# The chat template could not be put into Ollama's language: use /api/generate with raw prompts.")
-    else:
-        lines.append(f'TEMPLATE """{template}"""')
-    return "\n".join(lines) + "\n"
+    said = "# The chat template could not be put into Ollama's language: use /api/generate with raw prompts."
+    if template is not None:
+        said = f'TEMPLATE """{template}"""'
+    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{said}\n'
 
 
 def go_template(encoder: ChatEncoder) -> str | None:

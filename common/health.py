@@ -4,8 +4,6 @@ import re
 import unicodedata
 from collections import Counter
 
-from common.scores import repetition
-
 REPEATS = 0.3  # share of runs of four words that stood in the answer before
 ROLE = re.compile(
     r"<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:", re.IGNORECASE | re.MULTILINE
@@ -24,6 +22,13 @@ def examine(prompts: list[str], answers: list) -> dict[str, list[bool]]:
             "" != script_of(text) != script_of(prompt) != "" for prompt, text in zip(prompts, texts, strict=True)
         ],
     }
+
+
+def repetition(text: str, words: int = 4) -> float:
+    """The share of a text's runs of so many words that stood in it before; 0 for short texts."""
+    tokens = text.split()
+    runs = list(zip(*(tokens[i:] for i in range(words)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def script_of(text: str) -> str:

@@ -30,26 +30,24 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use. mark: of
     the checkpoint from which the run goes on, with the data it began with; where that has changed, exit code 3.
     """
-    prepared_before = Path(settings["DATA"]) if Path(settings["DATA"]).is_dir() else folder
-    if mark:
-        if processes.on_first(lambda: prepared_before == folder and not (folder / "report.json").is_file()):  # removed
-            datasets_for(settings, encoder, folder, keep_unlearned)
-        try:
-            loaded = load(prepared_before, settings, encoder, keep_unlearned)
-            refuse_changes(loaded[2], settings, mark)
-        except UserError as error:
-            raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
-        return loaded
     if Path(settings["DATA"]).is_dir():
-        if settings["EVAL_DATA"]:
-            raise UserError(
-                f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with chats of its own to hold."
-            )
-        return load(Path(settings["DATA"]), settings, encoder, keep_unlearned)
-    folder.mkdir(exist_ok=True)
-    # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
-    processes.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
-    return load(folder, settings, encoder, keep_unlearned)
+        folder = Path(settings["DATA"])
+        if settings["EVAL_DATA"] and not mark:
+            held = f"EVAL_DATA={settings['EVAL_DATA']}"
+            raise UserError(f"{held}: DATA is a prepared folder, with chats of its own to hold.")
+    elif not mark or processes.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
+        folder.mkdir(exist_ok=True)
+        # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
+        processes.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
+    try:
+        loaded = load(folder, settings, encoder, keep_unlearned)
+        if mark:
+            refuse_changes(loaded[2], settings, mark)
+        return loaded
+    except UserError as error:
+        if not mark:
+            raise
+        raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
 
 
 def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None) -> dict:
@@ -146,19 +144,16 @@ def hold_out(rows: int, eval_size: float, seed: int) -> list[int]:
 def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
     """The datasets and the account of a prepared folder; UserError when it was prepared for something else."""
     if not (folder / "report.json").is_file():
-        raise UserError(
-            f"DATA={folder}: no report.json of prepare_data.py in this folder. Name a file, or prepare again."
-        )
+        raise UserError(f"DATA={folder}: no report.json of prepare_data.py in it. Name a file, or prepare again.")
     try:
         about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         before, now = about["prepared_with"], prepared_with(settings, encoder)
         train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
-    if changed := [name for name in now if before[name] != now[name]]:
+    if changed := [f"{name}={before[name]}" for name in now if before[name] != now[name]]:
         raise UserError(
-            f"DATA={folder} was prepared with other values of {', '.join(changed)} "
-            f"({', '.join(f'{name}={before[name]}' for name in changed)}); prepare it again, or set them back. "
+            f"DATA={folder} was prepared with {', '.join(changed)}; prepare it again, or set that back. "
             "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
         )
     about["digest"] = digest(folder)
@@ -253,11 +248,10 @@ def best_fit(row_lengths, capacity: int, batch: int = 1000) -> int:
 
 def describe(about: dict) -> str:
     """The account in a few lines."""
-    parts = [about["trained"], about["held_out"], sum(about["dropped"].values())]
-    sums = " + ".join(f"{n:,} {what}" for n, what in zip(parts, ("trained", "held out", "dropped"), strict=True))
-    lines = [f"data: {about['rows']:,} rows = {sums}"]
+    trained, held_out, dropped = about["trained"], about["held_out"], sum(about["dropped"].values())
+    lines = [f"data: {about['rows']:,} rows = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"]
     lines += [f"  {kind} {n:,}: {reason}" for kind in ("dropped", "changed") for reason, n in about[kind].items()]
-    repeated = f"{about['sequences']:,} with repetitions; " if about["sequences"] > about["trained"] else ""
+    repeated = f"{about['sequences']:,} with repetitions; " if about["sequences"] > trained else ""
     lines.append(
         f"  {repeated}{about['tokens']:,} tokens, {about['learned_tokens']:,} learned; "
         f"{about['held_out_tokens']:,} held out"

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common import generation, models
-from common.encoding import ChatEncoder
 from common.settings import UserError
 
 # Mean KL divergence from the 16-bit model that a file may have, in nats a token. In f32, f16 and bf16 nothing but
@@ -74,11 +73,6 @@ class Reference:
         kl = (self.predictions.exp() * (self.predictions - predicted)).sum(-1).mean().item()
         return {"kl": max(0.0, kl) if math.isfinite(kl) else math.inf, "perplexity": perplexity(predicted, self.rows)}
 
-    def first_predictions(self) -> list[torch.Tensor]:
-        """Log-probabilities (vocabulary,) of the token after each of the prompts."""
-        starts = itertools.accumulate([0, *(len(row.answers) for row in self.rows)])
-        return [self.predictions[start] for start, _ in zip(starts, self.prompts, strict=False)]
-
 
 @torch.no_grad()
 def predict(model, rows: list[Row]) -> torch.Tensor:
@@ -124,10 +118,9 @@ class LlamaCpp:
         self.server = xllamacpp.Server(params)  # raises RuntimeError for a file it cannot load
 
     def ask(self, path: str, **body) -> dict:
-        request = urllib.request.Request(
-            self.server.listening_address + path, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, json.dumps(body).encode() if body else None, timeout=600) as reply:
+        data, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.listening_address + path, data, headers)
+        with urllib.request.urlopen(request, timeout=600) as reply:
             return json.load(reply)
 
     def prompt(self, messages: list[dict]) -> list[int]:
@@ -164,9 +157,8 @@ def examine(file: Path, kind: str, config, tokenizer, reference: Reference, dtyp
     if result["kl"] is not None and not result["kl"] <= bound:
         faults.append(f"it predicts something else: KL {result['kl']:.2g} nats a token, the bound is {bound}")
     try:
-        with LlamaCpp(
-            file, min(config.max_position_embeddings, max(map(len, reference.prompts)) + ANSWER_TOKENS)
-        ) as llama:
+        needed = max(map(len, reference.prompts)) + ANSWER_TOKENS
+        with LlamaCpp(file, min(config.max_position_embeddings, needed)) as llama:
             result |= examine_in_llama_cpp(llama, reference)
             faults += token_faults(llama, tokenizer)
     except (RuntimeError, OSError, KeyError) as error:
@@ -176,16 +168,17 @@ def examine(file: Path, kind: str, config, tokenizer, reference: Reference, dtyp
     if kl is not None and not kl <= bound:
         faults.append(f"llama.cpp predicts something else: KL {kl:.2g} nats, the bound is {bound:.2g}")
     if not result["ended"] and reference.ended > len(reference.prompts) / 2:
-        faults.append(
-            f"its answers do not end: {result['ended']} of {result['prompts']}, the model's {reference.ended}"
-        )
+        ended = f"{result['ended']} of {result['prompts']}, the model's {reference.ended}"
+        faults.append(f"its answers do not end: {ended}")
     return result
 
 
 def examine_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
     """Its divergence from the reference over the 64 tokens it finds likeliest after each prompt, and its answers."""
     divergences = []
-    for prompt, expected in zip(reference.prompts, reference.first_predictions(), strict=True):
+    starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
+    for prompt, start in zip(reference.prompts, starts, strict=False):
+        expected = reference.predictions[start]  # (vocabulary,)
         given = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
         if entries := given.get("completion_probabilities"):  # none where the token is but a part of a character
             pairs = [(expected[entry["id"]].item(), entry["logprob"]) for entry in entries[0]["top_logprobs"]]
@@ -201,24 +194,19 @@ def examine_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
 
 def token_faults(llama: LlamaCpp, tokenizer):
     """Where a file's tokens differ from those that the model was trained on."""
-    encoder, stops_at = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
+    encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
+    stops_at = llama.ask("/props")["eos_token"]
     if stops_at != encoder.end_token:
         yield f"it stops at {stops_at!r}, answers end with {encoder.end_token!r}"
+    greeted = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     for text in TEXTS:
-        chat = [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Hello!"},
-            {"role": "user", "content": text},
-        ]
+        chat = [*greeted, {"role": "user", "content": text}]
         given, trained_on = llama.prompt(chat), encoder.prompt(chat)
         if tokenizer.bos_token_id is not None and given[:2] == [tokenizer.bos_token_id] * 2:
             yield "a chat begins with two BOS tokens"
             return
         if given != trained_on:
-            at = next(
-                (i for i, pair in enumerate(zip(given, trained_on, strict=False)) if pair[0] != pair[1]),
-                min(len(given), len(trained_on)),
-            )
+            at = generation.shared(given, trained_on)
             seen = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (given, trained_on)]
             yield f"its tokens of a chat differ: {seen[0]} where training had {seen[1]}"
             return

@@ -5,6 +5,7 @@ import statistics
 
 import numpy
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common.encoding import ChatEncoder
 from common.settings import UserError
@@ -32,21 +33,19 @@ def answer_losses(
     similar length are computed together, batch_tokens at a time.
     """
     batch_tokens = batch_tokens or (BATCH_TOKENS if model.device.type == "cuda" else 1)
-    rows = [(row.ids[:max_length], row.learned[:max_length]) for row in ChatEncoder(tokenizer).encode(chats)]
+    encoded = ChatEncoder(tokenizer).encode(chats)
+    rows = [[values[:max_length] for values in (row.ids, row.learned, numpy.ones_like(row.ids))] for row in encoded]
     losses: list = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     while order:
         size = max(1, batch_tokens // max(1, len(rows[order[0]][0])))
         batch, order = order[:size], order[size:]
-        padded = [torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i][part], dtype=torch.long) for i in batch], True)
-                  for part in (0, 1)]  # fmt: skip
-        ids, learned = (tensor.to(model.device) for tensor in padded)  # (B, T), right-padded with zeros
-        there = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(
-            [[len(rows[i][0])] for i in batch], device=ids.device
-        )
+        columns = zip(*(rows[i] for i in batch), strict=True)
+        padded = [pad_sequence([torch.tensor(row, dtype=torch.long) for row in column], True) for column in columns]
+        ids, learned, there = (tensor.to(model.device) for tensor in padded)  # (B, T), right-padded with zeros
         learned = learned[:, 1:].bool()
         kept = learned.any(0).nonzero().flatten()  # positions that predict an answer's token in some row
-        mask = None if len(batch) == 1 else there.long()
+        mask = None if len(batch) == 1 else there
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
         targets = ids[:, 1:].where(learned, -100)[:, kept]  # (B, K)
         each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
@@ -111,10 +110,3 @@ def percentiles(estimates: numpy.ndarray, units: int) -> tuple[float, float]:
     tail = statistics.NormalDist().cdf(-student * math.sqrt(units / freedom))
     low, high = numpy.quantile(estimates, (tail, 1 - tail))
     return float(low), float(high)
-
-
-def repetition(text: str, words: int = 4) -> float:
-    """The share of a text's runs of so many words that stood in it before; 0 for short texts."""
-    tokens = text.split()
-    runs = list(zip(*(tokens[i:] for i in range(words)), strict=False))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -40,13 +40,13 @@ def excerpt(value) -> str:
 
 
 def to_chat(row) -> list[dict] | Fault | Drop:
-    """The chat in a row: an optional system turn, then user and assistant in turn.
+    """The chat in a row, or the Fault it is: an optional system turn, then user and assistant in turn.
 
     The last turn is the user's where a question has no answer; what follows such a question is left out.
     A row of plain text becomes one turn with the role `text`.
     """
     if not isinstance(row, dict):
-        return Fault(f"row: must be an object: {excerpt(row)}")
+        return row if isinstance(row, Fault) else Fault(f"row: must be an object: {excerpt(row)}")
     if "message_id" in row and "parent_id" in row:
         return Fault(f"row: a message of a tree with wrong ids, or among other rows: {excerpt(row)}")
     for fields, convert in SHAPES.items():
@@ -182,24 +182,27 @@ def is_tree_message(row) -> bool:
     return isinstance(ids[0], str) and isinstance(ids[1], str | None)
 
 
-def trees(rows: list[tuple[int, dict]]) -> Iterator[tuple[int, list[dict] | Fault | Drop]]:
-    """What became of every message of a table: a tree's chat stands for its root, the others are dropped."""
-    children = defaultdict(list)
+def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, list[dict] | Fault | Drop]]:
+    """What became of every row of a table of messages: a tree's chat stands for its root, the others are dropped."""
+    children, told = defaultdict(list), set()  # told: by id(), as rows that share a line share its number
     for number, row in rows:
-        children[row["parent_id"]].append((number, row))
-    reached = set()
+        if is_tree_message(row):
+            children[row["parent_id"]].append((number, row))
+        else:
+            told.add(id(row))
+            yield number, row if isinstance(row, Fault) else Fault(f"row: no message of a tree: {excerpt(row)}")
     for number, root in children[None]:
+        told.add(id(root))
         yield number, checked(best_path, root, lambda message: [row for _, row in children[message["message_id"]]])
-        waiting = [(number, root)]
+        waiting = [root]
         while waiting:
-            number, message = waiting.pop()
-            if number not in reached and message is not root:
-                yield number, Drop("OpenAssistant: part of the chat of its tree, or of another branch")
-            if number not in reached:
-                waiting += children[message["message_id"]]
-            reached.add(number)
-    for number, _ in rows:
-        if number not in reached:
+            for number, reply in children[waiting.pop()["message_id"]]:
+                if id(reply) not in told:
+                    told.add(id(reply))
+                    waiting.append(reply)
+                    yield number, Drop("OpenAssistant: part of the chat of its tree, or of another branch")
+    for number, row in rows:
+        if id(row) not in told:
             yield number, Drop("OpenAssistant: the message it answers is missing")
 
 

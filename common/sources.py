@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import shapes
 from common.settings import UserError, exit_with, nearest
-from common.shapes import Drop, Fault
+from common.shapes import Drop, Fault, excerpt
 
 MAX_FAULTS = 20  # shown at once
 MAX_ROW = 64 * 2**20  # characters of one row in a .json array; more means that a bracket is missing
@@ -97,10 +97,10 @@ def decode_line(raw: bytes, number: int):
         return DECODER.decode(text) if text else None
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return Fault(f"row: not UTF-8 at byte {error.start}{hint}: {shapes.excerpt(raw)}")
+        return Fault(f"row: not UTF-8 at byte {error.start}{hint}: {excerpt(raw)}")
     except (ValueError, RecursionError) as error:
         ends = "" if raw.endswith(b"\n") else " (the file ends in the middle of this row?)"
-        return Fault(f"row: not valid JSON: {error}{ends}: {shapes.excerpt(raw)}")
+        return Fault(f"row: not valid JSON: {error}{ends}: {excerpt(raw)}")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
@@ -110,6 +110,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
             row = decode_line(raw, number)
             if row is not None:
                 yield number, row
+
+
+def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
+    """All rows of the .jsonl file that a setting names, as `read_jsonl` gives them; UserError where there are none."""
+    if not Path(file).is_file():
+        raise UserError(f"{setting}={file}: there is no such file.{remedy}")
+    rows = list(read_jsonl(Path(file)))
+    if not rows:
+        raise UserError(f"{setting}={file} is empty.")
+    return rows
 
 
 def read_json(path: Path) -> Iterator[tuple[int, object]]:
@@ -123,7 +133,7 @@ def read_json(path: Path) -> Iterator[tuple[int, object]]:
             if mark and mark[1][0] in allowed and mark[1][-1] == "]":
                 if rest := text[mark.end() :] or stream.read(PIECE).decode("utf-8", "replace").strip():
                     line += text.count("\n", at, mark.end())
-                    yield line, Fault(f"row: not valid JSON: something follows the array: {shapes.excerpt(rest[:60])}")
+                    yield line, Fault(f"row: not valid JSON: something follows the array: {excerpt(rest[:60])}")
                 return
             if mark and mark[1] in allowed:
                 try:
@@ -144,48 +154,32 @@ def read_json(path: Path) -> Iterator[tuple[int, object]]:
                 problem = "rows must be separated by commas" if wrong else problem
                 gap = len(text[at:]) - len(text[at:].lstrip()) if wrong else 0
                 line += text.count("\n", at, mark.end() if mark else at + gap)
-                yield line, Fault(f"row: not valid JSON: {problem}: {shapes.excerpt(text[at:][:60])}")
+                yield line, Fault(f"row: not valid JSON: {problem}: {excerpt(text[at:][:60])}")
                 return
             try:
                 text, at = text[at:] + decode(piece), 0
             except UnicodeDecodeError as error:
-                yield line, Fault(f"row: not UTF-8: {shapes.excerpt(piece[error.start :][:20])}")
+                yield line, Fault(f"row: not UTF-8: {excerpt(piece[error.start :][:20])}")
                 return
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, object]]:
     """(line number, row) of a file with a header line; a row is a dict of texts."""
     csv.field_size_limit(MAX_ROW)
-    bad = []  # the line that is no UTF-8
-
-    def lines():
-        with open(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                try:
-                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    bad.append((number, Fault(f"row: not UTF-8 at byte {error.start}: {shapes.excerpt(raw)}")))
-                    return
-
-    reader = csv.DictReader(lines(), strict=True)  # surplus fields come under None, missing ones as None
-    while True:
-        line = 1
+    with open(path, "rb") as stream:
+        lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
+        reader, line = csv.DictReader(lines, strict=True), 1  # surplus fields come under None, missing ones as None
         try:
-            _ = reader.fieldnames  # reads the header
+            header = reader.fieldnames  # of line 1
             line = reader.line_num + 1
-            row = next(reader)
-        except StopIteration:
-            yield from bad
-            return
+            for row in reader:
+                wrong = None in row or None in row.values()
+                yield line, Fault(f"row: not {len(header)} fields as in the header: {excerpt(row)}") if wrong else row
+                line = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            yield reader.line_num + 1, Fault(f"row: not UTF-8 at byte {error.start}: {excerpt(error.object)}")
         except csv.Error as error:
-            yield line, Fault(f"row: not valid CSV: {error}: {shapes.excerpt(str(reader.fieldnames))}")
-            return
-        if bad:
-            continue
-        if None in row or None in row.values():
-            yield line, Fault(f"row: not {len(reader.fieldnames)} fields as in the header: {shapes.excerpt(row)}")
-        else:
-            yield line, row
+            yield line, Fault(f"row: not valid CSV: {error}: {excerpt(str(reader.fieldnames))}")
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
@@ -198,7 +192,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             yield from enumerate(itertools.chain.from_iterable(batches), start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        yield 1, Fault(f"row: not a readable Parquet file: {shapes.excerpt(str(error))}")
+        yield 1, Fault(f"row: not a readable Parquet file: {excerpt(str(error))}")
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -257,17 +251,8 @@ def read_all(source: Source, vocabulary: tuple | None) -> Iterator[tuple[int, li
     number, row = next(rows, (1, Fault("row: there is none, the file is empty: ''")))
     rows = itertools.chain([(number, row)], rows)
     if shapes.is_tree_message(row):
-        return tree_chats(rows)
-    return ((number, row if isinstance(row, Fault) else shapes.to_chat(row)) for number, row in rows)
-
-
-def tree_chats(rows: Iterator) -> Iterator[tuple[int, list[dict] | Drop | Fault]]:
-    """The chats of a whole table of OpenAssistant messages, after its broken rows."""
-    rows = list(rows)
-    for number, row in rows:
-        if not shapes.is_tree_message(row):
-            yield number, row if isinstance(row, Fault) else Fault(f"row: no message of a tree: {shapes.excerpt(row)}")
-    yield from shapes.trees([item for item in rows if shapes.is_tree_message(item[1])])
+        return shapes.trees(list(rows))
+    return ((number, shapes.to_chat(row)) for number, row in rows)
 
 
 def position(bound: str, count: int) -> int:
@@ -289,9 +274,7 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
         tokens = {int(key): str(value) for key, value in pairs.items()}
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"VOCAB={file}: not a .json of tokens and ids, nor a text of one token a line ({error})."
-        ) from error
+        raise UserError(f"VOCAB={file}: no .json of tokens and ids, nor a token a line ({error}).") from error
 
 
 def detokenize(row, vocabulary: tuple[dict[int, str], str]):
@@ -303,7 +286,7 @@ def detokenize(row, vocabulary: tuple[dict[int, str], str]):
         if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
             unknown = next((i for i in ids if i not in tokens), None)
             if unknown is not None:
-                return Fault(f"{field}: token {unknown} is not in VOCAB: {shapes.excerpt(ids)}")
+                return Fault(f"{field}: token {unknown} is not in VOCAB: {excerpt(ids)}")
             texts[field] = glue.join(tokens[i] for i in ids)
     if set(texts) == {"input_ids"} or set(texts) == {"tokens"}:
         return {"text": texts.popitem()[1]}
@@ -313,9 +296,7 @@ def detokenize(row, vocabulary: tuple[dict[int, str], str]):
 def sound_chats(data: str, setting: str) -> Iterator[list[dict]]:
     """The chats of a setting, without rows that are none."""
     for source in parse(data, setting):
-        for _, chat in read_chats(source):
-            if isinstance(chat, list):
-                yield chat
+        yield from (chat for _, chat in read_chats(source) if isinstance(chat, list))
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
