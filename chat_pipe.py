@@ -12,7 +12,7 @@ from common.settings import UserError, apply_overrides, current, declared, neare
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
 COMPARE: str | None = None  # a second model, which answers the same prompts; each goes on from its own answers
-QUANTIZATION: str | None = None  # nf4 or int8; None: 2 bytes a weight
+QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 # Conversation
 SYSTEM: str | None = None  # system message put before the conversation
@@ -87,6 +87,7 @@ def main():
 
 def check_settings():
     """Refuse values that cannot work, and combinations of which one would be ignored."""
+    models.check_quantization(QUANTIZATION)
     if TEMPERATURE < 0 or not 0 < TOP_P <= 1 or min(MAX_NEW_TOKENS, BATCH_SIZE, CONTEXT or 1) < 1:
         raise UserError(
             f"TEMPERATURE={TEMPERATURE} TOP_P={TOP_P} MAX_NEW_TOKENS={MAX_NEW_TOKENS} BATCH_SIZE={BATCH_SIZE} "

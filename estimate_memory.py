@@ -10,7 +10,7 @@ from common.settings import UserError, apply_overrides, check_choice, run_main
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
-METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), galore
+METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), hqq-1bit to hqq-4bit, galore
 DTYPE = "bfloat16"  # of weights and compute
 LORA_R = 16  # rank of adapters, on every linear layer but the head
 GALORE_RANK = 128  # of gradients and moments
@@ -35,14 +35,15 @@ from dataclasses import replace
 import torch
 from transformers.training_args import OptimizerNames
 
-from common import adapters, fitting, galore, gpu, memory, models
+from common import adapters, fitting, galore, gpu, low_bit, memory, models
 from common.gpu import GIB
 
-METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None}
+METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None} | {q: q for q in low_bit.BITS}
 
 
 def main():
     check_choice("METHOD", METHOD, METHODS)
+    models.check_quantization(METHODS[METHOD])
     check_choice("DEVICE", DEVICE, ("cuda", "cpu"))
     check_choice("DTYPE", DTYPE, models.DTYPES[1:])
     check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])

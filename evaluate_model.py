@@ -14,7 +14,7 @@ from common.sources import check_files
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
 MODELS: str | None = None  # several, comma-separated, in place of MODEL; each is compared with the first
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
-QUANTIZATION: str | None = None  # nf4 or int8, for all models
+QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 SUITES = "loss,facts,health"  # of loss, facts, health, judge; comma-separated
 LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
@@ -69,6 +69,7 @@ def main():
     for suite in suites:
         check_choice("SUITES", suite, SUITE_NAMES)
     check_numbers()
+    models.check_quantization(QUANTIZATION)
     names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
     if "" in names:
         raise UserError(f"MODELS={MODELS}: an empty name; put commas between names only.")

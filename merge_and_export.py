@@ -12,7 +12,7 @@ from common.sources import check_files
 
 # Model
 MODEL = "out/demo"  # run folder of ours, adapter, local folder, hub id or .gguf file
-QUANTIZATION: str | None = None  # of the base under an adapter: nf4, int8; None: as it was trained
+QUANTIZATION: str | None = None  # of the base under an adapter: nf4, int8, hqq-4bit ...; None: as it was trained
 MERGE_INTO: str | None = None  # after training on a quantised base: into the original or dequantized; None: the better
 DTYPE = "bfloat16"  # of the merged weights
 # GGUF
@@ -51,7 +51,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from common import checkpoints, generation, gguf, models, prepared, proof, runs, sources
+from common import checkpoints, generation, gguf, low_bit, models, prepared, proof, runs, sources
 from common.encoding import ChatEncoder
 
 BASES = ["original", "dequantized"]
@@ -66,9 +66,9 @@ def main():
     check_choice("DTYPE", DTYPE, models.DTYPES[1:])
     check_choice("PROOF_DTYPE", PROOF_DTYPE, models.DTYPES[1:])
     check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
-    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
     source = models.locate(MODEL)
     quantization = QUANTIZATION or models.trained_with(source)
+    models.check_quantization(quantization)
     if MERGE_INTO == "dequantized" and not (source.adapter and quantization):
         raise UserError("MERGE_INTO=dequantized: MODEL was not trained on a quantised base. Set MERGE_INTO=None.")
     config = models.load_config(source)
@@ -209,7 +209,8 @@ def merged(source: models.Source, base: str, quantization: str | None, tokenizer
         model = model.merge_and_unload(safe_merge=True) if source.adapter else model
     else:
         bare = dataclasses.replace(source, adapter=None)
-        model = models.load_model(bare, quantization, dtype, **loading).dequantize()
+        model = models.load_model(bare, quantization, dtype, **loading)
+        model = low_bit.dequantize(model) if quantization in low_bit.BITS else model.dequantize()
         model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     model.config.tie_word_embeddings = torch.equal(head, embeddings)  # an adapter may have brought a head of its own

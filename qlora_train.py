@@ -12,7 +12,9 @@ from common.sources import check_files
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
-QUANTIZATION: str | None = None  # nf4: 0.6 bytes a weight; int8: 1; None: 2. Small models gain nothing from nf4
+QUANTIZATION: str | None = (
+    None  # bits a weight: nf4 4.1; int8 8; hqq-1bit to -4bit 1.5, 2.5, 4, 4.5; None 16 (for small models)
+)
 DTYPE: str | None = None  # of the base and the compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
 # Adapter
@@ -76,13 +78,14 @@ from transformers import set_seed
 
 from common import adapters, chat_template, data, facts, fitting, gpu, memory, models, runs, training
 from common.adapters import VARIANTS
+from common.low_bit import BITS
 
 
 def main():
     # Settings and data: every mistake that can be found without the model is found here
     settings = current(globals())
     training.check_settings(settings)
-    check_choice("QUANTIZATION", QUANTIZATION, models.QUANTIZATIONS)
+    models.check_quantization(QUANTIZATION)
     source = locate_model()
     data.check_settings(settings)
     dtype = models.choose_dtype(DTYPE)
@@ -165,6 +168,7 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
         ),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
         (ADAPTER == "pissa" and quantised, "PiSSA rewrites the base weights. Set QUANTIZATION=None or ADAPTER=lora."),
+        (ADAPTER == "ia3" and QUANTIZATION in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
         (ADAPTER == "loftq" and QUANTIZATION != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
         (ADAPTER == "loftq" and not on_gpu, "peft computes LoftQ on a GPU only. Set ADAPTER=lora."),
     ):

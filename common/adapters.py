@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
 
+from common import low_bit
 from common.settings import UserError
 
 # Variants of LoRA and their papers: https://arxiv.org/abs/2106.09685 (LoRA), 2402.09353 (DoRA: magnitude and
@@ -26,7 +27,8 @@ def add_adapter(model, settings: dict, new_rows=()):
     well. Raises UserError where the adapter does not fit the model.
     """
     name, target_names = settings["ADAPTER"], settings["LORA_TARGET_MODULES"]
-    targets = "all-linear" if target_names == "auto" else target_names.replace(" ", "").split(",")
+    everything = low_bit.layer_names(model) or "all-linear"
+    targets = everything if target_names == "auto" else target_names.replace(" ", "").split(",")
     empty = model.device.type == "meta"
     try:
         if name == "ia3":  # auto: peft's own choice, which it knows for most architectures
@@ -49,7 +51,9 @@ def add_adapter(model, settings: dict, new_rows=()):
             local = Path(model.name_or_path) / "model.safetensors"
             replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
     except (ValueError, OSError) as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight")})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight") or hasattr(m, "W_q")}
+        )
         raise UserError(
             f"ADAPTER={name} LORA_TARGET_MODULES={target_names} does not fit {settings['MODEL']}: {error} "
             f"(its layers: {', '.join(names)})"

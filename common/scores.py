@@ -20,7 +20,7 @@ def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, flo
     share, scale = hits / trials, 1 + z * z / trials
     middle = (share + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # 0 of 40: middle - half = 7e-18
 
 
 @torch.no_grad()

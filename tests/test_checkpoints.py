@@ -51,6 +51,7 @@ def cut_back(folder, step):
         "GRADIENT_ACCUMULATION_STEPS=4",
         "LOGGING_STEPS=4",
         "QUANTIZATION=nf4",
+        "QUANTIZATION=hqq-2bit",
         "ADAPTER=None DTYPE=float32 LORA_DROPOUT=0",
     ],
 )

@@ -217,7 +217,7 @@ def test_a_merged_model_predicts_what_the_trained_one_does(
     assert "LEARNING_RATE | 0.01" in (out / "final" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "hqq-2bit"])
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     quantization, tiny, chats_file, tmp_path, run_here, export
 ):

@@ -602,3 +602,11 @@ def test_the_harness_is_asked_by_its_own_interface(chatty, tmp_path, run_here, m
     assert code == 0 and "mini acc,none: 0.7500 (95 % interval 0.5540 to 0.9460)" in out, err
     code, _, err = run_here(evaluate_model, *settings, "LM_EVAL_TASKS=nothing")
     assert code == 2 and "LM_EVAL_TASKS=nothing" in err
+
+
+def test_a_share_lies_in_its_interval():
+    """Rounding put the lower end of 0 of 40 above 0, and the picture of such scores could not be drawn."""
+    for trials in range(1, 80):
+        for hits in (0, 1, trials - 1, trials):
+            low, high = scores.wilson_interval(hits, trials)
+            assert 0 <= low <= hits / trials <= high <= 1
