@@ -29,5 +29,5 @@ bench: .venv/installed
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-build-isolation -r requirements-dev.txt
 	touch $@
