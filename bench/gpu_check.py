@@ -1,4 +1,4 @@
-"""Speed and memory on a CUDA GPU, ours and plain TRL in turn: one table for runs.md, within 8 minutes.
+"""Speed and memory on a CUDA GPU, ours and plain TRL in turn: one table for runs.md, within 10 minutes.
 
     python bench/gpu_check.py
 
@@ -14,22 +14,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.settings import UserError, apply_overrides, run_main
 
 MODELS = "1.6B,8B"  # of SHAPES below
-METHODS = "lora,nf4"  # lora: bf16 base; nf4: 4-bit base
+METHODS = "lora,nf4,full,galore"  # lora: bf16 base; nf4: 4-bit base; full: AdamW; galore: against full AdamW by TRL
 MAX_LENGTH = 1024  # tokens of a row
 STEPS = 12  # optimizer steps a run; the first two are not timed
 LORA_R = 16  # rank, on every linear layer
+GALORE_RANK = 128
 
 if __name__ == "__main__":
     apply_overrides(globals())
 
 import datetime
+import functools
 import gc
 import time
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from sides import SIDES, lora, train_side
+from sides import SIDES, lora, make_galore, train_side
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from common import fitting, gpu, memory, models, report, runs
@@ -54,7 +56,7 @@ def main():
     print(f"| {columns} |\n" + "|---" * 10 + "|")
     for name in MODELS.split(","):
         for method in METHODS.split(","):
-            for checkpointing in (False, True):
+            for checkpointing in (False, True) if method in ("lora", "nf4") else (False,):
                 print_rows(name, method, checkpointing, peak)
 
 
@@ -84,10 +86,13 @@ def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
     """The traced peak of our side, in GiB, with cuBLAS's workspace."""
     architecture, shape = SHAPES[name]
     config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
-    empty = models.empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
-    step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing)
+    model = models.empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
+    is_full = method in ("full", "galore")
+    step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing, full=is_full)
     optimizer = memory.usual_optimizer("adamw_torch_fused")
-    parts = memory.trace(get_peft_model(empty, lora(LORA_R)), None, optimizer, step)
+    if method == "galore":
+        optimizer = functools.partial(make_galore, rank=GALORE_RANK)
+    parts = memory.trace(model if is_full else get_peft_model(model, lora(LORA_R)), None, optimizer, step)
     return (sum(parts.values()) + (fitting.CUBLAS_WORKSPACE if device == "cuda" else 0)) / gpu.GIB
 
 
@@ -142,9 +147,12 @@ def time_training(name: str, method: str, side: str, device: str, checkpointing:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 600, (MAX_LENGTH // 4,), generator=generator).tolist() for _ in range(4 * STEPS)]
     train_set = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
-    result = train_side(side, model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, LORA_R, device, checkpointing)
-    # Frozen weights need no gradient: 2 FLOP a weight forward, 2 for the gradient of the activations.
-    return {**result, "flop_per_token": 4 * weights}
+    rank = GALORE_RANK if method == "galore" else LORA_R
+    work = model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, rank, device, checkpointing
+    result = train_side(side, *work, method=method)
+    # 2 FLOP a weight forward, 2 for the gradient of the activations, 2 for that of weights that are not frozen (GaLore
+    # computes less, and is counted as if it did not).
+    return {**result, "flop_per_token": (6 if method in ("full", "galore") else 4) * weights}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from common import gpu, report, training
+import galore_train
+from common import galore, gpu, report, training
 
 SIDES = ("trl", "ours")
 
@@ -30,16 +31,24 @@ def lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def make_galore(model, rank: int) -> galore.GaLore:
+    optimizer = galore.GaLore(*galore.split_weights(model, rank), rank, fused=True, lr=2e-4)
+    optimizer.attach(model)
+    return optimizer
+
+
 def train_side(
-    side: str, model, train_set, tokenizer, max_length: int, steps: int, lora_r: int, device: str, checkpointing=False
-) -> dict:
-    """Train LoRA adapters on packed rows of input_ids and labels.
+    side: str, model, train_set, tokenizer, max_length: int, steps: int, rank: int, device: str, checkpointing=False,
+    method="lora",
+) -> dict:  # fmt: skip
+    """Train on packed rows of input_ids and labels: adapters (of a quantised base, too), every weight ("full"), or
+    every weight by GaLore, whose peer is the full side of TRL: the authors' GaLore pauses for minutes at these sizes.
 
     Returns tokens_per_second (over the median step, the first two left out), peak_gib (allocated on the GPU, else
     resident in this process) and losses (one a step).
     """
     set_seed(0)
-    adapter = lora(lora_r)
+    adapter = lora(rank) if method in ("lora", "nf4") else None
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         common = dict(
@@ -51,8 +60,13 @@ def train_side(
             ),
             train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],
         )  # fmt: skip
-        if side == "ours":
-            trainer = training.ChatTrainer(model=get_peft_model(model, adapter), schedule=("constant", 0, 0), **common)
+        if side == "ours" and method == "galore":
+            optimizer = make_galore(model, rank)
+            kind = galore_train.GaloreTrainer
+            trainer = kind(model=model, optimizers=(optimizer, None), schedule=("constant", 0, 0), **common)
+        elif side == "ours":
+            model = get_peft_model(model, adapter) if adapter else model
+            trainer = training.ChatTrainer(model=model, schedule=("constant", 0, 0), **common)
         else:
             trainer = SFTTrainer(model=model, peft_config=adapter, **common)
         trainer.remove_callback(PrinterCallback)

@@ -9,19 +9,22 @@ from conftest import ROOT, run_script, save_tiny
 sys.path.insert(0, str(ROOT / "bench"))
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore"])
 def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
     import gpu_check
+
+    monkeypatch.setattr(gpu_check, "GALORE_RANK", 16)
 
     monkeypatch.setattr(gpu_check, "MAX_LENGTH", 64)
     monkeypatch.setattr(gpu_check, "STEPS", 4)
     ours, trl = (gpu_check.time_training("tiny", method, side, "cpu") for side in ("ours", "trl"))
     assert ours["losses"] == pytest.approx(trl["losses"], rel=0.01)
-    assert ours["flop_per_token"] == trl["flop_per_token"] == 4 * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
+    flop = 6 if method in ("full", "galore") else 4
+    assert ours["flop_per_token"] == trl["flop_per_token"] == flop * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
     assert ours["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore"])
 def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
     """With all that a GPU's trainer does; on the CPU followed by storages instead of max_memory_allocated."""
     import gpu_check
@@ -29,6 +32,7 @@ def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
     from common import memory
 
     monkeypatch.setattr(gpu_check, "MAX_LENGTH", 256)
+    monkeypatch.setattr(gpu_check, "GALORE_RANK", 16)
     monkeypatch.setattr(gpu_check, "STEPS", 3)
     follower = memory.Follower()
     with follower:
