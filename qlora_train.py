@@ -76,7 +76,7 @@ import torch
 from peft import PeftConfig
 from transformers import set_seed
 
-from common import adapters, chat_template, data, facts, fitting, gpu, memory, models, runs, training
+from common import adapters, chat_template, data, facts, fitting, gpu, memory, models, processes, runs, training
 from common.adapters import VARIANTS
 from common.low_bit import BITS
 
@@ -188,7 +188,13 @@ def trained_rows(source: models.Source, encoder) -> list[int]:
     if source.adapter:
         rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
         return sum(rows.values(), []) if isinstance(rows, dict) else rows
-    return [] if ADAPTER == "ia3" else encoder.unseen
+    rows = [] if ADAPTER == "ia3" else encoder.unseen
+    if rows and processes.engine() == "fsdp" and models.load_config(source).get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows are to be learned; FSDP cannot share these out where "
+            f"embeddings and head are one matrix, as in {source.name}. launch/ddp.yaml or launch/zero2.yaml works."
+        )
+    return rows
 
 
 if __name__ == "__main__":

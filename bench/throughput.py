@@ -73,7 +73,9 @@ def run_side(side: str) -> dict:
     source = models.locate(MODEL)
     tokenizer = models.load_tokenizer(source)
     encoder, _ = chat_template.set_template(tokenizer, None)
-    settings = dict(DATA=DATA, EVAL_DATA=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0)
+    settings = dict(
+        DATA=DATA, EVAL_DATA=None, MAX_SAMPLES=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0
+    )
     settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
     with tempfile.TemporaryDirectory() as folder:
         train_set, _, _ = prepared.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)

@@ -71,7 +71,8 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
         checkpointing = before["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
     limit = min(processes.gather(gpu.memory_limit(settings["MEMORY_LIMIT"], step.device)))
     usable = limit * MARGIN[step.device]
-    outside = {"outside of tensors": round(gpu.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE}
+    outside = round(gpu.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE
+    outside = {"outside of tensors": max(processes.gather(outside))}  # all have to choose the same
     quantization = settings.get("QUANTIZATION")
 
     @functools.cache

@@ -84,6 +84,7 @@ def memory_limit(setting: str | None, device: str) -> float:
         if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # of a container, of a Slurm job
             total = min(total, int(text))
             free = min(free, total)
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # other processes of the run take their parts
     limit = min(free, read_size(setting, total) if setting else free)
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / total)

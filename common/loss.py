@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
+from common import processes
+
 CHUNK = 256  # positions whose logits exist at the same time
 # Config entries by which a model changes its logits after the head, or adds a router loss; such models keep TRL's loss.
 LOGIT_CHANGES = (
@@ -51,11 +53,11 @@ def add_chunked_loss(model, without_adapter=None, base=None) -> None:
         learned = learn[:, 1:] != -100
         positions = learned.nonzero().unbind(1)
         chosen, targets = hidden[positions], learn[:, 1:][positions]
+        chunks = list(zip(chosen.split(CHUNK), targets.split(CHUNK), strict=True))
+        if processes.holds_parts():  # of the head, which all have to put together equally often
+            chunks += [(chosen[:0], targets[:0])] * (max(processes.gather(len(chunks))) - len(chunks))
         # The empty sum lets a device batch without a learned position take part in the backward pass.
-        loss = chosen.sum() * 0 + sum(
-            checkpoint(head_loss, head, h, t, use_reentrant=False)
-            for h, t in zip(chosen.split(CHUNK), targets.split(CHUNK), strict=True)
-        )
+        loss = chosen.sum() * 0 + sum(checkpoint(head_loss, head, h, t, use_reentrant=False) for h, t in chunks)
         if without_adapter is base is None or not model.training:
             return loss, loss.new_zeros(())
         with torch.no_grad(), without_adapter() if base is None else contextlib.nullcontext():
@@ -68,8 +70,6 @@ def add_chunked_loss(model, without_adapter=None, base=None) -> None:
             held &= kwargs["attention_mask"][:, 1:].bool()
         held = held.nonzero()
         sample = held[torch.randperm(len(held))[:CHUNK].to(held.device)].unbind(1)
-        if not len(sample[0]):
-            return loss, loss.new_zeros(())
         heads = head, (base or model).get_output_embeddings()
         return loss, checkpoint(head_kl, *heads, hidden[sample], reference[sample], use_reentrant=False)
 
@@ -84,4 +84,4 @@ def head_loss(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 def head_kl(head, base_head, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Mean KL(reference || model) over positions, in nats: hidden and reference (N, hidden)."""
     ours, base = (log_softmax(h(x).float(), dim=-1) for h, x in ((head, hidden), (base_head, reference)))
-    return kl_div(ours, base, reduction="batchmean", log_target=True)
+    return kl_div(ours, base, reduction="sum", log_target=True) / max(1, len(hidden))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments, masking_utils
 
-from common import training
+from common import processes, training
 
 KINDS = ("weights", "gradients", "optimizer states", "activations", "logits and loss", "workspace")
 HALF = (torch.bfloat16, torch.float16)
@@ -183,6 +183,7 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(follower)
         stack.enter_context(patched(torch.nn.functional, "scaled_dot_product_attention", fused_attention))
+        stack.enter_context(patched(processes, "holds_parts", lambda: False))  # whose loss asks the others
         if step.packed:  # whether a row is, the positions would tell
             stack.enter_context(patched(masking_utils, "find_packed_sequence_indices", torch.zeros_like))
         if step.device == "cuda":

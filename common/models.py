@@ -228,7 +228,7 @@ def load_model(
     vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
     """
     # hqq's layers are packed one by one: they have to fit the device, the 16-bit model has not.
-    elsewhere = processes.engine() in ("fsdp", "zero3") or quantization in low_bit.BITS
+    elsewhere = processes.holds_parts() or quantization in low_bit.BITS
     model = from_hub(
         AutoModelForCausalLM.from_pretrained,
         source,

@@ -5,11 +5,12 @@ Only the first one (rank 0) writes files and prints.
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch.utils.data import Sampler
 
 
@@ -34,9 +35,24 @@ def engine() -> str | None:
     return "ddp" if count() > 1 else None
 
 
+def holds_parts() -> bool:
+    """Whether a process holds a part of the model only."""
+    return engine() in ("fsdp", "zero3")
+
+
 def device() -> torch.device:
     """The device of this process; the first call joins the others."""
-    return PartialState(cpu=count() > 1 and not torch.cuda.is_available()).device
+    if count() == 1:
+        return PartialState().device
+    # The others wait while the first prepares data or writes to a slow disk.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6)).device
+
+
+def share_out() -> None:
+    """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
+    state = PartialState()
+    if engine() == "fsdp" and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def gather(thing) -> list:

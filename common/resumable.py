@@ -58,7 +58,7 @@ class ResumableTrainer(SFTTrainer):
 
     def __init__(self, *args, save_total_limit=2, data_digest="", base_fingerprint=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.run = Path(self.args.output_dir)
+        self.run, self.dtype = Path(self.args.output_dir), self.model.dtype
         self.metrics, self.unwritten = self.run / METRICS, b""  # lines that a full disk did not take
         self.save_total_limit, self.data_digest = save_total_limit, data_digest
         self.base_fingerprint = list(base_fingerprint)
@@ -119,10 +119,12 @@ class ResumableTrainer(SFTTrainer):
         if last := checkpoints.published(self.run):
             return sum(file.stat().st_size for file in last[0].rglob("*"))
         weights, optim = self.weight_bytes(), self.args.optim
-        return weights * (1 if "adam" not in optim else 2 if "8bit" in optim else 3)
+        twice = processes.engine() == "fsdp"  # once for us, once for accelerate
+        return weights * (twice + (1 if "adam" not in optim else 2 if "8bit" in optim else 3))
 
     def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return sum(getattr(p, "ds_numel", p.numel()) * p.itemsize for p in trained)  # DeepSpeed's number, of a part
 
     def check_space(self) -> None:
         """UserError where the disk cannot hold the checkpoints that are to be kept, one more, and the final model."""
@@ -156,6 +158,8 @@ class ResumableTrainer(SFTTrainer):
             if not RANK:
                 shutil.copyfile(self.metrics, checkpoint / METRICS)
         except SAVE_ERRORS as error:
+            if processes.engine() not in (None, "ddp"):  # the others are in the middle of it
+                raise
             failed = str(error)
         progress = {name: getattr(self, name) for name in self.PROGRESS} | {"_tr_loss": self._tr_loss.item()}
         said = processes.gather((failed, progress))
@@ -237,9 +241,10 @@ class ResumableTrainer(SFTTrainer):
         loss = torch.stack([loss for _, loss in self.micro_steps]).sum().item()
         said = processes.gather((loss, step >= self.retry_at))
         loss = sum(loss for loss, _ in said) / len(said)
-        self.control.should_save |= any(retry for _, retry in said)
+        self.control.should_save |= said[0][1]  # as the first process, which writes, has it
         finite = math.isfinite(loss)
-        if self.accelerator.scaler is None:  # float16's scaler leaves out infinite gradients by itself, as it must
+        # float16's scaler leaves out infinite gradients by itself, as it must; DeepSpeed has one of its own.
+        if self.accelerator.scaler is None and not (self.args.fp16 and self.is_deepspeed_enabled):
             finite &= math.isfinite(norm)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         if not finite:
@@ -247,9 +252,7 @@ class ResumableTrainer(SFTTrainer):
             self.bad_steps += 1
             self.bad_since_log += 1
             print(f"step {step}: loss or gradient not finite, no update", file=sys.stderr)
-            too_many = max(MAX_BAD_STEPS, self.state.max_steps / 100)
-            # DeepSpeed has updated already, and what it leaves out depends on the dtype.
-            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= too_many or self.is_deepspeed_enabled:
+            if self.bad_in_a_row >= MAX_BAD_STEPS or self.bad_steps >= max(MAX_BAD_STEPS, self.state.max_steps / 100):
                 self.gave_up = self.control.should_training_stop = True
         else:
             if is_spike(loss, self.recent_losses):
@@ -342,6 +345,10 @@ class ResumableTrainer(SFTTrainer):
         if engine == "fsdp":
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(self.model, options=options)
+            if not hasattr(self.model, "peft_config"):  # accelerate has made them float32 to train them
+                weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
+            for name in getattr(self.model, "all_tied_weights_keys", {}):  # a second name of the same
+                weights.pop(name, None)
         elif engine == "zero3":
             weights = self.accelerator.get_state_dict(self.model_wrapped)
         else:

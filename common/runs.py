@@ -112,7 +112,8 @@ def refuse_changes(folder: Path, settings: dict) -> None:
     ]:
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            before, there_were = about["settings"], {name: about.get(name, now) for name, now in how_many().items()}
+            before, there_were = about["settings"], {"processes": 1, "engine": None}
+            there_were |= {name: about[name] for name in there_were if name in about}
             break
         except (OSError, ValueError, KeyError, TypeError):
             before, there_were = settings, how_many()  # damaged; without any checkpoint the run starts again

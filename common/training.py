@@ -1,5 +1,6 @@
 """Training: settings checked and put into TRL's terms, and a trainer with our loss and learning-rate schedule."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -68,7 +69,7 @@ def trackers(settings: dict) -> list[str]:
 def refuse_engine(settings: dict) -> None:
     """Refuse what cannot be combined with the way processes share the model, with the reason and what works."""
     engine, optim, quantization = processes.engine(), settings["OPTIM"], settings.get("QUANTIZATION")
-    in_parts, probed = engine in ("fsdp", "zero3"), settings["EVAL_FACTS"] or settings["EVAL_PROMPTS"]
+    in_parts, probed = processes.holds_parts(), settings["EVAL_FACTS"] or settings["EVAL_PROMPTS"]
     sizes = [os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("CP", "SP", "TP")]
     for wrong, what, reason in (
         (engine == "zero3" and quantization, f"QUANTIZATION={quantization} with DeepSpeed's stage 3",
@@ -77,6 +78,8 @@ def refuse_engine(settings: dict) -> None:
          "it shares out weights of one dtype. QUANTIZATION=nf4 works, or launch/ddp.yaml."),
         (engine == "fsdp" and os.environ.get("FSDP_VERSION") != "2", "fsdp_version: 1",
          "frozen and trained weights need FSDP2. Set fsdp_version: 2, as in launch/fsdp.yaml."),
+        (engine not in (None, "ddp") and optim == "adamw_anyprecision", f"OPTIM={optim} with {engine}",
+         "it keeps float32 copies of 16-bit weights anyway. OPTIM=adamw_torch_fused works, or launch/ddp.yaml."),
         (in_parts and ("8bit" in optim or "4bit" in optim or "paged" in optim), f"OPTIM={optim} with {engine}",
          "its states cannot be shared out. OPTIM=adamw_torch_fused works, or launch/ddp.yaml."),
         (in_parts and probed, f"EVAL_FACTS, EVAL_PROMPTS with {engine}",
@@ -128,6 +131,7 @@ def arguments(settings: dict, fit, folder: Path, dtype: torch.dtype, evaluate: b
         run_name=folder.name,
         disable_tqdm=True,
     )
+    processes.share_out()
     config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
     return config
 
@@ -136,6 +140,8 @@ def prepare_model(model, kl_weight: float, base_model=None) -> bool:
     """Give a model our loss, and its adapter weights in float32; returns whether its logits allow that loss."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     chunked = supports_chunked_loss(base.config)
+    if base_model is not None:
+        base_model.to(processes.device())  # which is not shared out, where the model is
     if chunked:
         without_adapter = model.disable_adapter if kl_weight and base_model is None else None
         add_chunked_loss(base, without_adapter, base_model)
@@ -163,8 +169,12 @@ class ChatTrainer(ResumableTrainer):
 
     def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
         super().__init__(*args, **kwargs)
+        if processes.engine() == "fsdp" and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            # accelerate would average gradients, and return losses, in 16 bits.
+            policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         share = processes.count() * self.args.per_device_train_batch_size
-        blank = {"input_ids": [self.processing_class.eos_token_id], "labels": [-100], "seq_lengths": [1]}
+        blank = {"input_ids": [self.processing_class.eos_token_id or 0], "labels": [-100], "seq_lengths": [1]}
         self.rows = len(self.train_dataset)
         if processes.count() > 1:
             self.train_dataset = processes.with_blanks(self.train_dataset, blank, share)

@@ -2,8 +2,9 @@
 
     accelerate launch --config_file launch/fsdp.yaml --num_processes 2 tests/launched.py PLAN
 
-PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at"}: steps at which the last process gets a
-SIGTERM or SIGKILL (then there is PLAN.killed), or its loss is not finite. The first writes exit codes to PLAN.codes.
+PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at", "full_at", "chunk"}: steps at which the
+last process gets a SIGTERM or SIGKILL (then there is PLAN.killed), its loss is not finite, or the first cannot save;
+and positions whose logits exist at a time. The first process writes the exit codes to PLAN.codes.
 """
 
 import importlib
@@ -15,24 +16,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import settings
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from trl import SFTTrainer
+
+from common import loss, processes, settings
 from common.training import ChatTrainer
 
 plan = Path(sys.argv[1])
-honest, runs, codes = ChatTrainer.compute_loss, json.loads(plan.read_text()), []
+honest, honest_save = ChatTrainer.compute_loss, SFTTrainer._save_checkpoint
+runs, codes = json.loads(plan.read_text()), []
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}
+if processes.engine() in ("zero2", "zero3"):
+    from deepspeed import DeepSpeedEngine
+
+    WRAPPERS[processes.engine()] = DeepSpeedEngine
 is_last = settings.RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
 for run in runs:
 
     def compute_loss(self, *args, run=run, **kwargs):
-        step, loss = self.state.global_step + 1, honest(self, *args, **kwargs)
+        assert not self.model.training or isinstance(self.model_wrapped, WRAPPERS.get(processes.engine(), Module))
+        step, value = self.state.global_step + 1, honest(self, *args, **kwargs)
         if self.model.training and is_last and step == run.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.model.training and is_last and step == run.get("kill_at"):
             Path(f"{plan}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss * float("nan") if self.model.training and is_last and step == run.get("nan_at") else loss
+        return value * float("nan") if self.model.training and is_last and step == run.get("nan_at") else value
 
-    ChatTrainer.compute_loss = compute_loss
+    def save_checkpoint(self, *args, run=run):
+        honest_save(self, *args)
+        if self.state.global_step == run.get("full_at") and not settings.RANK:
+            raise OSError(28, "planned")
+
+    ChatTrainer.compute_loss, SFTTrainer._save_checkpoint = compute_loss, save_checkpoint
+    loss.CHUNK = run.get("chunk", 256)
     module, code = importlib.import_module(run["script"]), 0
     before = settings.current(vars(module))
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_jsonl
 from test_judge import fake  # noqa: F401  a fixture
-from test_processes import BIN, environment
+from test_processes import BIN, deepspeed_on_cpus, environment  # noqa: F401
 from test_sources import arena, oasst
 
 import chat_pipe
@@ -131,7 +131,7 @@ def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
 def launched(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     """A launcher's command with two processes; sbatch as Slurm would run it on one node."""
     env = environment() | {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
-    for name, text in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
+    for name, text in {"srun": 'shift 2; exec "$@"', "scontrol": "echo localhost"}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env |= {"PATH": f"{tmp_path}:{env['PATH']}", "SLURM_JOB_NODELIST": "localhost"}
@@ -187,7 +187,7 @@ def test_llama_2_on_samsum(run, run_here, tiny, tmp_path):
         assert code == 2 and re.search(refusal, error), error
 
 
-def test_mistral_by_deepspeed_and_ddp(run):
+def test_mistral_by_deepspeed_and_ddp(run, deepspeed_on_cpus):  # noqa: F811
     for command in commands("**Mistral 7B on your own JSONL"):
         assert "row for runs.md" in run(command, "EVAL_STEPS=2", "SAVE_STEPS=2")
 
