@@ -3,8 +3,11 @@
 Only the first one (rank 0) writes files and prints.
 """
 
+import atexit
+import functools
 import json
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,10 +45,21 @@ def holds_parts() -> bool:
 
 def device() -> torch.device:
     """The device of this process; the first call joins the others."""
-    if count() == 1:
-        return PartialState().device
+    return (join() if count() > 1 else PartialState()).device
+
+
+@functools.cache
+def join() -> PartialState:
+    """Join the other processes, and leave them in order at the end, without which gloo may abort."""
+
+    def leave():
+        if not hasattr(sys, "last_type"):  # after an error the launcher ends the others, who may wait for this one
+            dist.destroy_process_group()
+
     # The others wait while the first prepares data or writes to a slow disk.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6)).device
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
+    atexit.register(leave)
+    return state
 
 
 def share_out() -> None:
