@@ -31,6 +31,7 @@ if __name__ == "__main__":
     apply_overrides(globals())
 
 import json
+import math
 import shutil
 import subprocess
 
@@ -39,14 +40,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import low_bit, memory, models
 
-ROOT = Path(__file__).parent.parent
 # The smallest kind of GGUF file that we write with at least the bits of the base: below 4 there is none.
 FILES = {None: "f16", "int8": "q8_0", "nf4": "q4_0"} | dict.fromkeys(low_bit.BITS, "q4_0")
 COLUMNS = (
     "base | bits a weight | loss on chats, base | after training | held-out loss | name | facts | peak RSS, GiB | "
     "base as held, MiB | with its adapter | tokens/s | file | MiB | its KL"
 )
-MIB = 2**20
 
 
 def main():
@@ -57,7 +56,7 @@ def main():
     config = models.load_config(models.locate(MODEL))
     rows = []
     for name in names:
-        run = Path(OUT_DIR).resolve() / (name or "16bit")
+        run = Path(OUT_DIR) / (name or "16bit")
         train_and_evaluate(name, run)
         rows.append(row(name, run, *held(config, name)))
     print(f"\n| {COLUMNS} |\n" + "|---" * len(COLUMNS.split("|")) + "|")
@@ -66,9 +65,8 @@ def main():
 
 def train_and_evaluate(name: str | None, run: Path) -> None:
     """The run, its scores.json and its export.json, as far as they are not there."""
-    where = dict(OUT_DIR=run.parent, RUN_NAME=run.name)
     recipe = dict(MODEL=MODEL, DATA=DATA, NUM_TRAIN_EPOCHS=NUM_TRAIN_EPOCHS, MAX_STEPS=MAX_STEPS, KL_WEIGHT=KL_WEIGHT)
-    call("qlora_train.py", **recipe, QUANTIZATION=name, **where)
+    call("qlora_train.py", **recipe, QUANTIZATION=name, OUT_DIR=run.parent, RUN_NAME=run.name)
     scored = dict(QUANTIZATION=name, CHATS=CHATS, MAX_CHATS=MAX_CHATS, FACTS=FACTS, OUT_DIR=f"{run}-base")
     if CHATS and not list(Path(f"{run}-base").glob("*/scores.json")):
         call("evaluate_model.py", MODEL=MODEL, SUITES="loss", **scored)
@@ -83,8 +81,9 @@ def train_and_evaluate(name: str | None, run: Path) -> None:
 def call(script: str, **settings) -> None:
     """Run an entry script; an export that fails its proof (5) is told in the table."""
     print(f"{script} " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    command = [sys.executable, script, *(f"{key}={value}" for key, value in settings.items())]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    path = str(Path(__file__).parent.parent / script)
+    command = [sys.executable, path, *(f"{key}={value}" for key, value in settings.items())]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode not in (0, 5):
         raise UserError(f"{script} ended with {result.returncode}: {result.stderr.strip().splitlines()[-1]}")
 
@@ -104,16 +103,16 @@ def row(name: str | None, run: Path, size: int, bits: float) -> list[str]:
     read = [run / "summary.json", run / "scores.json", *Path(f"{run}-base").glob("*/scores.json")]
     summary, scores, *base = (json.loads(file.read_text(encoding="utf-8")) for file in read)
     losses = [f"{one['scores']['loss']:.4f}" for one in (*base, scores)] if base else ["", ""]
-    scores = scores["scores"]
+    name_recall, fact_recall = (f"{scores['scores'][kind]:.0%}" for kind in ("name", "fact"))
     adapter = (run / "final" / "adapter_model.safetensors").stat().st_size
     told = run.with_name(f"{run.name}-export") / "export.json"
     file = json.loads(told.read_text())["files"][0] if told.is_file() else None
     return [
         name or "16 bits", f"{bits:.2f}", *losses,
-        f"{summary['eval_loss']:.4f}" if summary["eval_loss"] else "", f"{scores['name']:.0%}", f"{scores['fact']:.0%}",
-        f"{summary['peak_rss_gib']:.2f}", f"{size / MIB:.1f}", f"{(size + adapter) / MIB:.1f}",
+        f"{summary['eval_loss'] or math.nan:.4f}", name_recall, fact_recall,
+        f"{summary['peak_rss_gib']:.2f}", f"{size / 2**20:.1f}", f"{(size + adapter) / 2**20:.1f}",
         f"{summary['tokens_per_second']:.0f}", FILES[name] + (" rejected" if not file or file["faults"] else ""),
-        f"{file['bytes'] / MIB:.1f}" if file else "", "" if not file or file["kl"] is None else f"{file['kl']:.2g}",
+        f"{file['bytes'] / 2**20:.1f}" if file else "", "" if not file or file["kl"] is None else f"{file['kl']:.2g}",
     ]  # fmt: skip
 
 

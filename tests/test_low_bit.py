@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import save_tiny
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import chat_pipe
 import estimate_memory
 import evaluate_model
 import merge_and_export
 import qlora_train
-from common import adapters, low_bit, models
+from common import adapters, low_bit, memory, models
 from common.settings import UserError
 
 pytest.importorskip("hqq")
@@ -60,15 +61,18 @@ def test_two_loads_are_equal_and_the_empty_model_has_their_shapes(quantization, 
     assert torch.equal(before, torch.get_rng_state())
     empty = models.empty_model(models.load_config(source), quantization, torch.bfloat16, "sdpa")
     assert low_bit.layer_names(one) == low_bit.layer_names(empty)
-    biases = 0
+    held = [*one.parameters(), *one.buffers()]
     for name in low_bit.layer_names(one):
         alike = (tensors(model.get_submodule(name)) for model in (one, other, empty))
         for a, b, c in zip(*(held.values() for held in alike), strict=True):
             if a is not None:
                 assert torch.equal(a, b) and not a.requires_grad
                 assert c.is_meta and (c.shape, c.dtype) == (a.shape, a.dtype)
-        biases += tensors(one.get_submodule(name))["bias"] is not None
-    assert biases == 6
+        held += filter(torch.is_tensor, tensors(one.get_submodule(name)).values())
+    follower = memory.Follower()
+    memory.make_fake(empty, FakeTensorMode(allow_non_fake_inputs=True), follower)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert follower.now == sum(storages.values())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
