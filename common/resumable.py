@@ -341,19 +341,18 @@ class ResumableTrainer(SFTTrainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The trained weights on the CPU of the first process, where processes hold parts of them; else None."""
-        engine = processes.engine()
-        if engine == "fsdp":
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self.model, options=options)
-            if not hasattr(self.model, "peft_config"):  # accelerate has made them float32 to train them
-                weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
-            for name in getattr(self.model, "all_tied_weights_keys", {}):  # a second name of the same
-                weights.pop(name, None)
-        elif engine == "zero3":
-            weights = self.accelerator.get_state_dict(self.model_wrapped)
-        else:
+        if processes.engine() == "zero3":
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        if processes.engine() != "fsdp":
             return None
-        return weights
+        is_adapter = hasattr(self.model, "peft_config")
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+        weights = get_model_state_dict(self.model, options=options)
+        if is_adapter:
+            return weights
+        for name in self.model.all_tied_weights_keys:  # a second name of the same
+            weights.pop(name, None)
+        return {name: weight.to(self.dtype) for name, weight in weights.items()}  # accelerate has made them float32
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
