@@ -12,9 +12,7 @@ from common.sources import check_files
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
-QUANTIZATION: str | None = (
-    None  # bits a weight: nf4 4.1; int8 8; hqq-1bit to -4bit 1.5, 2.5, 4, 4.5; None 16 (for small models)
-)
+QUANTIZATION: str | None = None  # nf4: 0.6 bytes a weight; int8: 1; hqq-4bit to hqq-1bit: 0.6 to 0.2; None: 2
 DTYPE: str | None = None  # of the base and the compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
 # Adapter

@@ -32,7 +32,7 @@ SCRIPTS = {
 ARCHITECTURES = {
     "stabilityai/stablelm-2-1_6b": "stablelm",
     "openai-community/gpt2-medium": "gpt2",
-    "meta-llama/Llama-2-7b-hf": "llama",
+    "meta-llama/Llama-2-7b-hf": "mistral",  # as Llama 2, without tied embeddings
     "mistralai/Mistral-7B-Instruct-v0.2": "mistral",
     "meta-llama/Meta-Llama-3-8B": "llama",
 }
