@@ -20,7 +20,7 @@ CHATS: str | None = None  # ordinary chats that no training saw, as in evaluate_
 MAX_CHATS = 60  # the first rows of them
 FACTS = "data/facts.jsonl"  # as in evaluate_model.py
 BASES = (
-    "None, int8, hqq-4bit, hqq-3bit, hqq-2bit, hqq-1bit"  # values of QUANTIZATION; int8 holds less than hqq's 8 bits
+    "None, int8, hqq-4bit, hqq-3bit, hqq-2bit, hqq-1bit"  # values of QUANTIZATION; int8 is smaller than hqq's 8 bits
 )
 NUM_TRAIN_EPOCHS: int | float = 2  # as in qlora_train.py
 MAX_STEPS: int | None = None  # as in qlora_train.py

@@ -234,7 +234,6 @@ class HardwareMonitor:
     def read(self) -> None:
         self.latest = {device.name: device.read() for device in self.devices}
         self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
-
         for device, reading in self.latest.items():
             shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
             self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})

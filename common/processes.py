@@ -16,13 +16,11 @@ import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.utils.data import Sampler
 
+from common.settings import RANK
+
 
 def count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def engine() -> str | None:
@@ -83,7 +81,7 @@ def on_first(function):
     """What the function returns in the first process, handed to all; what it raises there, all raise."""
     gather(None)  # no other is still busy with what it may change
     result = error = None
-    if rank() == 0:
+    if not RANK:
         try:
             result = function()
         except (Exception, SystemExit) as raised:

@@ -115,7 +115,9 @@ def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
         settings += [*SMALL[script], *more]
         if script == "evaluate_model.py":
             settings += [f"JUDGE_URL={server.url}", f"OUT_DIR={tmp_path}/out/evaluation"]
-        elif script not in ("chat_pipe.py", "compare_runs.py", "estimate_memory.py"):
+        elif script == "compare_runs.py":
+            settings.append(f"PICTURE={tmp_path}/compare.png")
+        elif script not in ("chat_pipe.py", "estimate_memory.py"):
             settings.append(f"OUT_DIR={tmp_path}/out")
         if launcher == ["python"]:
             code, out, error = run_here(SCRIPTS[script], *settings)
