@@ -48,7 +48,7 @@ def device() -> torch.device:
 
 @functools.cache
 def join() -> PartialState:
-    """Join the other processes, and leave them in order at the end, without which gloo may abort."""
+    """Join the other processes, and leave them at the end."""
 
     def leave():
         if not hasattr(sys, "last_type"):  # after an error the launcher ends the others, who may wait for this one

@@ -4,6 +4,7 @@ This module imports nothing slow, so that a typing mistake is answered before to
 """
 
 import ast
+import atexit
 import difflib
 import errno
 import io
@@ -21,6 +22,8 @@ SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|githu
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
 
 RANK = int(os.environ.get("RANK", 0))  # of this process, where a launcher has started several
+
+exit_code = None  # with which run_main has ended
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 
@@ -190,11 +193,21 @@ def run_main(main) -> None:
 
     Secrets are left out of tracebacks.
     """
+    global exit_code
     sys.excepthook = lambda *error: complain("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
+    try:
+        run_and_tell(main)
+        exit_code = 0
+    except BaseException as end:
+        exit_code = end.code if isinstance(end, SystemExit) else 1
+        raise
+
+
+def run_and_tell(main) -> None:
     try:
         main()
     except UserError as error:
@@ -208,3 +221,15 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def leave_at_once() -> None:
+    """End one of several processes when all is done: what torch's gloo leaves to the very end aborts some of them."""
+    if exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(exit_code)
+
+
+if "RANK" in os.environ:
+    atexit.register(leave_at_once)  # before anything slow is imported, and so the last of all

@@ -47,10 +47,18 @@ def environment() -> dict:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def run_launched(command: list[str], seconds: int = 300) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds)
-    print("\n".join(line for line in done.stderr.splitlines() if "%|" not in line))
-    return done
+def run_launched(command: list[str], env: dict | None = None, seconds: int = 300) -> subprocess.CompletedProcess:
+    """The command with what it said; killed with all it started, and failed with that, if it hangs."""
+    env, pipe = env or environment(), subprocess.PIPE
+    run = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+    try:
+        out, error = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        out, error = run.communicate()
+        pytest.fail(f"hung: {out[-3000:]}\n{error[-9000:]}")
+    print("\n".join(line for line in error.splitlines() if "%|" not in line))
+    return subprocess.CompletedProcess(command, run.returncode, out, error)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +215,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
     fakes = tmp_path / "bin"
     fakes.mkdir()
     for name, text in {
-        "srun": 'shift 2; SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait %1; a=$?; wait %2; exit $((a ? a : $?))',
+        "srun": 'SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait -n || { kill %1 %2; exit 1; }; wait -n',
         "scontrol": f'[ "$1" = show ] && printf "localhost\\nlocalhost\\n" || echo "$@" >> {tmp_path}/requeued',
     }.items():
         (fakes / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -234,7 +242,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
     assert "stopped at step" in said and (tmp_path / "requeued").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
 
     env["ENGINE"] = "ddp"  # by accelerate, this time
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    again = run_launched(command, env)
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr[-3000:]
     assert_equal_runs(singles / "lora", tmp_path / f"slurm-{job['SLURM_JOB_ID']}", 1e-4)
 
