@@ -133,7 +133,7 @@ def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
 def launched(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     """A launcher's command with two processes; sbatch as Slurm would run it on one node."""
     env = environment() | {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
-    for name, text in {"srun": 'shift 2; exec "$@"', "scontrol": "echo localhost"}.items():
+    for name, text in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env |= {"PATH": f"{tmp_path}:{env['PATH']}", "SLURM_JOB_NODELIST": "localhost"}
