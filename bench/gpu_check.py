@@ -66,7 +66,9 @@ def print_rows(name: str, method: str, checkpointing: bool, peak: float) -> None
     for side in SIDES[1:] if checkpointing else SIDES:
         try:
             results[side] = time_training(name, method, side, "cuda", checkpointing)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not gpu.is_out_of_memory(error):
+                raise
             print(f"{name} {method} {side}: out of memory", flush=True)
     predicted = predict(name, method, checkpointing, "cuda")
     for side, r in results.items():
@@ -138,8 +140,10 @@ def quantize_in_place(model, device: str) -> None:
 def time_training(name: str, method: str, side: str, device: str, checkpointing: bool = False) -> dict:
     """Train a few steps on packed random tokens; tokens/s over the median step and the peak of allocated memory."""
     set_seed(0)
+    gc.collect()  # the model before, whose trainer holds it in a circle
+    if device == "cuda":
+        torch.cuda.empty_cache()
     model = build_model(name, method, device)
-    gc.collect()
     if device == "cuda":  # the peak of training, not of building
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

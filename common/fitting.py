@@ -13,6 +13,7 @@ from common import gpu, processes
 from common.gpu import GIB
 from common.memory import Step, trace
 from common.settings import UserError
+from common.training import ZERO_BUCKET
 
 # A micro step takes as long as its tokens and so many more: seed 000's runs 8 to 10 (1.6 B, 4 bits, RTX 4060, rows of
 # 512 tokens) took 1,205, 995 and 922 s with 1, 2 and 3 rows. A CPU is busy with one row.
@@ -78,7 +79,10 @@ def choose(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -
     @functools.cache
     def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
         this = replace(step, rows=rows, checkpointing=checkpointing, accumulates=batch > rows)
-        return shared_out(trace(*build(quantization), make_optimizer, this)) | outside
+        needed = trace(*build(quantization), make_optimizer, this)
+        if processes.count() > 1:
+            needed = shared_out(needed, *build(quantization), step.dtype, quantization)
+        return needed | outside
 
     def peak(*choice) -> int:
         return sum(parts(*choice).values())
@@ -129,17 +133,33 @@ def batch_of_a_process(settings: dict) -> int:
     return each
 
 
-def shared_out(parts: dict[str, int]) -> dict[str, int]:
-    """The bytes of a process, of those that one alone would need."""
+def shared_out(parts: dict[str, int], model, base, dtype: torch.dtype, quantization: str | None) -> dict[str, int]:
+    """The bytes of a process, of those that one alone would need: model and base as for `trace`, which has used up its
+    own."""
     engine, number = processes.engine(), processes.count()
-    in_parts = {
-        "zero1": ["optimizer states"],
-        "zero2": ["optimizer states", "gradients"],
-        "zero3": ["optimizer states", "gradients", "weights"],
-        "fsdp": ["optimizer states", "gradients", "weights"],
-    }.get(engine, [])
-    buckets = {"exchange": parts["gradients"]} if engine == "ddp" else {}  # DDP averages in a second copy
-    return {kind: size // number if kind in in_parts else size for kind, size in parts.items()} | buckets
+    if engine == "ddp":
+        return parts | {"exchange": parts["gradients"]}  # averaged in a second copy
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Both engines train 16-bit weights in float32: FSDP by making them so, DeepSpeed beside them.
+    wider = 4 // min(p.itemsize for p in trained)
+    parts = parts | {kind: parts[kind] * wider // number for kind in ("gradients", "optimizer states")}
+    frozen = sum(p.nbytes for p in base.parameters()) if base is not None else 0  # KL_WEIGHT's, which each has whole
+    whole = parts["weights"] - frozen
+    if engine != "fsdp":
+        parts["exchange"] = 4 * ZERO_BUCKET
+        if dtype != torch.float32:
+            parts["float32 weights"] = 4 * sum(p.numel() for p in trained) // number
+    if engine in ("fsdp", "zero3"):
+        layers = [
+            sum(p.nbytes for p in layer.parameters())
+            for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        ]
+        parts["weights"] = whole * (wider if engine == "fsdp" else 1) // number + frozen
+        # Embeddings, head, and a layer with the next one.
+        parts["gathered"] = sum(p.nbytes for p in model.parameters()) - sum(layers) + 2 * max(layers)
+    if engine == "zero3" or engine == "fsdp" and quantization:  # whole on each device, before it is shared out
+        parts["loading"] = max(0, whole + frozen - sum(parts.values()))
+    return parts
 
 
 def largest(possible: list, fits) -> list:

@@ -97,22 +97,24 @@ class GaLore(torch.optim.AdamW):
         self.is_gathered = True
         for parameter in self.projected:
             if parameter.grad is not None:
-                if parameter.grad.isfinite().all():
-                    self.refresh(parameter)
+                self.refresh(parameter)
                 self.sums[parameter] = self.state[parameter]["basis"].T @ wide(parameter.grad)
                 parameter.grad = None
         for low in self.sums.values():
             average(low)
 
     def refresh(self, parameter) -> None:
-        """A new basis from the gradient in `.grad`; the moments are carried over into it."""
+        """A new basis from the gradient in `.grad`, if it is finite; the moments are carried over into it."""
         state, gradient = self.state[parameter], wide(parameter.grad)
         old = state["basis"]
+        # What processes exchange is low-rank, too; what one of them has that is not finite, all have in the mean.
+        mean = average(gradient.float() if self.exact_svd else old.T @ gradient)
+        if not mean.isfinite().all():
+            return
         if self.exact_svd:
-            new = torch.linalg.svd(average(gradient.float()), full_matrices=False).U[:, : old.shape[1]]
-        else:  # what processes exchange is low-rank, too
-            low = average(old.T @ gradient)
-            new, triangle = torch.linalg.qr(average(gradient @ low.T).float())
+            new = torch.linalg.svd(mean, full_matrices=False).U[:, : old.shape[1]]
+        else:
+            new, triangle = torch.linalg.qr(average(gradient @ mean.T).float())
             new *= triangle.diagonal().sign()  # QR leaves the signs open
         state["basis"] = new.to(old.dtype).contiguous()  # as it will be when loaded: strides change the last bits
         overlap = new.T @ old.float()  # (rank, rank)

@@ -7,11 +7,13 @@ path without data is stood in for: fused attention, the positions that a mask se
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
 import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -276,7 +278,9 @@ def make_fake(model, mode: FakeTensorMode, follower: Follower) -> None:
 
 def usual_optimizer(name: str):
     """Makes the optimizer that transformers knows by this name, for `trace`."""
-    arguments = TrainingArguments(output_dir=".", optim=name, use_cpu=True, report_to="none")
+    # Only its values: made for real, it would choose a device for the whole process.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    arguments = SimpleNamespace(**defaults | {"optim": name})
     kind, options = training.ChatTrainer.get_optimizer_cls_and_kwargs(arguments)
     return lambda model: kind([p for p in model.parameters() if p.requires_grad], **options)
 

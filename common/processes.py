@@ -3,11 +3,9 @@
 Only the first one (rank 0) writes files and prints.
 """
 
-import atexit
 import functools
 import json
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,23 +39,13 @@ def holds_parts() -> bool:
     return engine() in ("fsdp", "zero3")
 
 
+@functools.cache
 def device() -> torch.device:
     """The device of this process; the first call joins the others."""
-    return (join() if count() > 1 else PartialState()).device
-
-
-@functools.cache
-def join() -> PartialState:
-    """Join the other processes, and leave them at the end."""
-
-    def leave():
-        if not hasattr(sys, "last_type"):  # after an error the launcher ends the others, who may wait for this one
-            dist.destroy_process_group()
-
+    if count() == 1:
+        return PartialState().device
     # The others wait while the first prepares data or writes to a slow disk.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
-    atexit.register(leave)
-    return state
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6)).device
 
 
 def share_out() -> None:

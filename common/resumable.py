@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from trl import SFTTrainer
 
 from common import checkpoints, processes
@@ -119,6 +120,8 @@ class ResumableTrainer(SFTTrainer):
         if last := checkpoints.published(self.run):
             return sum(file.stat().st_size for file in last[0].rglob("*"))
         weights, optim = self.weight_bytes(), self.args.optim
+        if self.is_deepspeed_enabled:
+            return 8 * weights  # once for us, once for DeepSpeed, and in float32 with what Adam keeps
         twice = processes.engine() == "fsdp"  # once for us, once for accelerate
         return weights * (twice + (1 if "adam" not in optim else 2 if "8bit" in optim else 3))
 
@@ -152,6 +155,10 @@ class ResumableTrainer(SFTTrainer):
         checkpoint, failed = self.run / f"checkpoint-{step}", ""
         try:
             processes.on_first(lambda: checkpoints.check_space(self.run, self.checkpoint_bytes()))
+        except OSError as error:  # in all of them
+            self.save_failed(checkpoint, str(error))
+            return
+        try:
             super()._save_checkpoint(model, trial)
             if self.write_metrics():
                 raise OSError(errno.ENOSPC, "not all lines are written", METRICS)
@@ -270,6 +277,9 @@ class ResumableTrainer(SFTTrainer):
             for ids, labels in rows:
                 mean = self.compute_loss(self.model, self._prepare_inputs({"input_ids": ids, "labels": labels})).item()
                 chats.append({"loss": mean, "begins": self.processing_class.decode(ids[0, :100])})
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # whole weights that stay from this forward would be used after the update, too
         chats = {chat["begins"]: chat for chats in processes.gather(chats) for chat in chats}.values()
         chats = sorted(chats, key=lambda chat: -chat["loss"])[:3]
         usual = statistics.fmean(self.recent_losses)

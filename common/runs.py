@@ -151,10 +151,12 @@ def allowed_changes(settings: dict) -> set[str]:
 
 def command() -> str:
     """The command line of this run, without the interpreter's folder; of several processes, one that does the same."""
-    launcher = ["python"]
-    if processes.engine():
-        config = f"launch/{processes.engine()}.yaml"
-        launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(processes.count())]
+    launcher, count = ["python"], processes.count()
+    if engine := processes.engine():
+        config = f"launch/{engine}.yaml" if engine != "zero1" else "CONFIG"
+        launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
+        if (machines := count // int(os.environ.get("LOCAL_WORLD_SIZE", count))) > 1:
+            launcher += ["--num_machines", str(machines)]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

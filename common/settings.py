@@ -224,7 +224,10 @@ def run_and_tell(main) -> None:
 
 
 def leave_at_once() -> None:
-    """End one of several processes when all is done: what torch's gloo leaves to the very end aborts some of them."""
+    """End one of several processes when all is done.
+
+    Of what torch tidies up at the very end, gloo's threads abort some processes, and NCCL waits for others that failed.
+    """
     if exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

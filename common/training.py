@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import statistics
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from trl import SFTConfig
 from common import gpu, processes
 from common.loss import add_chunked_loss, supports_chunked_loss
 from common.resumable import ResumableTrainer
-from common.settings import UserError, check_choice
+from common.settings import RANK, UserError, check_choice
 
 SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+ZERO_BUCKET = 50_000_000  # gradients that DeepSpeed exchanges at a time; its 500 million would take 2 GB by themselves
 
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
@@ -78,6 +80,8 @@ def refuse_engine(settings: dict) -> None:
          "it shares out weights of one dtype. QUANTIZATION=nf4 works, or launch/ddp.yaml."),
         (engine == "fsdp" and os.environ.get("FSDP_VERSION") != "2", "fsdp_version: 1",
          "frozen and trained weights need FSDP2. Set fsdp_version: 2, as in launch/fsdp.yaml."),
+        (engine == "fsdp" and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true",
+         "fsdp_cpu_ram_efficient_loading: true", "all processes need the weights. Set it to false."),
         (engine not in (None, "ddp") and optim == "adamw_anyprecision", f"OPTIM={optim} with {engine}",
          "it keeps float32 copies of 16-bit weights anyway. OPTIM=adamw_torch_fused works, or launch/ddp.yaml."),
         (in_parts and ("8bit" in optim or "4bit" in optim or "paged" in optim), f"OPTIM={optim} with {engine}",
@@ -127,6 +131,8 @@ def arguments(settings: dict, fit, folder: Path, dtype: torch.dtype, evaluate: b
         save_strategy="steps" if settings["SAVE_STEPS"] else "no",
         save_steps=settings["SAVE_STEPS"] or 500,
         ddp_find_unused_parameters=False,
+        # FSDP would keep whole gradients in every process until the last micro step.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": processes.engine() == "fsdp"}},
         report_to=trackers(settings) or "none",
         run_name=folder.name,
         disable_tqdm=True,
@@ -169,10 +175,7 @@ class ChatTrainer(ResumableTrainer):
 
     def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
         super().__init__(*args, **kwargs)
-        if processes.engine() == "fsdp" and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
-            # accelerate would average gradients, and return losses, in 16 bits.
-            policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        exchange_in_float32(self.accelerator.state)
         share = processes.count() * self.args.per_device_train_batch_size
         blank = {"input_ids": [self.processing_class.eos_token_id or 0], "labels": [-100], "seq_lengths": [1]}
         self.rows = len(self.train_dataset)
@@ -181,7 +184,8 @@ class ChatTrainer(ResumableTrainer):
             self.eval_dataset = self.eval_dataset and processes.with_blanks(self.eval_dataset, blank, share)
         self.schedule, self.probe = schedule, probe
         self.kl_weight = kl_weight
-        self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of micro steps (nats) and their number; since the last log
+        self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of steps (nats) and their number; since the last log
+        self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
         self.chunked = prepare_model(self.model, kl_weight, base_model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,10 +202,12 @@ class ChatTrainer(ResumableTrainer):
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
         if self.kl_weight:
-            kl = divergence.item()
-            if math.isfinite(kl):
-                self.divergences = [total + more for total, more in zip(self.divergences, (kl, 1, kl, 1), strict=True)]
-            loss = loss + self.kl_weight * divergence / self.current_gradient_accumulation_steps
+            kl = divergence / self.micro_steps_with_tokens  # so that a step's sum, over all processes, is a mean
+            share = 1 / self.current_gradient_accumulation_steps / processes.count()
+            if kl.isfinite():
+                told = kl.item(), share, kl.item(), share
+                self.divergences = [total + more for total, more in zip(self.divergences, told, strict=True)]
+            loss = loss + self.kl_weight * kl * self.accelerator.num_processes
         return loss
 
     def log(self, logs, start_time=None):
@@ -215,11 +221,14 @@ class ChatTrainer(ResumableTrainer):
         if self.kl_weight and ("loss" in logs or "train_loss" in logs):
             totals = [sum(numbers) for numbers in zip(*processes.gather(self.divergences), strict=True)]
             if "loss" in logs:
-                logs["kl"] = totals[2] / max(1, totals[3])
+                logs["kl"] = totals[2] / (totals[3] or 1)
                 logs["loss"] -= self.kl_weight * logs["kl"]
                 self.divergences[2:] = 0.0, 0
             else:
-                logs["train_loss"] -= self.kl_weight * totals[0] / max(1, totals[1])
+                logs["train_loss"] -= self.kl_weight * totals[0] / (totals[1] or 1)
+        if "train_loss" in logs:  # what is not logged yet, Trainer adds as this process has it
+            rest = processes.gather(self._tr_loss.item())
+            logs["train_loss"] += (statistics.fmean(rest) - rest[RANK]) / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
@@ -252,10 +261,22 @@ class ChatTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        if self.kl_weight:
+            self.micro_steps_with_tokens = sum(processes.gather(sum(bool(count_tokens(batch)) for batch in batches)))
+        return batches, items
+
     def _get_train_sampler(self, *args):
         if processes.count() == 1:
             return super()._get_train_sampler(*args)
-        return processes.EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
+        self.sampler = processes.EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
+        return self.sampler
+
+    def _run_epoch(self, *args, epoch: int, **kwargs):
+        if processes.count() > 1:
+            self.sampler.set_epoch(epoch)  # where batches are skipped, accelerate does not find it
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -276,6 +297,17 @@ class ChatTrainer(ResumableTrainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def exchange_in_float32(state) -> None:
+    """Have accelerate's engines sum up gradients, and return losses, in float32; they would in 16 bits."""
+    if processes.engine() == "fsdp" and (policy := state.fsdp_plugin.mixed_precision_policy):
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        state.fsdp_plugin.mixed_precision_policy = policy
+    elif (processes.engine() or "").startswith("zero"):
+        config = state.deepspeed_plugin.deepspeed_config
+        config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        config["zero_optimization"]["reduce_bucket_size"] = ZERO_BUCKET
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:

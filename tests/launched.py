@@ -2,9 +2,10 @@
 
     accelerate launch --config_file launch/fsdp.yaml --num_processes 2 tests/launched.py PLAN
 
-PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at", "full_at", "chunk"}: steps at which the
-last process gets a SIGTERM or SIGKILL (then there is PLAN.killed), its loss is not finite, or the first cannot save;
-and positions whose logits exist at a time. The first process writes the exit codes to PLAN.codes.
+PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at", "full_at", "spike_at", "chunk"}: steps at
+which the last process gets a SIGTERM or SIGKILL (then there is PLAN.killed), its loss is not finite, the first cannot
+save, or a loss is taken for a spike; and positions whose logits exist at a time. The first process writes the exit
+codes to PLAN.codes.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
-from common import loss, processes, settings
+from common import loss, processes, resumable, settings
 from common.training import ChatTrainer
 
 plan = Path(sys.argv[1])
@@ -51,6 +52,7 @@ for run in runs:
             raise OSError(28, "planned")
 
     ChatTrainer.compute_loss, SFTTrainer._save_checkpoint = compute_loss, save_checkpoint
+    resumable.is_spike = lambda _, recent, run=run: len(recent) + 1 == run.get("spike_at")
     loss.CHUNK = run.get("chunk", 256)
     module, code = importlib.import_module(run["script"]), 0
     before = settings.current(vars(module))
