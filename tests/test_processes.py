@@ -90,9 +90,8 @@ def singles(common_settings, tmp_path_factory):
     ]
     file = write_plan(out, plan)
     done = run_launched([sys.executable, "tests/launched.py", str(file)])
-    assert done.returncode == 0 and json.loads(Path(f"{file}.codes").read_text()) == [0] * len(plan), done.stderr[
-        -3000:
-    ]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(Path(f"{file}.codes").read_text()) == [0] * len(plan), done.stderr[-3000:]
     return out
 
 
