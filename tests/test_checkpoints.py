@@ -44,19 +44,20 @@ def cut_back(folder, step):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "step, settings",
     [
-        "PACKING=True KL_WEIGHT=0.5",
-        "PACKING=False KL_WEIGHT=0",
-        "GRADIENT_ACCUMULATION_STEPS=4",
-        "LOGGING_STEPS=4",
-        "QUANTIZATION=nf4",
-        "QUANTIZATION=hqq-2bit",
-        "ADAPTER=None DTYPE=float32 LORA_DROPOUT=0",
+        (2, "PACKING=True KL_WEIGHT=0.5"),
+        (2, "PACKING=False KL_WEIGHT=0"),
+        (2, "GRADIENT_ACCUMULATION_STEPS=4"),
+        (2, "LOGGING_STEPS=4"),
+        (2, "QUANTIZATION=nf4"),
+        (2, "QUANTIZATION=hqq-2bit"),
+        (2, "ADAPTER=None DTYPE=float32 LORA_DROPOUT=0"),
+        (6, "PACKING=True KL_WEIGHT=0.5"),
+        (6, "LOGGING_STEPS=4"),
     ],
 )
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, step, arguments, tmp_path, run_here):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, settings, arguments, tmp_path, run_here):
     assert run_here(qlora_train, *arguments("whole", *settings.split()))[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_back(tmp_path / "cut", step)
@@ -159,7 +160,7 @@ def test_rotation_goes_by_step_and_keeps_the_newest(run_with_checkpoints):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
-@pytest.mark.parametrize("kill_at", ["optimizer.pt", "COMPLETE.json.partial", "COMPLETE.json", "rotate"])
+@pytest.mark.parametrize("kill_at", ["optimizer.pt", "COMPLETE.json"])
 def test_kill_9_in_the_middle_of_a_save(kill_at, arguments, run_here, tmp_path):
     """The process dies while checkpoint-4 is written; the same command goes on and ends as if nothing had happened."""
     shim = f"""
