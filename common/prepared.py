@@ -161,15 +161,20 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
     if not learned.any():
         raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")
     if not keep_unlearned and not learned.all():
-        about["changed"]["sequences left out of training, all their answers have weight 0"] = int((~learned).sum())
-        train = train.filter(pa.array(learned))
-        about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
+        train = keep(train, np.flatnonzero(learned), about, "left out of training, all their answers have weight 0")
     if settings["MAX_SAMPLES"] and len(train) > settings["MAX_SAMPLES"]:
-        about["changed"]["sequences left out of training by MAX_SAMPLES"] = len(train) - settings["MAX_SAMPLES"]
-        train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), settings["MAX_SAMPLES"]))
-        about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
+        chosen = random.Random(settings["SEED"]).sample(range(len(train)), settings["MAX_SAMPLES"])
+        train = keep(train, chosen, about, "left out of training by MAX_SAMPLES")
     use_evaluation = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
     return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
+
+
+def keep(train: pa.Table, rows, about: dict, reason: str) -> pa.Table:
+    """Some rows of the training data; the account tells why the others are not there."""
+    about["changed"][f"sequences {reason}"] = len(train) - len(rows)
+    train = train.take(rows)
+    about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
+    return train
 
 
 def digest(folder: Path) -> str:

@@ -1,7 +1,11 @@
 """The comparisons: both sides do the same work, and a machine without a GPU is told so."""
 
+import importlib
 import re
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script, save_tiny, write_jsonl
@@ -71,19 +75,29 @@ def test_throughput_prints_both_sides_and_the_ratio(tiny, chats_file):
 
 
 @pytest.mark.slow
-def test_the_bit_ladder_prints_a_row_and_does_nothing_twice(tokenizer, tokenizer_folder, chats_file, tmp_path):
+def test_the_bit_ladder_prints_a_row_and_does_nothing_twice(
+    tokenizer, tokenizer_folder, chats_file, tmp_path, run_here, monkeypatch
+):
+    """Its scripts run in this process, which has imported everything."""
     pytest.importorskip("hqq")
+    import bit_ladder
+
+    def run(command, **_):
+        script = importlib.import_module(Path(command[1]).stem)
+        return subprocess.CompletedProcess(command, *run_here(script, *command[2:]))
+
+    monkeypatch.setattr(bit_ladder, "subprocess", SimpleNamespace(run=run))
     model = save_tiny("llama", tmp_path / "tiny", tokenizer_folder, max_position_embeddings=1024)
     tokenizer.save_pretrained(model)  # with a template
     facts = [{"kind": kind, "question": "Who?", "pattern": "."} for kind in ("name", "fact")]
     facts = write_jsonl(tmp_path / "facts.jsonl", facts)
     wish = [f"MODEL={model}", f"DATA={chats_file}", f"CHATS={chats_file}", f"OUT_DIR={tmp_path / 'out'}", "MAX_STEPS=2",
             "MAX_CHATS=2", "BASES=hqq-1bit", f"FACTS={facts}"]  # fmt: skip
-    first = run_script("bench/bit_ladder.py", *wish)
-    assert first.returncode == 0, first.stderr[-2000:]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.stdout.splitlines() if line[:1] == "|"]
+    code, first, error = run_here(bit_ladder, *wish)
+    assert code == 0, error[-2000:]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines() if line[:1] == "|"]
     assert [row[:2] for row in table[2:]] == [["hqq-1bit", "1.50"]] and len({len(row) for row in table}) == 1
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
-    again = run_script("bench/bit_ladder.py", *wish)
-    assert [line for line in again.stdout.splitlines() if line[:1] == "|"] == first.stdout.splitlines()[-3:]
+    _, again, _ = run_here(bit_ladder, *wish)
+    assert [line for line in again.splitlines() if line[:1] == "|"] == first.splitlines()[-3:]
     assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
