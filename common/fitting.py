@@ -149,7 +149,7 @@ def shared_out(parts: dict[str, int], model, base, dtype: torch.dtype, quantizat
         parts["exchange"] = 4 * ZERO_BUCKET
         if dtype != torch.float32:
             parts["float32 weights"] = 4 * sum(p.numel() for p in trained) // number
-    if engine in ("fsdp", "zero3"):
+    if processes.holds_parts():
         layers = [
             sum(p.nbytes for p in layer.parameters())
             for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)

@@ -146,8 +146,6 @@ def prepare_model(model, kl_weight: float, base_model=None) -> bool:
     """Give a model our loss, and its adapter weights in float32; returns whether its logits allow that loss."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     chunked = supports_chunked_loss(base.config)
-    if base_model is not None:
-        base_model.to(processes.device())  # which is not shared out, where the model is
     if chunked:
         without_adapter = model.disable_adapter if kl_weight and base_model is None else None
         add_chunked_loss(base, without_adapter, base_model)
@@ -186,6 +184,8 @@ class ChatTrainer(ResumableTrainer):
         self.kl_weight = kl_weight
         self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of steps (nats) and their number; since the last log
         self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
+        if base_model is not None:
+            base_model.to(processes.device())  # which is not shared out, where the model is
         self.chunked = prepare_model(self.model, kl_weight, base_model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -202,12 +202,12 @@ class ChatTrainer(ResumableTrainer):
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
         if self.kl_weight:
-            kl = divergence / self.micro_steps_with_tokens  # so that a step's sum, over all processes, is a mean
-            share = 1 / self.current_gradient_accumulation_steps / processes.count()
-            if kl.isfinite():
-                told = kl.item(), share, kl.item(), share
+            divergence = divergence / self.micro_steps_with_tokens  # a step's sum, over all processes, is a mean
+            kl, share = divergence.item(), 1 / self.current_gradient_accumulation_steps / processes.count()
+            if math.isfinite(kl):
+                told = kl, share, kl, share
                 self.divergences = [total + more for total, more in zip(self.divergences, told, strict=True)]
-            loss = loss + self.kl_weight * kl * self.accelerator.num_processes
+            loss = loss + self.kl_weight * divergence * self.accelerator.num_processes
         return loss
 
     def log(self, logs, start_time=None):

@@ -106,6 +106,11 @@ def test_prediction_holds_with_several_micro_steps_and_rows(how, run, followed):
     assert 0.98 * real < predicted < (1.6 if how == "PACKING=False" else 1.1) * real
 
 
+def test_the_base_beside_a_model_that_learns_every_weight_is_predicted(run, followed):
+    code, out, err = run(galore_train, "run", "GALORE_RANK=32", "KL_WEIGHT=1", "TRAIN_ON=assistant")
+    assert code == 0 and "GiB predicted" in out and "could not be predicted" not in err, err
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8", "hqq-1bit"])
 def test_every_architecture_and_optimizer_can_be_traced(architecture, quantization):

@@ -150,9 +150,8 @@ def test_two_processes_learn_what_one_does(engine, singles, common_settings, tmp
         script, more = RUNS[name]
         arguments = [*common_settings, *more, f"OUT_DIR={tmp_path}"]
         plan.append({"script": script, "arguments": [*arguments, f"RUN_NAME={name}"], "chunk": chunk(name)})
-        if (
-            name == "lora" or name == "full" and engine != "ddp"
-        ):  # stopped by a signal to one process in its third step, and gone on with
+        # Stopped by a signal to one process in its third step, and gone on with.
+        if name == "lora" or name == "full" and engine != "ddp":
             again = {"script": script, "arguments": [*arguments, f"RUN_NAME={name}-again", "SAVE_STEPS=2"], "chunk": 16}
             plan += [again | {"signal_at": 3}, again]
     if engine == "fsdp":
