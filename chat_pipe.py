@@ -7,7 +7,8 @@ In the terminal /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 prompt line and nothing else on standard output. PROMPTS=file.jsonl writes an answer for every row of a file.
 """
 
-from common.settings import UserError, apply_overrides, current, declared, nearest, parse, run_main
+from common.cli import UserError, nearest, run_main
+from common.settings import apply_overrides, current, declared, parse_value
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
@@ -43,7 +44,10 @@ from rich.progress import track
 from transformers import set_seed
 from transformers.utils import logging
 
-from common import generation, gpu, models, shapes, sources
+from common import hardware
+from common.data import formats, readers, sources
+from common.model import generation, location
+from common.model.quantize import check_quantization
 
 HELP = '''\
 /reset           forget the conversation
@@ -87,7 +91,7 @@ def main():
 
 def check_settings():
     """Refuse values that cannot work, and combinations of which one would be ignored."""
-    models.check_quantization(QUANTIZATION)
+    check_quantization(QUANTIZATION)
     if TEMPERATURE < 0 or not 0 < TOP_P <= 1 or min(MAX_NEW_TOKENS, BATCH_SIZE, CONTEXT or 1) < 1:
         raise UserError(
             f"TEMPERATURE={TEMPERATURE} TOP_P={TOP_P} MAX_NEW_TOKENS={MAX_NEW_TOKENS} BATCH_SIZE={BATCH_SIZE} "
@@ -211,8 +215,13 @@ class Talk:
                 self.load(rest)
             case "/stats":
                 tokens, seconds = (sum(getattr(a, key) for a in self.answers) for key in ("tokens", "seconds"))
-                memory = f"{gpu.vram_gib():.1f} GiB VRAM" if gpu.vram_gib() is not None else f"{gpu.rss_gib():.1f} GiB"
-                print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {gpu.device_name()}, {memory}")
+                memory = (
+                    f"{hardware.vram_gib():.1f} GiB VRAM"
+                    if hardware.vram_gib() is not None
+                    else f"{hardware.rss_gib():.1f} GiB"
+                )
+                device = hardware.device_name()
+                print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {device}, {memory}")
             case _:
                 raise UserError(f"{command} is no command.{nearest(command, COMMANDS)} /help lists them all.")
 
@@ -277,7 +286,9 @@ def change_setting(text: str) -> str:
     if name not in CHANGEABLE or not equals:
         raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
     before = globals()[name]
-    globals()[name] = parse(name, value.strip(), next(s["types"] for s in declared(__file__) if s["name"] == name))
+    globals()[name] = parse_value(
+        name, value.strip(), next(s["types"] for s in declared(__file__) if s["name"] == name)
+    )
     try:
         check_settings()
     except UserError:
@@ -291,7 +302,7 @@ def read_prompts(file: Path) -> list[tuple[dict, list[dict]]]:
     if not file.is_file():
         raise UserError(f"PROMPTS={file}: there is no such file.")
     asked = []
-    for number, row in sources.read_jsonl(file):
+    for number, row in readers.read_jsonl(file):
         chat = question_of(row)
         if isinstance(chat, str):
             raise UserError(f"{file}:{number}: {chat}")
@@ -308,7 +319,7 @@ def question_of(row) -> list[dict] | str:
             row = {"prompt": prompt, "completion": "to be answered"}
         case {"messages": [*turns, {"role": "user"} as last]}:
             row = row | {"messages": [*turns, last, {"role": "assistant", "content": "to be answered"}]}
-    chat = shapes.to_chat(row)
+    chat = formats.to_chat(row)
     if isinstance(chat, list) and chat[0]["role"] == "text":
         return "row: a text without a question"
     return chat[:-1] if isinstance(chat, list) and chat[-1]["role"] == "assistant" else chat
@@ -316,7 +327,7 @@ def question_of(row) -> list[dict] | str:
 
 def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> None:
     """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
-    source = models.locate(MODEL)
+    source = location.locate(MODEL)
     times = [weights.stat().st_mtime for weights in Path(source.adapter or source.path).glob("*.safetensors")]
     by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
     by["weights"] = max(times, default=None)  # when they were written: tells the answers of an earlier training apart

@@ -10,7 +10,8 @@ import glob
 import json
 from pathlib import Path
 
-from common.settings import UserError, apply_overrides, run_main
+from common.cli import UserError, run_main
+from common.settings import apply_overrides
 
 RUNS = "out/*"  # run folders, comma-separated; * stands for any name
 PICTURE = "compare.png"  # losses by tokens and by time

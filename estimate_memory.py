@@ -6,7 +6,8 @@
 Prints a table, by what the memory is for; with FIT, what fits. Of a hub model only the config is loaded.
 """
 
-from common.settings import UserError, apply_overrides, check_choice, run_main
+from common.cli import UserError, run_main
+from common.settings import apply_overrides, check_choice
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
@@ -35,27 +36,32 @@ from dataclasses import replace
 import torch
 from transformers.training_args import OptimizerNames
 
-from common import adapters, fitting, galore, gpu, low_bit, memory, models
-from common.gpu import GIB
+from common import hardware
+from common.files import GIB
+from common.model import adapters, load, location
+from common.model.quantize import BITS, check_quantization
+from common.train import batch_plan, galore, memory
+from common.train.meta_model import empty_model
+from common.train.storage import KINDS
 
-METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None} | {q: q for q in low_bit.BITS}
+METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None} | {q: q for q in BITS}
 
 
 def main():
     check_choice("METHOD", METHOD, METHODS)
-    models.check_quantization(METHODS[METHOD])
+    check_quantization(METHODS[METHOD])
     check_choice("DEVICE", DEVICE, ("cuda", "cpu"))
-    check_choice("DTYPE", DTYPE, models.DTYPES[1:])
+    check_choice("DTYPE", DTYPE, load.DTYPES[1:])
     check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])
     for name in ("PER_DEVICE_TRAIN_BATCH_SIZE", "MAX_LENGTH", "LORA_R", "GALORE_RANK"):
         if globals()[name] < 1:
             raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
-    size = gpu.read_size(FIT, setting="FIT") if FIT else None
-    source = models.locate(MODEL)
-    config = models.load_config(source)
-    models.check_length(source, MAX_LENGTH)
+    size = hardware.read_size(FIT, setting="FIT") if FIT else None
+    source = location.locate(MODEL)
+    config = load.load_config(source)
+    load.check_length(source, MAX_LENGTH)
     model, _ = build(config, METHODS[METHOD])
-    count = models.count_weights(config)
+    count = load.count_weights(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optim = "galore" if METHOD == "galore" else OPTIM
     print(f"{MODEL}: {count:,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
@@ -72,9 +78,9 @@ def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
     attention = "sdpa_documents" if DEVICE == "cpu" and PACKING else "sdpa"
     like = config, quantization, getattr(torch, DTYPE), attention
-    model = models.empty_model(*like)
+    model = empty_model(*like)
     if METHOD in ("full", "galore"):
-        return model, models.empty_model(*like).requires_grad_(False) if KL_WEIGHT else None
+        return model, empty_model(*like).requires_grad_(False) if KL_WEIGHT else None
     settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")
     return adapters.add_adapter(model, settings | dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)), None
 
@@ -96,7 +102,7 @@ def print_table(config, step: memory.Step, columns: tuple[bool, ...]):
     steps = [replace(step, checkpointing=checkpointing) for checkpointing in columns]
     parts = [memory.trace(*build(config, METHODS[METHOD]), optimizer, step) for step in steps]
     print(f"\n{'GiB':24}" + "".join(f"checkpointing {'on' if c else 'off':6}" for c in columns))
-    for kind in memory.KINDS:
+    for kind in KINDS:
         show(kind, (p[kind] for p in parts))
     show("peak", (sum(p.values()) for p in parts))
     if METHODS[METHOD]:
@@ -117,7 +123,7 @@ def print_formula(config, traced: list[float]):
 
 def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float):
     """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
-    budget = size * fitting.MARGIN[DEVICE] - (fitting.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
+    budget = size * batch_plan.MARGIN[DEVICE] - (batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
     smallest, found = 256 if PACKING else MAX_LENGTH, []
 
     @functools.cache
@@ -128,11 +134,11 @@ def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float
 
     possible = [smallest * 2**i for i in range(10)]
     for again in choices:
-        for tokens in fitting.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
-            found.append((fitting.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))
+        for tokens in batch_plan.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
+            found.append((batch_plan.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))
     if not found:
         raise UserError(f"FIT={FIT}: not even {smallest} tokens fit. Try METHOD=qlora, or a smaller model.")
-    print(f"\nfits in {FIT} (used to {fitting.MARGIN[DEVICE]:.0%}), fastest first:")
+    print(f"\nfits in {FIT} (used to {batch_plan.MARGIN[DEVICE]:.0%}), fastest first:")
     print("  tokens at once  checkpointing    GiB  time a token")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     for time, tokens, again, need in sorted(found):

@@ -7,8 +7,9 @@ Prints tables, each score with a 95 % interval; writes scores.json into the run 
 run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, from which the same command goes on.
 """
 
-from common.settings import UserError, apply_overrides, check_choice, current, run_main
-from common.sources import check_files
+from common.cli import UserError, run_main
+from common.data.sources import check_files
+from common.settings import apply_overrides, check_choice, current
 
 # Models
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
@@ -56,7 +57,22 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from common import checkpoints, facts, generation, health, judge, models, prepared, report, scores, sources
+from common.data import readers, sources
+from common.eval import facts, health, judge
+from common.eval.statistics import (
+    answer_losses,
+    bootstrap_change,
+    bootstrap_loss,
+    bootstrap_mean,
+    mean_loss,
+    means_by_question,
+    wilson_interval,
+)
+from common.files import hash_file, write_atomic
+from common.model import generation, load, location
+from common.model.quantize import check_quantization
+from common.run import report
+from common.run.metrics import perplexity, progress
 
 SUITE_NAMES = ("loss", "facts", "health", "judge")
 
@@ -69,13 +85,13 @@ def main():
     for suite in suites:
         check_choice("SUITES", suite, SUITE_NAMES)
     check_numbers()
-    models.check_quantization(QUANTIZATION)
+    check_quantization(QUANTIZATION)
     names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
     if "" in names:
         raise UserError(f"MODELS={MODELS}: an empty name; put commas between names only.")
-    located = {name: models.locate(name) for name in names}  # which reads the whole of a GGUF file
+    located = {name: location.locate(name) for name in names}  # which reads the whole of a GGUF file
     for source in located.values():
-        models.load_config(source)
+        load.load_config(source)
     questions = facts.read_facts(FACTS) if FACTS and "facts" in suites else []
     prompts = facts.read_prompts(PROMPTS) if "health" in suites else []
     if "loss" in suites and not CHATS:
@@ -85,7 +101,7 @@ def main():
         sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
         chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
     for source in located.values() if chats else ():
-        models.check_length(source, MAX_LENGTH)
+        load.check_length(source, MAX_LENGTH)
     server = open_judge(names, located) if "judge" in suites else None
     judged = read_questions() if server else []
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
@@ -130,7 +146,7 @@ def check_numbers() -> None:
 def read_questions() -> list[dict]:
     """Questions of one or more turns, of a file or of a hub set with MT-Bench's prompts."""
     if Path(QUESTIONS).is_file() or QUESTIONS.count("/") != 1 or QUESTIONS.endswith((".jsonl", ".json")):
-        rows = sources.read_rows(QUESTIONS, "QUESTIONS", " A hub set is written org/name.")
+        rows = readers.read_rows(QUESTIONS, "QUESTIONS", " A hub set is written org/name.")
     else:
         import datasets  # slow import
 
@@ -163,17 +179,17 @@ def put(result: dict, name: str, value: float, interval: tuple[float, float], fo
 
 
 def put_share(result: dict, name: str, right: int, count: int) -> None:
-    put(result, name, right / count, scores.wilson_interval(right, count), ".0%", f", {right} of {count}")
+    put(result, name, right / count, wilson_interval(right, count), ".0%", f", {right} of {count}")
 
 
 def score_losses(result: dict, model, tokenizer, chats: dict[str, list]) -> None:
     """Nats per token of answers, for each source."""
     result["losses"] = {}
     for source, rows in chats.items():
-        losses = result["losses"][source] = scores.answer_losses(model, tokenizer, rows, MAX_LENGTH)
-        mean, name = scores.mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
-        more = f" nats per token of the answers of {len(rows)} chats, perplexity {report.perplexity(mean):.2f}"
-        put(result, name, mean, scores.bootstrap_loss(losses), ".4f", more)
+        losses = result["losses"][source] = answer_losses(model, tokenizer, rows, MAX_LENGTH)
+        mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
+        more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity(mean):.2f}"
+        put(result, name, mean, bootstrap_loss(losses), ".4f", more)
 
 
 def score_facts(result: dict, model, tokenizer, questions: list[dict], show_misses: bool) -> None:
@@ -189,12 +205,12 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
         torch.manual_seed(seed)
         again += facts.ask(model, tokenizer, questions, temperature=1.0)
     for kind, (right, count) in facts.counts(again).items():  # a question asked again is no new question
-        means = scores.means_by_question((row["question"], row["right"]) for row in again if row["kind"] == kind)
+        means = means_by_question((row["question"], row["right"]) for row in again if row["kind"] == kind)
         put(
             result,
             f"{kind} at temperature 1",
             right / count,
-            scores.bootstrap_mean(means),
+            bootstrap_mean(means),
             ".0%",
             f", {right} of {count}",
         )
@@ -234,11 +250,11 @@ def score_by_harness(result: dict, model, tokenizer) -> None:
                 put(result, f"{task} {metric}", value, (value - 1.96 * error, value + 1.96 * error), ".4f")
 
 
-def identity(source: models.Source) -> str:
+def identity(source: location.Source) -> str:
     """Tells models apart by the hash of their weights, those of the hub by their commit."""
     folders = filter(None, (source.path, source.adapter))
-    hashes = [prepared.hash_file(file) for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
-    commit = getattr(models.load_config(source), "_commit_hash", None)
+    hashes = [hash_file(file) for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
+    commit = getattr(load.load_config(source), "_commit_hash", None)
     return "-".join([*(hashes or [commit or source.name]), str(QUANTIZATION), str(DTYPE)])
 
 
@@ -261,7 +277,7 @@ def answer_questions(who: str, model, tokenizer, questions: list[dict], cache) -
     return [[message["content"] for message in chat[1::2]] for chat in chats]
 
 
-def open_judge(names: list[str], located: dict[str, models.Source]) -> judge.Server:
+def open_judge(names: list[str], located: dict[str, location.Source]) -> judge.Server:
     check_choice("JUDGE_MODE", JUDGE_MODE, ("single", "pair"))
     check_choice("JUDGE_SCALE", JUDGE_SCALE, judge.SCALES)
     if not JUDGE_MODEL:
@@ -287,7 +303,7 @@ def score_by_judge(results: dict, server: judge.Server, names: list[str], questi
                 tasks[name, i, turn] = judge.single_messages(question, own, turn, JUDGE_SCALE)
     verdicts = {task: [None] * JUDGE_REPEATS for task in tasks}
     cache = judge.Cache(Path(OUT_DIR) / "judgments.jsonl")
-    with report.progress("judgments", len(tasks) * JUDGE_REPEATS) as advance:
+    with progress("judgments", len(tasks) * JUDGE_REPEATS) as advance:
         for task, repeat, reply in judge.judge_all(server, cache, tasks, JUDGE_REPEATS, JUDGE_IN_FLIGHT):
             verdicts[task][repeat] = judge.preference(reply) if pairs else judge.grade(reply, JUDGE_SCALE)
             advance()
@@ -319,13 +335,13 @@ def score_grades(result: dict, questions: list[dict], given: dict) -> None:
     turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in given})]
     categories = list(dict.fromkeys(question["category"] for question in questions))
     for column in [*turns, "average", *(categories if len(categories) > 1 else ())]:
-        means = scores.means_by_question(
+        means = means_by_question(
             (i, grade)
             for (i, turn), grade in grades.items()
             if column in (f"turn {turn + 1}", "average", questions[i]["category"])
         )
         if means:
-            mean, interval = statistics.fmean(means), scores.bootstrap_mean(means)
+            mean, interval = statistics.fmean(means), bootstrap_mean(means)
             put(result, f"judge {column}", mean, interval, ".2f", f", {len(means)} questions")
 
 
@@ -337,7 +353,7 @@ def score_pairs(result: dict, versus: str, given: dict) -> None:
     both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
-        mean, (low, high) = statistics.fmean(shares), scores.bootstrap_mean(shares)
+        mean, (low, high) = statistics.fmean(shares), bootstrap_mean(shares)
         won, lost = shares.count(1), shares.count(0)
         counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost"
         put(result, f"points of {versus}", mean, (low, high), ".0%", f", {counts}: {verdict(low - 0.5, high - 0.5)}")
@@ -354,8 +370,8 @@ def report_change(first: str, name: str, results: dict) -> None:
     before, after = results[first], results[name]
     for source in after.get("losses", {}):
         losses = before["losses"][source], after["losses"][source]
-        change = scores.mean_loss(losses[1]) / scores.mean_loss(losses[0]) - 1
-        low, high = scores.bootstrap_change(*losses)
+        change = mean_loss(losses[1]) / mean_loss(losses[0]) - 1
+        low, high = bootstrap_change(*losses)
         what = "that loss" if len(after["losses"]) == 1 else f"the loss on {source}"
         found = f"{change:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
         print(f"\nchange of {what}: {found}, {name} against {first}: {verdict(-high, -low)}")
@@ -365,8 +381,8 @@ def report_change(first: str, name: str, results: dict) -> None:
     graded = before.get("judged", {})
     both = [(at.partition(",")[0], grade - graded[at]) for at, grade in after.get("judged", {}).items() if at in graded]
     if both:
-        differences = scores.means_by_question(both)
-        mean, (low, high) = statistics.fmean(differences), scores.bootstrap_mean(differences)
+        differences = means_by_question(both)
+        mean, (low, high) = statistics.fmean(differences), bootstrap_mean(differences)
         print(f"\n{name} against {first}: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}): {verdict(low, high)}")
 
 
@@ -376,7 +392,7 @@ def save(name: str, result: dict) -> None:
     is_run = (run / "settings.json").is_file()
     folder = run if is_run else Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_whole(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
+    write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
     draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

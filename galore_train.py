@@ -7,8 +7,9 @@ Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, 
 checkpoint-N/ and final/ (model, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/full
 """
 
-from common.settings import UserError, apply_overrides, check_choice, current, run_main
-from common.sources import check_files
+from common.cli import UserError, run_main
+from common.data.sources import check_files
+from common.settings import apply_overrides, check_choice, current
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
@@ -72,8 +73,15 @@ import sys
 import torch
 from transformers import set_seed
 
-from common import chat_template, data, facts, fitting, galore, gpu, memory, models, processes, runs, training
-from common.galore import GaLore
+from common import distributed, hardware
+from common.data import encode, templates
+from common.eval import facts
+from common.model import load, location
+from common.run.folder import begin, execute
+from common.train import batch_plan, galore, memory
+from common.train.config import check_settings, choose_kl_weight, trainer_config
+from common.train.meta_model import empty_model
+from common.train.trainer import ChatTrainer
 
 # OPTIM, and what it is called in transformers; None: made here.
 OPTIMIZERS = {
@@ -95,35 +103,35 @@ def main():
     if OPTIM == "galore_torch":
         in_libraries_terms["SAVE_STEPS"] = None
         print("OPTIM=galore_torch keeps code in its state, which is not loaded again: no checkpoints", file=sys.stderr)
-    training.check_settings(in_libraries_terms)
+    check_settings(in_libraries_terms)
     check_galore_settings()
-    source = models.locate(MODEL)
-    data.check_settings(settings)
-    dtype = models.choose_dtype(DTYPE)
+    source = location.locate(MODEL)
+    encode.check_settings(settings)
+    dtype = load.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
-    models.check_length(source, MAX_LENGTH)
-    tokenizer = models.load_tokenizer(source)
-    kl_weight = training.choose_kl_weight(settings, models.load_config(source), tokenizer)
-    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    load.check_length(source, MAX_LENGTH)
+    tokenizer = load.load_tokenizer(source)
+    kl_weight = choose_kl_weight(settings, load.load_config(source), tokenizer)
+    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     probe = facts.make_probe(EVAL_FACTS, EVAL_PROMPTS, tokenizer)
-    run = runs.begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.unseen)
+    run = begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.unseen)
 
     # Memory: what the settings leave open is chosen so that it fits
     # Compiled, attention per document would be compiled again for every length of a document.
-    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
-    print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    attention = load.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
 
     def empty_models(quantization):
-        like = models.load_config(source), None, dtype, attention, len(tokenizer)
-        base = models.empty_model(*like).requires_grad_(False) if kl_weight else None
-        return models.empty_model(*like), base
+        like = load.load_config(source), None, dtype, attention, len(tokenizer)
+        base = empty_model(*like).requires_grad_(False) if kl_weight else None
+        return empty_model(*like), base
 
     def optimizer(model):
         return make_optimizer(model) or memory.usual_optimizer(in_libraries_terms["OPTIM"])(model)
 
-    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, gpu.device_type(), full=True)
-    fit = fitting.choose(settings, empty_models, optimizer, step, run.checkpoint)
+    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, hardware.device_type(), full=True)
+    fit = batch_plan.plan_batch(settings, empty_models, optimizer, step, run.checkpoint)
 
     # Model and training; once more in smaller parts where memory runs out all the same
     def train(fit):
@@ -131,15 +139,15 @@ def main():
         model = load_whole(source, dtype, attention, len(tokenizer))
         base = load_whole(source, dtype, attention, len(tokenizer)).requires_grad_(False) if kl_weight else None
         optimizer = make_optimizer(model)
-        if isinstance(optimizer, GaLore):
+        if isinstance(optimizer, galore.GaLore):
             optimizer.leave_out_of_ddp(model)
         if OPTIM.startswith("galore"):
             projected, _ = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
             share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())
             print(f"GaLore: {len(projected)} matrices projected to rank {GALORE_RANK}, {share:.0%} of all weights")
-        trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else training.ChatTrainer)(
+        trainer = (GaloreTrainer if isinstance(optimizer, galore.GaLore) else ChatTrainer)(
             model=model,
-            args=training.arguments(in_libraries_terms, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
+            args=trainer_config(in_libraries_terms, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
             train_dataset=run.train_set,
             eval_dataset=run.eval_set,
             processing_class=tokenizer,
@@ -154,14 +162,14 @@ def main():
         )
 
         def save(final, weights):
-            models.save_final(final, trainer.model, tokenizer, weights=weights)
+            load.save_final(final, trainer.model, tokenizer, weights=weights)
 
-        runs.carry_out(trainer, run, fit, save)
+        execute(trainer, run, fit, save)
 
-    fitting.restart_smaller(train, fit, settings)
+    batch_plan.restart_smaller(train, fit, settings)
 
 
-class GaloreTrainer(training.ChatTrainer):
+class GaloreTrainer(ChatTrainer):
     """ChatTrainer whose gradients lie in the optimizer, which knows their norm."""
 
     def _clip_grad_norm(self, model):
@@ -175,15 +183,15 @@ class GaloreTrainer(training.ChatTrainer):
 
 def check_galore_settings():
     """Refuse what GaLore cannot work with; warn of what did not work for others."""
-    sharded = processes.engine() not in (None, "ddp")
+    sharded = distributed.engine() not in (None, "ddp")
     if GALORE_RANK < 1 or GALORE_UPDATE_GAP < 1 or GALORE_SCALE <= 0:
         raise UserError(
             f"GALORE_RANK={GALORE_RANK} GALORE_UPDATE_GAP={GALORE_UPDATE_GAP} GALORE_SCALE={GALORE_SCALE}: rank and "
             "gap are at least 1, the scale is above 0."
         )
-    if OPTIM == "galore_torch" and processes.count() > 1 or OPTIM.startswith("galore") and sharded:
+    if OPTIM == "galore_torch" and distributed.count() > 1 or OPTIM.startswith("galore") and sharded:
         raise UserError(
-            f"OPTIM={OPTIM} with {processes.engine()}: its projection needs whole gradients in one process. "
+            f"OPTIM={OPTIM} with {distributed.engine()}: its projection needs whole gradients in one process. "
             "OPTIM=galore works with launch/ddp.yaml, OPTIM=adamw with all of them."
         )
     if OPTIM.startswith("galore") and GALORE_SCALE >= 1:
@@ -194,9 +202,9 @@ def check_galore_settings():
         )
 
 
-def refuse_untrainable(source: models.Source, dtype: torch.dtype):
+def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse weights that cannot be trained by a gradient, with the reason."""
-    if getattr(models.load_config(source), "quantization_config", None):
+    if getattr(load.load_config(source), "quantization_config", None):
         raise UserError(
             f"MODEL={source.name} is quantised: its weights have no gradient to train by. Take the 16-bit model, or "
             "qlora_train.py, which leaves the base as it is."
@@ -207,9 +215,9 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
         raise UserError("OPTIM=adamw_8bit: bitsandbytes needs a GPU for it. OPTIM=adamw works.")
 
 
-def load_whole(source: models.Source, dtype: torch.dtype, attention: str, vocabulary: int):
+def load_whole(source: location.Source, dtype: torch.dtype, attention: str, vocabulary: int):
     """The model with all its weights; an adapter on it is merged first."""
-    model = models.load_model(source, None, dtype, attention, trainable=True, vocabulary=vocabulary)
+    model = load.load_model(source, None, dtype, attention, trainable=True, vocabulary=vocabulary)
     return (model.merge_and_unload() if source.adapter else model).requires_grad_(True)
 
 
@@ -225,7 +233,9 @@ def make_optimizer(model):
         special = dict(rank=GALORE_RANK, update_proj_gap=GALORE_UPDATE_GAP, scale=GALORE_SCALE, proj_type="std")
         return GaLoreAdamW([{"params": plain}, {"params": projected, **special}], no_deprecation_warning=True, **usual)
     kind = dict(exact_svd=OPTIM == "galore_exact_svd", eight_bit=OPTIM == "galore_8bit")
-    optimizer = GaLore(projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual)
+    optimizer = galore.GaLore(
+        projected, plain, GALORE_RANK, GALORE_UPDATE_GAP, GALORE_SCALE, fused=True, **kind, **usual
+    )
     optimizer.attach(model)
     return optimizer
 

@@ -7,8 +7,9 @@ Writes OUT_DIR/RUN_NAME/: final/ (the merged model), <kind>.gguf, Modelfile and 
 renamed .rejected, and the exit code is 5.
 """
 
-from common.settings import UserError, apply_overrides, check_choice, current, run_main
-from common.sources import check_files
+from common.cli import UserError, run_main
+from common.data.sources import check_files
+from common.settings import apply_overrides, check_choice, current
 
 # Model
 MODEL = "out/demo"  # run folder of ours, adapter, local folder, hub id or .gguf file
@@ -51,8 +52,13 @@ from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from common import checkpoints, generation, gguf, low_bit, models, prepared, proof, runs, sources
-from common.encoding import ChatEncoder
+from common.data import prepared, sources
+from common.data.encoder import ChatEncoder
+from common.export import gguf, verify
+from common.files import check_space, write_atomic
+from common.model import generation, load, location
+from common.model.quantize import BITS, check_quantization, dequantize_hqq
+from common.run.folder import create_folder
 
 BASES = ["original", "dequantized"]
 TIE = 1.01  # of perplexities on held-out answers
@@ -63,27 +69,27 @@ def main():
     # Settings: every mistake that can be found without the model is found here
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    check_choice("DTYPE", DTYPE, models.DTYPES[1:])
-    check_choice("PROOF_DTYPE", PROOF_DTYPE, models.DTYPES[1:])
+    check_choice("DTYPE", DTYPE, load.DTYPES[1:])
+    check_choice("PROOF_DTYPE", PROOF_DTYPE, load.DTYPES[1:])
     check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
-    source = models.locate(MODEL)
-    quantization = QUANTIZATION or models.trained_with(source)
-    models.check_quantization(quantization)
+    source = location.locate(MODEL)
+    quantization = QUANTIZATION or location.trained_with(source)
+    check_quantization(quantization)
     if MERGE_INTO == "dequantized" and not (source.adapter and quantization):
         raise UserError("MERGE_INTO=dequantized: MODEL was not trained on a quantised base. Set MERGE_INTO=None.")
-    config = models.load_config(source)
+    config = load.load_config(source)
     if getattr(config, "quantization_config", None):
         raise UserError(f"MODEL={source.name} is quantised, and cannot be merged into. Take the 16-bit model.")
     kinds = [kind for kind in (GGUF or "").replace(" ", "").split(",") if kind]
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer = chat_tokenizer(source)
     rows = held_out(ChatEncoder(tokenizer))
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
-    checkpoints.check_space(folder, models.count_weights(config) * sum(map(bytes_a_weight, (DTYPE, *kinds))))
+    folder = create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
+    check_space(folder, load.count_weights(config) * sum(map(bytes_a_weight, (DTYPE, *kinds))))
 
     # The model as it was trained, with which the merged one is compared
-    live = models.load_model(source, quantization, proof_dtype(), "sdpa", vocabulary=len(tokenizer)).eval()
-    reference = proof.Reference(live, tokenizer, rows)
+    live = load.load_model(source, quantization, proof_dtype(), "sdpa", vocabulary=len(tokenizer)).eval()
+    reference = verify.Reference(live, tokenizer, rows)
     print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens of answers")
     del live
 
@@ -94,11 +100,11 @@ def main():
     (folder / "unproved").rename(folder / "final")
 
     # GGUF files, and what there is to tell
-    reference, config = proof.Reference(saved, tokenizer, rows), saved.config
+    reference, config = verify.Reference(saved, tokenizer, rows), saved.config
     del saved
     files = write_files(kinds, folder, config, tokenizer, reference) if kinds else []
     about = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=kl, files=files)
-    checkpoints.write_whole(folder / "export.json", json.dumps(about, indent=1))
+    write_atomic(folder / "export.json", json.dumps(about, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
     if rejected := [file["file"] for file in files if file["faults"]]:
         raise UserError(f"{', '.join(rejected)} failed the proof; the faults are above and in export.json.", code=5)
@@ -125,9 +131,9 @@ def bytes_a_weight(kind: str) -> float:
     return 4 if "32" in kind else 2 if "16" in kind else 9 / 8
 
 
-def chat_tokenizer(source: models.Source):
+def chat_tokenizer(source: location.Source):
     """The model's tokenizer with its template, from which the marks that only training needs are taken."""
-    tokenizer = models.load_tokenizer(source)
+    tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={MODEL} has no chat template: it is a base model. Fine-tune it first.")
     # A comment in place of a mark: the white space around it stays as it is.
@@ -139,7 +145,7 @@ def chat_tokenizer(source: models.Source):
     return tokenizer
 
 
-def held_out(encoder: ChatEncoder) -> list[proof.Row]:
+def held_out(encoder: ChatEncoder) -> list[verify.Row]:
     """Chats that no training saw, with PROOF_TOKENS tokens of answers in all."""
     files = [run / "data" / "eval.parquet" for run in run_folders()]
     found = [file for file in files if file.is_file() and parquet.read_metadata(file).num_rows]
@@ -153,14 +159,14 @@ def held_out(encoder: ChatEncoder) -> list[proof.Row]:
     for ids, learned in chats:
         answers = [t - 1 for t in range(1, min(len(ids), MAX_LENGTH)) if learned[t]][: PROOF_TOKENS - count]
         if answers:
-            rows.append(proof.Row(ids[: answers[-1] + 2], answers))
+            rows.append(verify.Row(ids[: answers[-1] + 2], answers))
             count += len(answers)
     if not rows:
         raise UserError(f"CHATS={CHATS}: no answer to compare predictions on.")
     return rows
 
 
-def merge(source: models.Source, quantization: str | None, tokenizer, folder: Path, reference):
+def merge(source: location.Source, quantization: str | None, tokenizer, folder: Path, reference):
     """Merge into the original base and, after training on a quantised one, into what that stands for; save the better.
 
     The better one has the lower perplexity; within TIE the original base is, which on other text has lost nothing to
@@ -179,18 +185,18 @@ def merge(source: models.Source, quantization: str | None, tokenizer, folder: Pa
         model = merged(source, kept["into"], quantization, tokenizer)
     ends, pad = generation.end_tokens(model, tokenizer), tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    models.save_final(folder, model.to(getattr(torch, DTYPE)), tokenizer)
-    checkpoints.write_whole(folder / "README.md", card(source.name))
+    load.save_final(folder, model.to(getattr(torch, DTYPE)), tokenizer)
+    write_atomic(folder / "README.md", card(source.name))
     return merges, kept
 
 
 def prove_merged(folder: Path, tokenizer, reference, bound: float):
     """The saved model, and its KL divergence from the trained one; rejected where that is too far, or tokens differ."""
-    source = models.locate(str(folder))
-    saved = models.load_model(source, None, proof_dtype(), "sdpa").eval()
+    source = location.locate(str(folder))
+    saved = load.load_model(source, None, proof_dtype(), "sdpa").eval()
     kl, fault = reference.compare(saved)["kl"], None
-    encoders = ChatEncoder(tokenizer), ChatEncoder(models.load_tokenizer(source))
-    for chat in ([{"role": "user", "content": text}] for text in proof.TEXTS):
+    encoders = ChatEncoder(tokenizer), ChatEncoder(load.load_tokenizer(source))
+    for chat in ([{"role": "user", "content": text}] for text in verify.TEXTS):
         if encoders[0].prompt(chat) != encoders[1].prompt(chat):
             fault = f"its saved tokenizer splits {chat[0]['content']!r} in another way"
     if not kl <= bound:
@@ -201,16 +207,16 @@ def prove_merged(folder: Path, tokenizer, reference, bound: float):
     return saved, kl
 
 
-def merged(source: models.Source, base: str, quantization: str | None, tokenizer):
+def merged(source: location.Source, base: str, quantization: str | None, tokenizer):
     """The model in DTYPE with its adapter merged into the original base, or into what a quantised one stands for."""
     dtype, loading = getattr(torch, DTYPE), dict(attention="sdpa", vocabulary=len(tokenizer))
     if base == "original":
-        model = models.load_model(source, None, dtype, **loading)
+        model = load.load_model(source, None, dtype, **loading)
         model = model.merge_and_unload(safe_merge=True) if source.adapter else model
     else:
         bare = dataclasses.replace(source, adapter=None)
-        model = models.load_model(bare, quantization, dtype, **loading)
-        model = low_bit.dequantize(model) if quantization in low_bit.BITS else model.dequantize()
+        model = load.load_model(bare, quantization, dtype, **loading)
+        model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
         model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     model.config.tie_word_embeddings = torch.equal(head, embeddings)  # an adapter may have brought a head of its own
@@ -239,7 +245,7 @@ def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) ->
         file = folder / f"{model_name()}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
         note = write_gguf(partial, folder / "final", config, tokenizer, kind)
-        r = proof.examine(partial, kind, config, tokenizer, reference, proof_dtype())
+        r = verify.verify_gguf(partial, kind, config, tokenizer, reference, proof_dtype())
         r = {"file": file.name, "note": note} | r
         partial.rename(f"{file}.rejected" if r["faults"] else file)
         results.append({name: None if value == math.inf else value for name, value in r.items()})
@@ -251,7 +257,7 @@ def write_files(kinds: list[str], folder: Path, config, tokenizer, reference) ->
         for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in r["faults"]]:
             print(f"  {line}")
     if sound := [r["file"] for r in results if not r["faults"]]:
-        checkpoints.write_whole(folder / "Modelfile", gguf.modelfile(sound[-1], tokenizer))
+        write_atomic(folder / "Modelfile", gguf.modelfile(sound[-1], tokenizer))
     return results
 
 

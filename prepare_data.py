@@ -7,8 +7,9 @@ Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_m
 settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
 """
 
-from common.settings import UserError, apply_overrides, current, run_main
-from common.sources import check_files
+from common.cli import UserError, run_main
+from common.data.sources import check_files
+from common.settings import apply_overrides, current
 
 # Model
 MODEL = "smollm2-135m-instruct"  # whose tokenizer and template are used
@@ -36,29 +37,31 @@ if __name__ == "__main__":
 
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
-    from common import chat_template, data, doctor, models, prepared, runs
+    from common.data import checks, encode, prepare, prepared, templates
+    from common.model import load, location
+    from common.run.folder import create_folder
 
     # Settings and tokenizer
     settings = current(globals())
-    data.check_settings(settings)
+    encode.check_settings(settings)
     if PROCESSES is not None and PROCESSES < 1:
         raise UserError(f"PROCESSES={PROCESSES}: it must be at least 1.")
-    source = models.locate(MODEL)
-    models.check_length(source, MAX_LENGTH)
-    tokenizer = models.load_tokenizer(source)
-    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    source = location.locate(MODEL)
+    load.check_length(source, MAX_LENGTH)
+    tokenizer = load.load_tokenizer(source)
+    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    folder = runs.create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    folder = create_folder(OUT_DIR, RUN_NAME, __file__, settings)
 
     # Sources to tokens, to disk as they come; then into two files
-    account = prepared.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
-    print(prepared.describe(account))
+    account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
+    print(prepare.describe(account))
 
     # What a run will learn
     rows = prepared.sample(folder)
-    doctor.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
+    checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
-    prepared.publish(folder, account)
+    prepare.publish(folder, account)
     print(
         f"\nprepared: {folder}\ntrain on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}"
     )

@@ -7,8 +7,9 @@ Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, 
 checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
 """
 
-from common.settings import UserError, apply_overrides, check_choice, current, run_main
-from common.sources import check_files
+from common.cli import UserError, run_main
+from common.data.sources import check_files
+from common.settings import apply_overrides, check_choice, current
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
@@ -74,55 +75,62 @@ import torch
 from peft import PeftConfig
 from transformers import set_seed
 
-from common import adapters, chat_template, data, facts, fitting, gpu, memory, models, processes, runs, training
-from common.adapters import VARIANTS
-from common.low_bit import BITS
+from common import distributed, hardware
+from common.data import encode, templates
+from common.eval import facts
+from common.model import adapters, load, location
+from common.model.quantize import BITS, check_quantization
+from common.run.folder import begin, execute
+from common.train import batch_plan, memory
+from common.train.config import check_settings, choose_kl_weight, trainer_config
+from common.train.meta_model import empty_adapter
+from common.train.trainer import ChatTrainer
 
 
 def main():
     # Settings and data: every mistake that can be found without the model is found here
     settings = current(globals())
-    training.check_settings(settings)
-    models.check_quantization(QUANTIZATION)
+    check_settings(settings)
+    check_quantization(QUANTIZATION)
     source = locate_model()
-    data.check_settings(settings)
-    dtype = models.choose_dtype(DTYPE)
+    encode.check_settings(settings)
+    dtype = load.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
-    models.check_length(source, MAX_LENGTH)
-    tokenizer = models.load_tokenizer(source)
-    base_tokenizer = models.load_tokenizer(models.Source(source.name, source.path))
-    kl_weight = training.choose_kl_weight(settings, models.load_config(source), base_tokenizer, keeps_base(source))
-    encoder, note = chat_template.set_template(tokenizer, CHAT_TEMPLATE)
+    load.check_length(source, MAX_LENGTH)
+    tokenizer = load.load_tokenizer(source)
+    base_tokenizer = load.load_tokenizer(location.Source(source.name, source.path))
+    kl_weight = choose_kl_weight(settings, load.load_config(source), base_tokenizer, keeps_base(source))
+    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     probe = facts.make_probe(EVAL_FACTS, EVAL_PROMPTS, tokenizer)
-    run = runs.begin(settings, __file__, tokenizer, encoder, bool(kl_weight), trained_rows(source, encoder))
+    run = begin(settings, __file__, tokenizer, encoder, bool(kl_weight), trained_rows(source, encoder))
 
     # Memory: what the settings leave open is chosen so that it fits
     # Compiled, attention per document would be compiled again for every length of a document.
-    attention = models.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
-    print(f"{gpu.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    attention = load.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
 
     def empty_model(quantization):
-        model = models.empty_model(models.load_config(source), quantization, dtype, attention, len(tokenizer))
+        model = empty_model(load.load_config(source), quantization, dtype, attention, len(tokenizer))
         if source.adapter:
-            return adapters.empty_adapter(model, source.adapter), None
+            return empty_adapter(model, source.adapter), None
         return adapters.add_adapter(model, settings, encoder.unseen) if ADAPTER else model, None
 
-    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, gpu.device_type(), full=ADAPTER is None)
-    fit = fitting.choose(settings, empty_model, memory.usual_optimizer(OPTIM), step, run.checkpoint)
+    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, hardware.device_type(), full=ADAPTER is None)
+    fit = batch_plan.plan_batch(settings, empty_model, memory.usual_optimizer(OPTIM), step, run.checkpoint)
 
     # Model and training; once more in smaller parts where memory runs out all the same
     def train(fit):
         set_seed(SEED)
-        model = models.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
+        model = load.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
         base_fingerprint = model.base_fingerprint
         if not source.adapter and ADAPTER:
             model = adapters.add_adapter(model, settings, encoder.unseen)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{source.name}: {trainable:,} trainable parameters")
-        trainer = training.ChatTrainer(
+        trainer = ChatTrainer(
             model=model,
-            args=training.arguments(settings, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
+            args=trainer_config(settings, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
             train_dataset=run.train_set,
             eval_dataset=run.eval_set,
             processing_class=tokenizer,
@@ -135,24 +143,24 @@ def main():
         )
 
         def save(final, weights):
-            models.save_final(final, trainer.model, tokenizer, base_fingerprint, weights)
+            load.save_final(final, trainer.model, tokenizer, base_fingerprint, weights)
 
-        runs.carry_out(trainer, run, fit, save)
+        execute(trainer, run, fit, save)
 
-    fitting.restart_smaller(train, fit, settings)
+    batch_plan.restart_smaller(train, fit, settings)
 
 
-def locate_model() -> models.Source:
+def locate_model() -> location.Source:
     """MODEL, with the adapter of an earlier run on it where ADAPTER (or MODEL) names one."""
-    source = models.locate(MODEL)
-    if ADAPTER in VARIANTS or ADAPTER is None:
+    source = location.locate(MODEL)
+    if ADAPTER in adapters.VARIANTS or ADAPTER is None:
         return source
     if not Path(ADAPTER).is_dir():
-        check_choice("ADAPTER", ADAPTER, [*VARIANTS, "a run folder"])
-    return models.with_adapter(source, models.locate(ADAPTER, "ADAPTER"), "ADAPTER")
+        check_choice("ADAPTER", ADAPTER, [*adapters.VARIANTS, "a run folder"])
+    return location.with_adapter(source, location.locate(ADAPTER, "ADAPTER"), "ADAPTER")
 
 
-def refuse_untrainable(source: models.Source, dtype: torch.dtype):
+def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
     full, quantised, half = ADAPTER is None, QUANTIZATION is not None, dtype == torch.float16
     on_gpu = torch.cuda.is_available()
@@ -161,7 +169,7 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
         (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to go on with it."),
         (
-            source.adapter and ADAPTER in VARIANTS and ADAPTER != "lora",
+            source.adapter and ADAPTER in adapters.VARIANTS and ADAPTER != "lora",
             "MODEL has an adapter. Set ADAPTER=lora to go on.",
         ),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
@@ -174,20 +182,20 @@ def refuse_untrainable(source: models.Source, dtype: torch.dtype):
             raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
 
 
-def keeps_base(source: models.Source) -> bool:
+def keeps_base(source: location.Source) -> bool:
     """Whether leaving out the adapter gives the base's predictions; PiSSA and LoftQ change the base itself."""
     begun = PeftConfig.from_pretrained(source.adapter) if source.adapter else None
     variant = getattr(begun, "init_lora_weights", True) if begun else ADAPTER
     return variant not in (None, "pissa", "loftq")
 
 
-def trained_rows(source: models.Source, encoder) -> list[int]:
+def trained_rows(source: location.Source, encoder) -> list[int]:
     """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
     if source.adapter:
         rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
         return sum(rows.values(), []) if isinstance(rows, dict) else rows
     rows = [] if ADAPTER == "ia3" else encoder.unseen
-    if rows and processes.engine() == "fsdp" and models.load_config(source).get_text_config().tie_word_embeddings:
+    if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(
             f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows are to be learned; FSDP cannot share these out where "
             f"embeddings and head are one matrix, as in {source.name}. launch/ddp.yaml or launch/zero2.yaml works."

@@ -12,7 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.settings import UserError, apply_overrides, check_choice, run_main
+from common.cli import UserError, run_main
+from common.model import load, location
+from common.model.quantize import BITS, check_hqq
+from common.settings import apply_overrides, check_choice
+from common.train import memory
+from common.train.meta_model import empty_model
+from common.train.storage import StorageTracker
 
 MODEL = "smollm2-135m-instruct"  # as in qlora_train.py
 DATA = "data/brief.jsonl"  # as in qlora_train.py
@@ -38,10 +44,8 @@ import subprocess
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common import low_bit, memory, models
-
 # The smallest kind of GGUF file that we write with at least the bits of the base: below 4 there is none.
-FILES = {None: "f16", "int8": "q8_0", "nf4": "q4_0"} | dict.fromkeys(low_bit.BITS, "q4_0")
+FILES = {None: "f16", "int8": "q8_0", "nf4": "q4_0"} | dict.fromkeys(BITS, "q4_0")
 COLUMNS = (
     "base | bits a weight | loss on chats, base | after training | held-out loss | name | facts | peak RSS, GiB | "
     "base as held, MiB | with its adapter | tokens/s | file | MiB | its KL"
@@ -52,8 +56,8 @@ def main():
     names = [None if name == "None" else name for name in BASES.replace(" ", "").split(",")]
     for name in names:
         check_choice("BASES", name, FILES)
-        low_bit.check_package(name)
-    config = models.load_config(models.locate(MODEL))
+        check_hqq(name)
+    config = load.load_config(location.locate(MODEL))
     rows = []
     for name in names:
         run = Path(OUT_DIR) / (name or "16bit")
@@ -92,7 +96,7 @@ def held(config, name: str | None) -> tuple[int, float]:
     """Bytes of a base with its scales and zero points, and bits for each weight of the layers that are quantised."""
     sizes = []
     for quantization in (None, name):
-        model, follower = models.empty_model(config, quantization, torch.bfloat16, "sdpa"), memory.Follower()
+        model, follower = empty_model(config, quantization, torch.bfloat16, "sdpa"), StorageTracker()
         memory.make_fake(model, FakeTensorMode(allow_non_fake_inputs=True), follower)
         sizes.append(follower.now)
     linear = [m for m in model.modules() if hasattr(m, "in_features") and m is not model.get_output_embeddings()]

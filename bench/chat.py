@@ -12,7 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.settings import apply_overrides, run_main
+from common.cli import run_main
+from common.model import generation, load, location
+from common.settings import apply_overrides
 
 MODEL = "smollm2-135m-instruct"  # as in chat_pipe.py
 TOKENS = 100  # of each answer
@@ -26,8 +28,6 @@ import statistics
 import time
 
 import torch
-
-from common import generation, models
 
 CHAT = [{"role": "user", "content": PROMPT}]
 
@@ -44,9 +44,9 @@ def main():
             pass
 
     sides = {"ours": ours, "generate": lambda: generate(model, tokenizer, ids)}
-    if models.locate(MODEL).adapter:
-        dtype, rows = models.choose_dtype(None), len(tokenizer)
-        whole = models.load_model(models.locate(MODEL), None, dtype, "sdpa", vocabulary=rows).eval()
+    if location.locate(MODEL).adapter:
+        dtype, rows = load.choose_dtype(None), len(tokenizer)
+        whole = load.load_model(location.locate(MODEL), None, dtype, "sdpa", vocabulary=rows).eval()
         sides["generate, adapter not merged"] = lambda: generate(whole, tokenizer, ids)
     for name, seconds in measure(sides).items():
         print(f"{name:<30}{TOKENS / statistics.median(seconds):>8.1f} tokens/s")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.settings import apply_overrides, run_main
+from common.cli import run_main
+from common.settings import apply_overrides
 
 MODEL = "smollm2-135m-instruct"  # as in galore_train.py
 DATA = "data/brief.jsonl"  # as in galore_train.py

@@ -11,7 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.settings import UserError, apply_overrides, run_main
+from common import hardware
+from common.cli import UserError, run_main
+from common.files import GIB
+from common.run.folder import git_commit
+from common.run.metrics import now
+from common.settings import apply_overrides
+from common.train import batch_plan, memory
+from common.train.meta_model import empty_model
 
 MODELS = "1.6B,8B"  # of SHAPES below
 METHODS = "lora,nf4,full,galore"  # lora: bf16 base; nf4: 4-bit base; full: AdamW; galore: against full AdamW by TRL
@@ -34,8 +41,6 @@ from peft import get_peft_model
 from sides import SIDES, lora, make_galore, train_side
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from common import fitting, gpu, memory, models, report, runs
-
 # The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
 SHAPES = {
     "1.6B": ("stablelm", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32,
@@ -51,7 +56,7 @@ def main():
     if not torch.cuda.is_available():
         raise UserError("this check needs a CUDA GPU, and torch sees none.")
     peak = matrix_peak_tflops("cuda")
-    print(f"{gpu.device_name()}: bf16 matrix peak measured at {peak:.0f} TFLOP/s", flush=True)
+    print(f"{hardware.device_name()}: bf16 matrix peak measured at {peak:.0f} TFLOP/s", flush=True)
     columns = "date | commit | check | device | tok/s | of peak | peak GiB | predicted GiB | off | ratio to TRL"
     print(f"| {columns} |\n" + "|---" * 10 + "|")
     for name in MODELS.split(","):
@@ -67,15 +72,15 @@ def print_rows(name: str, method: str, checkpointing: bool, peak: float) -> None
         try:
             results[side] = time_training(name, method, side, "cuda", checkpointing)
         except RuntimeError as error:
-            if not gpu.is_out_of_memory(error):
+            if not hardware.is_out_of_memory(error):
                 raise
             print(f"{name} {method} {side}: out of memory", flush=True)
     predicted = predict(name, method, checkpointing, "cuda")
     for side, r in results.items():
         share = r["tokens_per_second"] * r["flop_per_token"] / (peak * 1e12)
         cells = [
-            f"{datetime.date.today()}", runs.git_commit(),
-            f"{name} {method} {MAX_LENGTH} {'checkpointing ' * checkpointing}{side}", gpu.device_name(),
+            f"{datetime.date.today()}", git_commit(),
+            f"{name} {method} {MAX_LENGTH} {'checkpointing ' * checkpointing}{side}", hardware.device_name(),
             f"{r['tokens_per_second']:,.0f}", f"{share:.0%}", f"{r['peak_gib']:.2f}",
             f"{predicted:.2f}" if side == "ours" else "",
             f"{predicted / r['peak_gib'] - 1:+.1%}" if side == "ours" else "",
@@ -88,24 +93,24 @@ def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
     """The traced peak of our side, in GiB, with cuBLAS's workspace."""
     architecture, shape = SHAPES[name]
     config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
-    model = models.empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
+    model = empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
     is_full = method in ("full", "galore")
     step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing, full=is_full)
     optimizer = memory.usual_optimizer("adamw_torch_fused")
     if method == "galore":
         optimizer = functools.partial(make_galore, rank=GALORE_RANK)
     parts = memory.trace(model if is_full else get_peft_model(model, lora(LORA_R)), None, optimizer, step)
-    return (sum(parts.values()) + (fitting.CUBLAS_WORKSPACE if device == "cuda" else 0)) / gpu.GIB
+    return (sum(parts.values()) + (batch_plan.CUBLAS_WORKSPACE if device == "cuda" else 0)) / GIB
 
 
 def matrix_peak_tflops(device: str, size: int = 8192, repeats: int = 20) -> float:
     """What the device reaches on square bf16 matrix products, in TFLOP/s."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     a @ b
-    started = report.now()
+    started = now()
     for _ in range(repeats):
         a @ b
-    return 2 * size**3 * repeats / (report.now() - started) / 1e12
+    return 2 * size**3 * repeats / (now() - started) / 1e12
 
 
 def build_model(name: str, method: str, device: str):

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.settings import apply_overrides, run_main
+from common.cli import run_main
+from common.data import sources, templates
+from common.model import load, location
+from common.settings import apply_overrides
 
 DATA = "data/brief.jsonl"  # the text that the file is made of, over and over, each chat with a number of its own
 SIZE_MIB = 256  # of the made-up file
@@ -32,13 +35,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"  # of the bare tokenizer: all core
 
 
 def main():
-    from common import chat_template, models, sources
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chats.jsonl"
         write_chats(file, list(sources.sound_chats(DATA, "DATA")))
-        tokenizer = models.load_tokenizer(models.locate(MODEL))
-        encoder, _ = chat_template.set_template(tokenizer, None)
+        tokenizer = load.load_tokenizer(location.locate(MODEL))
+        encoder, _ = templates.set_template(tokenizer, None)
         chats = itertools.islice((chat for _, chat in sources.read_chats(sources.parse(str(file))[0])), 10**6)
         texts, size = [], 0
         while size < SAMPLE_MIB * 2**20 and (chat := next(chats, None)):

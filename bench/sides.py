@@ -9,7 +9,11 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import galore_train
-from common import galore, gpu, report, training
+from common import hardware
+from common.files import GIB
+from common.run.metrics import now
+from common.train import galore
+from common.train.trainer import ChatTrainer
 
 SIDES = ("trl", "ours")
 
@@ -21,10 +25,10 @@ class StepTimer(TrainerCallback):
         self.seconds = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.started = report.now()
+        self.started = now()
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds.append(report.now() - self.started)
+        self.seconds.append(now() - self.started)
 
 
 def lora(rank: int) -> LoraConfig:
@@ -66,7 +70,7 @@ def train_side(
             trainer = kind(model=model, optimizers=(optimizer, None), schedule=("constant", 0, 0), **common)
         elif side == "ours":
             model = get_peft_model(model, adapter) if adapter else model
-            trainer = training.ChatTrainer(model=model, schedule=("constant", 0, 0), **common)
+            trainer = ChatTrainer(model=model, schedule=("constant", 0, 0), **common)
         else:
             trainer = SFTTrainer(model=model, peft_config=adapter, **common)
         trainer.remove_callback(PrinterCallback)
@@ -74,6 +78,6 @@ def train_side(
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset) / len(trainer.train_dataset)
     return {
         "tokens_per_second": tokens / statistics.median(timer.seconds[2:]),
-        "peak_gib": gpu.peak_rss_gib() if device == "cpu" else torch.cuda.max_memory_allocated() / gpu.GIB,
+        "peak_gib": hardware.peak_rss_gib() if device == "cpu" else torch.cuda.max_memory_allocated() / GIB,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }

@@ -14,7 +14,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 
-from common.settings import apply_overrides, run_main
+from common.cli import run_main
+from common.data import templates
+from common.model import load, location
+from common.settings import apply_overrides
+from common.train import checkpoints
 
 SIDE = "ours"  # ours or trl
 EVERY = 1  # every so manyth kill point
@@ -44,7 +48,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import qlora_train
-from common import chat_template, checkpoints, models, settings
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -66,8 +69,8 @@ def prepare_inputs(folder: Path) -> None:
     """A tiny random model and 24 chats."""
     tokenizer = save_tokenizer(folder / "tokenizer", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>")
     save_tiny("llama", folder / "model", tokenizer)
-    tokenizer = models.load_tokenizer(models.locate(str(folder / "model")))
-    chat_template.set_template(tokenizer, "chatml")
+    tokenizer = load.load_tokenizer(location.locate(str(folder / "model")))
+    templates.set_template(tokenizer, "chatml")
     tokenizer.save_pretrained(folder / "model")  # with a template
     rows = [json.loads(line) for line in open(ROOT / "data" / "brief.jsonl", encoding="utf-8")][:24]
     write_jsonl(folder / "chats.jsonl", rows)
@@ -80,7 +83,7 @@ def kill_and_resume(side: str, folder: Path, point: int, torn: bool) -> dict | N
     if code != -signal.SIGKILL:
         return None
     progress = json.loads((run / "progress").read_text())
-    sound = bool(checkpoints.published(run)) and checkpoints.newest_sound(run) is not None
+    sound = bool(checkpoints.published(run)) and checkpoints.latest_valid(run) is not None
     code, _ = run_in_fork(side, run)
     log = (run / "log").read_text()
     resumed_at = max(
@@ -168,7 +171,7 @@ def watch(run: Path, kill_at: int, torn: bool) -> None:
             if event == "open" and not (arguments[2] or 0) & WRITING:
                 return
             reach(f"{event} {path[len(str(run)) + 1 :]}", path if event == "open" else None)
-            if event == "os.rename" and path.endswith(f"{checkpoints.MARK}.partial"):
+            if event == "os.rename" and path.endswith(f"{checkpoints.MANIFEST}.partial"):
                 passed["published"] = True
 
     reach("start")
@@ -200,8 +203,8 @@ def train_ours(run: Path) -> None:
         f"MODEL={inputs}/model DATA={inputs}/chats.jsonl OUT_DIR={run.parent} RUN_NAME={run.name} MAX_STEPS={STEPS} "
         "LORA_R=4 LORA_DROPOUT=0.1 MAX_LENGTH=128 EVAL_SIZE=4 EVAL_STEPS=3 SAVE_STEPS=1 LEARNING_RATE=1e-2"
     )
-    settings.apply_overrides(vars(qlora_train), arguments.split())
-    settings.run_main(qlora_train.main)
+    apply_overrides(vars(qlora_train), arguments.split())
+    run_main(qlora_train.main)
 
 
 def train_trl(run: Path) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.settings import apply_overrides, run_main
+from common.cli import run_main
+from common.data import prepare, templates
+from common.model import load, location
+from common.settings import apply_overrides
 
 MODEL = "smollm2-135m-instruct"  # as in qlora_train.py
 DATA = "data/brief.jsonl"  # as in qlora_train.py
@@ -34,9 +37,8 @@ def main():
     if SIDE:
         print(json.dumps(run_side(SIDE)))
         return
-    from common import models
 
-    models.locate(MODEL)  # a .gguf file is converted here, not in the memory of the first side
+    location.locate(MODEL)  # a .gguf file is converted here, not in the memory of the first side
     runs = {side: [] for side in ("trl", "ours")}
     for _ in range(ROUNDS):
         for side in runs:
@@ -68,19 +70,17 @@ def run_side(side: str) -> dict:
     import torch
     from sides import train_side
 
-    from common import chat_template, models, prepared
-
-    source = models.locate(MODEL)
-    tokenizer = models.load_tokenizer(source)
-    encoder, _ = chat_template.set_template(tokenizer, None)
+    source = location.locate(MODEL)
+    tokenizer = load.load_tokenizer(source)
+    encoder, _ = templates.set_template(tokenizer, None)
     settings = dict(
         DATA=DATA, EVAL_DATA=None, MAX_SAMPLES=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0
     )
     settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
     with tempfile.TemporaryDirectory() as folder:
-        train_set, _, _ = prepared.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
-    attention = models.choose_attention(None, packing=True) if side == "ours" else "sdpa"
-    model = models.load_model(source, None, torch.bfloat16, attention)
+        train_set, _, _ = prepare.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
+    attention = load.choose_attention(None, packing=True) if side == "ours" else "sdpa"
+    model = load.load_model(source, None, torch.bfloat16, attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return train_side(side, model, train_set, tokenizer, MAX_LENGTH, STEPS, LORA_R, device)
 

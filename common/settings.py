@@ -4,54 +4,16 @@ This module imports nothing slow, so that a typing mistake is answered before to
 """
 
 import ast
-import atexit
-import difflib
-import errno
 import io
 import math
 import os
-import re
 import sys
-import threading
 import tokenize
-import traceback
 from pathlib import Path
 
-# What a secret looks like, and the names of environment variables that hold one.
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
-SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
-
-RANK = int(os.environ.get("RANK", 0))  # of this process, where a launcher has started several
-
-exit_code = None  # with which run_main has ended
+from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, redact
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
-
-
-class UserError(Exception):
-    """A mistake of the user's, as one line: the setting, its value and the remedy.
-
-    code: the exit code; 2, 3 for a resume that would change the run, 4 for numbers that are not finite.
-    """
-
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
-
-
-def redact(text: str) -> str:
-    """The text without secrets: tokens of the usual form, and the values of environment variables named as such."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
-            text = text.replace(value, "***")
-    return SECRET.sub("***", text)
-
-
-def nearest(name: str, names) -> str:
-    """' Did you mean A or B?' for the names most like `name`; empty when none is near."""
-    folded = {str(n).casefold(): str(n) for n in names}
-    close = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -92,7 +54,7 @@ def declared(script: str | Path) -> list[dict]:
     return settings
 
 
-def parse(name: str, text: str, types: tuple[type, ...]):
+def parse_value(name: str, text: str, types: tuple[type, ...]):
     """The value that `text` stands for as one of `types`; UserError if it is none of them."""
     if type(None) in types and text == "None":
         return None
@@ -145,7 +107,7 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
                 raise UserError(f"{name} is no setting of this script.{nearest(name, settings)} --help lists them all.")
             if not equals:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
-            value = parse(name, text, settings[name]["types"])
+            value = parse_value(name, text, settings[name]["types"])
             print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value
     except UserError as error:
@@ -175,64 +137,3 @@ def help_text(namespace: dict, settings) -> str:
 def current(namespace: dict) -> dict:
     """The script's settings as they are now, name to value, in the order of the file."""
     return {s["name"]: namespace[s["name"]] for s in declared(namespace["__file__"])}
-
-
-def exit_with(error: UserError):
-    """Print the error to stderr and end with its exit code."""
-    complain(f"error: {error}\n")
-    raise SystemExit(error.code)
-
-
-def complain(text: str) -> None:
-    """Write to stderr without secrets, from each of several processes."""
-    print(f"process {RANK}: " * bool(RANK) + redact(text), file=sys.__stderr__ if RANK else sys.stderr, end="")
-
-
-def run_main(main) -> None:
-    """Run a script's main; a UserError or a full disk becomes one line and its exit code, Ctrl-C exit code 130.
-
-    Secrets are left out of tracebacks.
-    """
-    global exit_code
-    sys.excepthook = lambda *error: complain("".join(traceback.format_exception(*error)))
-    threading.excepthook = lambda error: sys.excepthook(*error[:3])
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
-    try:
-        run_and_tell(main)
-        exit_code = 0
-    except BaseException as end:
-        exit_code = end.code if isinstance(end, SystemExit) else 1
-        raise
-
-
-def run_and_tell(main) -> None:
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        exit_with(
-            UserError(f"{error.filename or 'OUT_DIR'}: {error.strerror}. Make room, then the same command again.")
-        )
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def leave_at_once() -> None:
-    """End one of several processes when all is done.
-
-    Of what torch tidies up at the very end, gloo's threads abort some processes, and NCCL waits for others that failed.
-    """
-    if exit_code is not None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(exit_code)
-
-
-if "RANK" in os.environ:
-    atexit.register(leave_at_once)  # before anything slow is imported, and so the last of all

@@ -2,15 +2,17 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(path) for path in (ROOT / "tests").iterdir() if path.is_dir())]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 # A shell's background jobs ignore Ctrl-C, nohup's a closed terminal, and what they start inherits that.
@@ -63,10 +65,10 @@ def tokenizer(tokenizer_folder):
     """The tiny tokenizer with our ChatML template."""
     from transformers import AutoTokenizer
 
-    from common import chat_template
+    from common.data import templates
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    chat_template.set_template(tokenizer, "chatml")
+    templates.set_template(tokenizer, "chatml")
     return tokenizer
 
 
@@ -141,7 +143,8 @@ def arguments(tiny, chats_file, tmp_path):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step({step: action}): the action is taken in the forward pass of this optimizer step (from 1)."""
-    from common.training import ChatTrainer
+
+    from common.train.trainer import ChatTrainer
 
     honest = ChatTrainer.compute_loss
 
@@ -161,6 +164,19 @@ def write_jsonl(file: Path, rows: list) -> Path:
     return file
 
 
+def execute(script: str, arguments) -> int:
+    """Run a script in this process, where its slow imports are done already; returns its exit code."""
+    before = sys.argv, sys.excepthook, threading.excepthook
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv, sys.excepthook, threading.excepthook = before
+    return 0
+
+
 def run_script(script: str, *arguments, stdin: str | None = None, **environment) -> subprocess.CompletedProcess:
     """Run an entry script as a user does, from the project's folder."""
     return subprocess.run(
@@ -171,18 +187,9 @@ def run_script(script: str, *arguments, stdin: str | None = None, **environment)
 
 @pytest.fixture
 def run_here(capsys):
-    """run_here(module, "NAME=value", ...): a script's real overrides and main in this process; exit code, out, err."""
-    from common import settings
+    """run_here(script, "NAME=value", ...): a script as the shell runs it, but in this process; exit code, out, err."""
 
-    def run(module, *arguments):
-        before, code = settings.current(vars(module)), 0
-        try:
-            settings.apply_overrides(vars(module), list(map(str, arguments)))
-            settings.run_main(module.main)
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            vars(module).update(before)
-        return code, *capsys.readouterr()
+    def run(script, *arguments):
+        return execute(script, arguments), *capsys.readouterr()
 
     return run

@@ -8,7 +8,6 @@ save, or a loss is taken for a spike; and positions whose logits exist at a time
 codes to PLAN.codes.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -17,27 +16,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from conftest import execute
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
-from common import loss, processes, resumable, settings
-from common.training import ChatTrainer
+from common import distributed
+from common.cli import RANK
+from common.train import guard, loss
+from common.train.trainer import ChatTrainer
 
 plan = Path(sys.argv[1])
 honest, honest_save = ChatTrainer.compute_loss, SFTTrainer._save_checkpoint
 runs, codes = json.loads(plan.read_text()), []
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}
-if processes.engine() in ("zero2", "zero3"):
+if distributed.engine() in ("zero2", "zero3"):
     from deepspeed import DeepSpeedEngine
 
-    WRAPPERS[processes.engine()] = DeepSpeedEngine
-is_last = settings.RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
+    WRAPPERS[distributed.engine()] = DeepSpeedEngine
+is_last = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
 for run in runs:
 
     def compute_loss(self, *args, run=run, **kwargs):
-        assert not self.model.training or isinstance(self.model_wrapped, WRAPPERS.get(processes.engine(), Module))
+        assert not self.model.training or isinstance(self.model_wrapped, WRAPPERS.get(distributed.engine(), Module))
         step, value = self.state.global_step + 1, honest(self, *args, **kwargs)
         if self.model.training and is_last and step == run.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -48,20 +50,12 @@ for run in runs:
 
     def save_checkpoint(self, *args, run=run):
         honest_save(self, *args)
-        if self.state.global_step == run.get("full_at") and not settings.RANK:
+        if self.state.global_step == run.get("full_at") and not RANK:
             raise OSError(28, "planned")
 
     ChatTrainer.compute_loss, SFTTrainer._save_checkpoint = compute_loss, save_checkpoint
-    resumable.is_spike = lambda _, recent, run=run: len(recent) + 1 == run.get("spike_at")
+    guard.is_spike = lambda _, recent, run=run: len(recent) + 1 == run.get("spike_at")
     loss.CHUNK = run.get("chunk", 256)
-    module, code = importlib.import_module(run["script"]), 0
-    before = settings.current(vars(module))
-    try:
-        settings.apply_overrides(vars(module), run["arguments"])
-        settings.run_main(module.main)
-    except SystemExit as stop:
-        code = stop.code
-    vars(module).update(before)
-    codes.append(code)
-if not settings.RANK:
+    codes.append(execute(run["script"], run["arguments"]))
+if not RANK:
     Path(f"{plan}.codes").write_text(json.dumps(codes))

@@ -33,12 +33,12 @@ def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
     """With all that a GPU's trainer does; on the CPU followed by storages instead of max_memory_allocated."""
     import gpu_check
 
-    from common import memory
+    from common.train.storage import StorageTracker
 
     monkeypatch.setattr(gpu_check, "MAX_LENGTH", 256)
     monkeypatch.setattr(gpu_check, "GALORE_RANK", 16)
     monkeypatch.setattr(gpu_check, "STEPS", 3)
-    follower = memory.Follower()
+    follower = StorageTracker()
     with follower:
         gpu_check.time_training("tiny", method, "ours", "cpu")
     assert gpu_check.predict("tiny", method, False, "cpu") == pytest.approx(follower.peak / 2**30, rel=0.1)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jsonl
 
-import chat_pipe
-from common import generation
-from common.settings import UserError
+from common.cli import UserError
+from common.model import generation
+
+CHAT_PIPE = runpy.run_path(str(ROOT / "chat_pipe.py"))
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +72,20 @@ def test_an_interrupted_forward_pass_leaves_the_cache_sound(chatty):
 
 
 def test_the_oldest_turns_leave_a_full_context(chatty, monkeypatch):
-    monkeypatch.setattr(chat_pipe, "MAX_NEW_TOKENS", 10)
+    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "MAX_NEW_TOKENS", 10)
     speaker = speaker_of(chatty)
     whole = len(speaker.encoder.prompt(CHAT[:4]))
     for context, kept in ((whole + 10, CHAT[:4]), (whole + 9, [CHAT[0], CHAT[3]])):
-        monkeypatch.setattr(chat_pipe, "CONTEXT", context)
-        assert chat_pipe.window(speaker, CHAT[:4]) == (kept, speaker.encoder.prompt(kept))
-    list(chat_pipe.stream(speaker, speaker.encoder.prompt(CHAT[:4])))
+        monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", context)
+        assert CHAT_PIPE["window"](speaker, CHAT[:4]) == (kept, speaker.encoder.prompt(kept))
+    list(CHAT_PIPE["stream"](speaker, speaker.encoder.prompt(CHAT[:4])))
     assert speaker.last.stop == "length" and speaker.last.tokens == 10
-    monkeypatch.setattr(chat_pipe, "CONTEXT", whole + 4)
-    list(chat_pipe.stream(speaker, speaker.encoder.prompt(CHAT[:4])))
+    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", whole + 4)
+    list(CHAT_PIPE["stream"](speaker, speaker.encoder.prompt(CHAT[:4])))
     assert speaker.last.stop == "context" and len(speaker.seen) == whole + 4
-    monkeypatch.setattr(chat_pipe, "CONTEXT", 20)
+    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", 20)
     with pytest.raises(UserError, match="CONTEXT=20"):
-        chat_pipe.window(speaker, CHAT[:4])
+        CHAT_PIPE["window"](speaker, CHAT[:4])
 
 
 class Terminal:
@@ -182,8 +184,8 @@ def test_two_models_side_by_side(chatty, tiny, run_here):
     assert result.returncode == 2 and "COMPARE=" in result.stderr
     tokenizer = generation.models.load_tokenizer(generation.models.locate(str(tiny())))
     assert not tokenizer.chat_template  # the second has none, and that is said
-    assert run_here(chat_pipe, *asked, "PROMPT=Hi")[0] == 2
-    code, out, _ = run_here(chat_pipe, f"MODEL={chatty}", f"COMPARE={chatty}/.", *asked[2:], "PROMPT=Hi")
+    assert run_here("chat_pipe.py", *asked, "PROMPT=Hi")[0] == 2
+    code, out, _ = run_here("chat_pipe.py", f"MODEL={chatty}", f"COMPARE={chatty}/.", *asked[2:], "PROMPT=Hi")
     assert code == 0 and f"[{chatty}]\n" in out and f"[{chatty}/.]\n" in out
 
 
@@ -194,7 +196,7 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(chatty, tmp_path, run_he
     rows[5] = {"messages": CHAT[:2]}
     prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
     settings = [f"MODEL={chatty}", f"PROMPTS={prompts}", "BATCH_SIZE=2", "MAX_NEW_TOKENS=6"]
-    code, _, error = run_here(chat_pipe, *settings, f"ANSWERS={tmp_path / 'whole.jsonl'}")
+    code, _, error = run_here("chat_pipe.py", *settings, f"ANSWERS={tmp_path / 'whole.jsonl'}")
     assert code == 0, error
     whole = (tmp_path / "whole.jsonl").read_bytes()
     made = [json.loads(line) for line in whole.splitlines()]
@@ -208,19 +210,19 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(chatty, tmp_path, run_he
     process.wait()
     for torn in (part.read_bytes(), whole[: len(whole) // 2], whole[:-1], b""):
         part.write_bytes(torn)
-        assert run_here(chat_pipe, *settings)[0] == 0
+        assert run_here("chat_pipe.py", *settings)[0] == 0
         assert part.read_bytes() == whole
-    code, _, error = run_here(chat_pipe, *settings, "TEMPERATURE=0")
+    code, _, error = run_here("chat_pipe.py", *settings, "TEMPERATURE=0")
     assert code == 3 and "name another" in error and part.read_bytes() == whole
     for other in (b'{"precious": 1}', b"notes\n", whole + b"{", whole.replace(b"Say 0", b"Say 8")):
         part.write_bytes(other)
-        assert run_here(chat_pipe, *settings)[0] == 3 and part.read_bytes() == other
+        assert run_here("chat_pipe.py", *settings)[0] == 3 and part.read_bytes() == other
     for broken in ('{"prompt": " "}', '{"prompt": "\\ud83d"}', '{"prompt": "Hi"', '{"text": "Hi"}', "7"):
         prompts.write_text(f'{{"prompt": "Hi"}}\n{broken}\n')
-        code, _, error = run_here(chat_pipe, *settings)
+        code, _, error = run_here("chat_pipe.py", *settings)
         assert code == 2 and "prompts.jsonl:2: " in error
     write_jsonl(prompts, [{"prompt": "Hi", "answer": "Hello"}])
-    assert run_here(chat_pipe, *settings, f"ANSWERS={tmp_path / 'new.jsonl'}")[0] == 2
+    assert run_here("chat_pipe.py", *settings, f"ANSWERS={tmp_path / 'new.jsonl'}")[0] == 2
 
 
 def test_a_prompt_too_long_and_settings_that_cannot_be_are_refused(chatty, run_here):
@@ -229,7 +231,7 @@ def test_a_prompt_too_long_and_settings_that_cannot_be_are_refused(chatty, run_h
         (["TOP_P=0"], "TOP_P=0"),
         (["PROMPTS=nowhere.jsonl"], "PROMPTS=nowhere.jsonl"),
     ):
-        code, _, error = run_here(chat_pipe, f"MODEL={chatty}", *settings)
+        code, _, error = run_here("chat_pipe.py", f"MODEL={chatty}", *settings)
         assert code == 2 and word in error
 
 

@@ -2,8 +2,6 @@
 
 import json
 
-import compare_runs
-
 
 def save_run(folder, learning_rate, finished=True, **scores):
     folder.mkdir(parents=True)
@@ -25,7 +23,7 @@ def test_table_and_picture(tmp_path, run_here):
     save_run(tmp_path / "b", 0.25)
     save_run(tmp_path / "c", 0.125, finished=False)
     (tmp_path / "notes").mkdir()
-    code, out, err = run_here(compare_runs, f"RUNS={tmp_path}/*", f"PICTURE={tmp_path}/compare.png")
+    code, out, err = run_here("compare_runs.py", f"RUNS={tmp_path}/*", f"PICTURE={tmp_path}/compare.png")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert code == 0, err
     assert rows["a"] == ["b", "c"] and rows["LEARNING_RATE"] == ["0.5", "0.25", "0.125"]
@@ -36,9 +34,9 @@ def test_table_and_picture(tmp_path, run_here):
 
 def test_what_is_no_run_is_refused(tmp_path, run_here):
     save_run(tmp_path / "a", 0.5)
-    code, _, err = run_here(compare_runs, f"RUNS={tmp_path}/a, {tmp_path}/b")
+    code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a, {tmp_path}/b")
     assert code == 2 and f"{tmp_path}/b is no folder of a training run" in err
-    code, _, err = run_here(compare_runs, f"RUNS={tmp_path}/a", "PICTURE=/no/such/folder/x.png")
+    code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a", "PICTURE=/no/such/folder/x.png")
     assert code == 2 and "PICTURE=/no/such/folder/x.png" in err
 
 
@@ -46,5 +44,5 @@ def test_a_torn_line_of_a_run_that_goes_on_is_left_out(tmp_path, run_here):
     save_run(tmp_path / "a", 0.5, finished=False)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 9, "tok')
-    code, out, _ = run_here(compare_runs, f"RUNS={tmp_path}/a", f"PICTURE={tmp_path}/compare.png")
+    code, out, _ = run_here("compare_runs.py", f"RUNS={tmp_path}/a", f"PICTURE={tmp_path}/compare.png")
     assert code == 0 and "not finished, 9 lines" in out

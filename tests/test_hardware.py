@@ -9,7 +9,8 @@ import pynvml
 import pytest
 import torch
 
-from common import events, gpu
+from common import hardware, monitor
+from common.monitor import HardwareMonitor, StepWatch
 
 # What seed 000 saw on its 24 GB card: GiB that torch reserved, GiB in use on the GPU, watts, minutes an epoch.
 FITS, SPILLS, SPILLS_FAR = (16.0, 16.6, 370, 24), (26.5, 23.8, 180, 89), (63.0, 23.9, 120, 1178)
@@ -21,7 +22,7 @@ def reading(reserved, used, watts, minutes, total=24.0):
 
 def told(steps, hot=()):
     """(number of the step, event) of all that a Watch tells."""
-    watch = events.Watch()
+    watch = StepWatch()
     hot = dict(hot)
     lines = [(i, line) for i, step in enumerate(steps) for line in watch.step(*step, hot.get(i, 0))]
     assert sum(watch.counts.values()) == len(lines)
@@ -46,11 +47,11 @@ def test_spilling_is_told_once(spilled):
 
 def test_a_full_gpu_that_becomes_slow_and_cold_spills_on_windows(monkeypatch):
     """What another program took cannot be seen in torch's own numbers."""
-    monkeypatch.setattr(events, "CAN_SPILL", True)
+    monkeypatch.setattr(monitor, "CAN_SPILL", True)
     full = dict(reserved_gib=16.0, used_gib=23.8, total_gib=24.0, temperature_c=60)
     assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 180})] * 9) == [(20, "spill")]
     assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 365})] * 9) == [(20, "pause")]  # busy: no spill
-    monkeypatch.setattr(events, "CAN_SPILL", False)  # Linux: the memory would have run out
+    monkeypatch.setattr(monitor, "CAN_SPILL", False)  # Linux: the memory would have run out
     assert told([reading(*FITS)] * 20 + [(8.9, full | {"power_w": 180})] * 9) == [(20, "pause")]
 
 
@@ -92,7 +93,7 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1234": "handle"}[uuid])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid="1234"))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 5 * 2**30)
-        return nvml, gpu.Gpu(0)
+        return nvml, hardware.Gpu(0)
 
     return make
 
@@ -100,7 +101,7 @@ def fake_gpu(monkeypatch):
 def test_nvml_in_watts_and_joules(fake_gpu, tmp_path):
     nvml, device = fake_gpu()
     nvml.energy_mj += 36_000_000
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01, [device, gpu.Cpu()])
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", 0.01, [device, hardware.Cpu()])
     monitor.trains = "gpu0"
     with monitor:
         time.sleep(0.1)
@@ -117,14 +118,14 @@ def test_nvml_in_watts_and_joules(fake_gpu, tmp_path):
 def test_energy_is_summed_up_where_the_gpu_does_not_count_it(fake_gpu, monkeypatch):
     _, device = fake_gpu(missing=["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetClockInfo"])
     clock = iter(range(0, 100, 2))
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hardware.time, "monotonic", lambda: next(clock))
     readings = [device.read() for _ in range(4)]
     assert device.energy_j == 250 * 6 and readings[-1]["clock_mhz"] is None
 
 
 def test_a_laptop_without_power_readings_gives_none(fake_gpu, tmp_path):
     _, device = fake_gpu(missing=["nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"])
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
     monitor.trains = "gpu0"
     monitor.read()
     assert monitor.power_w() is monitor.energy_j() is monitor.mean_power_w() is None
@@ -132,7 +133,7 @@ def test_a_laptop_without_power_readings_gives_none(fake_gpu, tmp_path):
 
 def test_only_heat_counts_as_throttling(fake_gpu, tmp_path):
     nvml, device = fake_gpu()
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", devices=[device])
     monitor.trains = "gpu0"
     for reasons, hot in ((pynvml.nvmlClocksThrottleReasonSwPowerCap, 0), (0x20, 1), (0x40 | 0x4, 2), (0, 0), (0x8, 1)):
         nvml.reasons = reasons
@@ -149,7 +150,7 @@ def test_a_gpu_that_cannot_be_read_is_not_given_the_cpus_power(monkeypatch, tmp_
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", devices=[Cpu()])
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", devices=[Cpu()])
     monitor.read()
     assert monitor.trains == "gpu1" and monitor.power_w() is monitor.energy_j() is monitor.gpu() is None
 
@@ -159,8 +160,8 @@ def test_rapl_counts_packages_and_starts_again_at_its_end(monkeypatch, tmp_path)
         (tmp_path / zone).mkdir()
         (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("999999999\n")
-    monkeypatch.setattr(gpu, "POWERCAP", tmp_path)
-    cpu = gpu.Cpu()
+    monkeypatch.setattr(hardware, "POWERCAP", tmp_path)
+    cpu = hardware.Cpu()
     cpu.read_at -= 2  # seconds
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("20000000")  # 120 J on, over the end of its range
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("35000000")  # 30 J on
@@ -169,15 +170,15 @@ def test_rapl_counts_packages_and_starts_again_at_its_end(monkeypatch, tmp_path)
 
 
 def test_what_cannot_be_read_is_said_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "POWERCAP", tmp_path)
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01)
+    monkeypatch.setattr(hardware, "POWERCAP", tmp_path)
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", 0.01)
     with monitor:
         time.sleep(0.05)
     assert capsys.readouterr().err.count("power cannot be read") == 1 and monitor.energy_j() is None
 
 
 def test_the_monitor_takes_below_a_hundredth_of_a_core(tmp_path):
-    monitor = gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.0)
+    monitor = HardwareMonitor(tmp_path / "hardware.csv", 0.0)
     monitor.read()
     before, readings = time.thread_time(), 200
     for _ in range(readings):
@@ -187,15 +188,13 @@ def test_the_monitor_takes_below_a_hundredth_of_a_core(tmp_path):
 
 def test_a_run_that_goes_on_adds_to_its_readings(tmp_path):
     for _ in range(2):
-        with gpu.HardwareMonitor(tmp_path / "hardware.csv", 0.01):
+        with HardwareMonitor(tmp_path / "hardware.csv", 0.01):
             time.sleep(0.03)
     lines = (tmp_path / "hardware.csv").read_text().splitlines()
     assert sum(line.startswith("unix_time") for line in lines) == 1 and len(lines) > 3
 
 
 def test_energy_and_events_reach_the_summary(arguments, run_here, tmp_path, monkeypatch, at_step):
-    import qlora_train
-
     class Meter:  # 100 W
         name = "cpu"
 
@@ -207,9 +206,9 @@ def test_energy_and_events_reach_the_summary(arguments, run_here, tmp_path, monk
         def read(self):
             return dict(power_w=100.0, used_gib=1.0, utilization_percent=50)
 
-    monkeypatch.setattr(gpu, "open_devices", lambda: [Meter()])
+    monkeypatch.setattr(hardware, "open_devices", lambda: [Meter()])
     at_step({14: lambda: time.sleep(3.0)})
-    code, out, err = run_here(qlora_train, *arguments("run", "MAX_STEPS=16", "SAVE_STEPS=None", "EVAL_STEPS=None"))
+    code, out, err = run_here("qlora_train.py", *arguments("run", "MAX_STEPS=16", "SAVE_STEPS=None", "EVAL_STEPS=None"))
     assert code == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["mean_power_w"] == pytest.approx(100, rel=0.02) and summary["events"] == {"pause": 1}

@@ -9,26 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_jsonl
+from test_distributed import BIN, deepspeed_on_cpus, environment  # noqa: F401
 from test_judge import fake  # noqa: F401  a fixture
-from test_processes import BIN, deepspeed_on_cpus, environment  # noqa: F401
 from test_sources import arena, oasst
 
-import chat_pipe
-import compare_runs
-import estimate_memory
-import evaluate_model
-import galore_train
-import merge_and_export
-import prepare_data
-import qlora_train
-
-SCRIPTS = {
-    f"{module.__name__}.py": module
-    for module in (
-        chat_pipe, compare_runs, estimate_memory, evaluate_model, galore_train, merge_and_export, prepare_data,
-        qlora_train,
-    )
-}  # fmt: skip
 ARCHITECTURES = {
     "stabilityai/stablelm-2-1_6b": "stablelm",
     "openai-community/gpt2-medium": "gpt2",
@@ -120,7 +104,7 @@ def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
         elif script not in ("chat_pipe.py", "estimate_memory.py"):
             settings.append(f"OUT_DIR={tmp_path}/out")
         if launcher == ["python"]:
-            code, out, error = run_here(SCRIPTS[script], *settings)
+            code, out, error = run_here(script, *settings)
         else:
             done = launched([*launcher, script, *settings], tmp_path)
             code, out, error = done.returncode, done.stdout, done.stderr
@@ -185,7 +169,9 @@ def test_llama_2_on_samsum(run, run_here, tiny, tmp_path):
         (["ADAPTER=None", "QUANTIZATION=nf4", "DTYPE=float32"], "quantised weights have no gradient"),
         (["ADAPTER=None", "QUANTIZATION=nf4", "DTYPE=float16"], "quantised weights have no gradient"),
     ):
-        code, _, error = run_here(qlora_train, f"MODEL={tiny()}", "MAX_LENGTH=128", f"OUT_DIR={tmp_path}", *settings)
+        code, _, error = run_here(
+            "qlora_train.py", f"MODEL={tiny()}", "MAX_LENGTH=128", f"OUT_DIR={tmp_path}", *settings
+        )
         assert code == 2 and re.search(refusal, error), error
 
 

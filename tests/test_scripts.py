@@ -8,10 +8,8 @@ from conftest import ARCHITECTURES, ROOT, run_script, save_tiny, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import chat_pipe
-import qlora_train
-from common import generation, models, shapes
-from common.models import load_model
+from common.data import formats
+from common.model import generation, load
 
 SUMMARY_KEYS = """train_loss eval_loss eval_perplexity steps tokens tokens_per_second train_seconds median_step_seconds
 max_step_seconds peak_vram_gib peak_rss_gib predicted_peak_gib mean_power_w energy_wh device command commit
@@ -92,7 +90,7 @@ def test_training_goes_on_from_an_earlier_adapter(trained, tiny, chats_file, tmp
     first = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     firsts = []
     for run, model in (("by-model", f"MODEL={folder}"), ("by-adapter", f"ADAPTER={folder}")):
-        code, _, error = run_here(qlora_train, *short(tiny(), chats_file, tmp_path, run), model)
+        code, _, error = run_here("qlora_train.py", *short(tiny(), chats_file, tmp_path, run), model)
         assert code == 0, error
         firsts.append(json.loads(open(tmp_path / run / "metrics.jsonl").readline())["loss"])
     assert firsts[0] == firsts[1] < first[0]["loss"]
@@ -102,7 +100,7 @@ def test_training_goes_on_from_an_earlier_adapter(trained, tiny, chats_file, tmp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains_two_steps(architecture, quantization, tiny, chats_file, tmp_path, run_here):
     arguments = short(tiny(architecture), chats_file, tmp_path, "run", f"QUANTIZATION={quantization}")
-    code, _, error = run_here(qlora_train, *arguments)
+    code, _, error = run_here("qlora_train.py", *arguments)
     assert code == 0, error
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     llama_like = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -132,12 +130,12 @@ VARIANTS = (
 def test_variants_train_and_load_again(settings, tiny, chats_file, tmp_path, run_here):
     """A variant trains, its parameters move, and its result loads and answers."""
     arguments = short(tiny(), chats_file, tmp_path, "run", "LEARNING_RATE=1e-2", "MAX_STEPS=8", *settings.split())
-    code, _, error = run_here(qlora_train, *arguments)
+    code, _, error = run_here("qlora_train.py", *arguments)
     assert code == 0, error
     losses = [json.loads(line)["loss"] for line in list(open(tmp_path / "run" / "metrics.jsonl"))[:8]]
     assert sum(losses[4:]) < sum(losses[:4])
     answer = ["PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0"]
-    code, _, error = run_here(chat_pipe, f"MODEL={tmp_path / 'run'}", *answer)
+    code, _, error = run_here("chat_pipe.py", f"MODEL={tmp_path / 'run'}", *answer)
     assert code == 0, error
 
 
@@ -166,14 +164,14 @@ def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_fold
     ]
     (tmp_path / "sums.json").write_text(json.dumps(rows, indent=1))
     code, out, error = run_here(
-        qlora_train, f"MODEL={base}", f"DATA={tmp_path / 'sums.json'}", f"OUT_DIR={tmp_path}", "RUN_NAME=run",
+        "qlora_train.py", f"MODEL={base}", f"DATA={tmp_path / 'sums.json'}", f"OUT_DIR={tmp_path}", "RUN_NAME=run",
         "EVAL_SIZE=0", "MAX_LENGTH=256", "MAX_STEPS=200", "LOGGING_STEPS=50", "DTYPE=float32", *settings.split(),
     )  # fmt: skip
     assert code == 0, error
     model, tokenizer = generation.load_for_chat(str(tmp_path / "run"), dtype="float32")
     stop = "<|im_end|>" if "chatml" in settings else "<|endoftext|>"
     assert tokenizer.eos_token == stop
-    chats = [shapes.to_chat(row) for row in rows]
+    chats = [formats.to_chat(row) for row in rows]
     inputs = generation.prompts(model, tokenizer, [chat[:1] for chat in chats])
     outputs = model.generate(**inputs, **generation.generation_settings(model, tokenizer, 40, 0.0, 1.0))
     answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
@@ -187,9 +185,9 @@ def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_fold
 
 def test_new_tokens_on_an_adapter_that_does_not_train_them_are_refused(tiny, chats_file, tmp_path, run_here):
     arguments = short(tiny(), chats_file, tmp_path, "first", "CHAT_TEMPLATE=zephyr")
-    assert run_here(qlora_train, *arguments)[0] == 0
+    assert run_here("qlora_train.py", *arguments)[0] == 0
     again = short(tmp_path / "first", chats_file, tmp_path, "second", "CHAT_TEMPLATE=llama3")
-    code, _, error = run_here(qlora_train, *again)
+    code, _, error = run_here("qlora_train.py", *again)
     assert code == 2 and "<|eot_id|>" in error and "not trained" in error
 
 
@@ -252,10 +250,12 @@ def check_mistake(name, word, code, error):
 def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here, monkeypatch):
     loaded = []
     for name, (arguments, word) in mistakes(tmp_path, tiny, trained[0]).items():
-        monkeypatch.setattr(models, "load_model", lambda *a, name=name, **k: loaded.append(name) or load_model(*a, **k))
+        monkeypatch.setattr(
+            load, "load_model", lambda *a, name=name, **k: loaded.append(name) or load.load_model(*a, **k)
+        )
         defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0",
                 "MAX_LENGTH=256"]  # fmt: skip
-        code, _, error = run_here(qlora_train, *defaults, *arguments)
+        code, _, error = run_here("qlora_train.py", *defaults, *arguments)
         check_mistake(name, word, code, error)
     assert set(loaded) == {"attention that is not installed"}  # it needs the model
 
@@ -271,10 +271,10 @@ def test_wrong_inputs_in_a_process_of_their_own(name, tmp_path, tiny, trained):
 
 def test_a_resume_that_would_change_the_run_ends_with_3(tiny, chats_file, trained, run_here):
     arguments = short(tiny(), chats_file, trained[0].parent, "first", "SAVE_STEPS=1", "EVAL_STEPS=1")
-    code, _, error = run_here(qlora_train, *arguments, "LEARNING_RATE=1e-5")
+    code, _, error = run_here("qlora_train.py", *arguments, "LEARNING_RATE=1e-5")
     assert code == 3 and "LEARNING_RATE was 0.001, now 1e-05" in error and "ALLOW_CHANGE=LEARNING_RATE" in error
     before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
-    code, out, error = run_here(qlora_train, *arguments)
+    code, out, error = run_here("qlora_train.py", *arguments)
     assert code == 0 and "is finished" in out, error
     assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
 
@@ -285,7 +285,7 @@ def test_a_row_with_nothing_to_learn_does_no_harm(tiny, tmp_path, run_here):
     held = [c for c in chats if all(m.get("weight") == 0 for m in c["messages"] if m["role"] == "assistant")]
     file = write_jsonl(tmp_path / "chats.jsonl", chats[:4] + held[:4])
     arguments = short(tiny(), file, tmp_path, "run", "PACKING=False", "KL_WEIGHT=1", "MAX_STEPS=8", "EVAL_SIZE=0")
-    code, _, error = run_here(qlora_train, *arguments)
+    code, _, error = run_here("qlora_train.py", *arguments)
     assert code == 0, error
     metrics = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert sum(m["loss"] == pytest.approx(0, abs=1e-6) for m in metrics) == 4
@@ -301,7 +301,7 @@ def test_held_out_rows_with_nothing_to_learn_do_not_dilute_the_loss(tiny, tmp_pa
     for packing in (True, False):
         settings = (f"PACKING={packing}", "EVAL_SIZE=10", "MAX_STEPS=1", "LEARNING_RATE=1e-9", "DTYPE=float32",
                     "KL_WEIGHT=1")  # fmt: skip
-        code, _, error = run_here(qlora_train, *short(tiny(), file, tmp_path, f"run-{packing}", *settings))
+        code, _, error = run_here("qlora_train.py", *short(tiny(), file, tmp_path, f"run-{packing}", *settings))
         assert code == 0, error
         losses.append(json.loads((tmp_path / f"run-{packing}" / "summary.json").read_text())["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -314,13 +314,13 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path, tokenizer_f
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(100)])
     tokenizer.save_pretrained(folder)
-    code, _, error = run_here(chat_pipe, f"MODEL={folder}", "PROMPT=Hi")
+    code, _, error = run_here("chat_pipe.py", f"MODEL={folder}", "PROMPT=Hi")
     assert code == 2 and "640 rows" in error
 
 
 def test_an_adapter_whose_base_changed_is_refused(tmp_path, tokenizer_folder, chats_file, run_here):
     folder = save_tiny("llama", tmp_path / "base", tokenizer_folder)
-    assert run_here(qlora_train, *short(folder, chats_file, tmp_path, "run"))[0] == 0
+    assert run_here("qlora_train.py", *short(folder, chats_file, tmp_path, "run"))[0] == 0
     save_tiny("llama", folder, tokenizer_folder, seed=1)
-    code, _, error = run_here(chat_pipe, f"MODEL={tmp_path / 'run'}", "PROMPT=Hi")
+    code, _, error = run_here("chat_pipe.py", f"MODEL={tmp_path / 'run'}", "PROMPT=Hi")
     assert code == 2 and "other weights" in error

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 from conftest import ROOT
 
-from common import settings
+from common.settings import apply_overrides, current, declared
 
 SCRIPT = textwrap.dedent('''
     """What it does."""
@@ -32,14 +32,12 @@ def namespace(tmp_path):
 
 
 def test_overrides_take_the_type_of_the_setting(namespace, capsys):
-    settings.apply_overrides(
-        namespace, ["LEARNING_RATE=2e-4", "MAX_STEPS=7", "EVAL_SIZE=3", "PACKING=False", "MODEL=7"]
-    )
-    assert settings.current(namespace) == {
+    apply_overrides(namespace, ["LEARNING_RATE=2e-4", "MAX_STEPS=7", "EVAL_SIZE=3", "PACKING=False", "MODEL=7"])
+    assert current(namespace) == {
         "MODEL": "7", "LEARNING_RATE": 2e-4, "MAX_STEPS": 7, "EVAL_SIZE": 3, "PACKING": False,
     }  # fmt: skip
     assert "MAX_STEPS = 7 (was None)" in capsys.readouterr().err
-    settings.apply_overrides(namespace, ["MAX_STEPS=None", "LEARNING_RATE=1", "MODEL=a=b"])
+    apply_overrides(namespace, ["MAX_STEPS=None", "LEARNING_RATE=1", "MODEL=a=b"])
     assert namespace["MAX_STEPS"] is None and namespace["LEARNING_RATE"] == 1.0 and namespace["MODEL"] == "a=b"
     assert type(namespace["LEARNING_RATE"]) is float
 
@@ -60,7 +58,7 @@ def test_overrides_take_the_type_of_the_setting(namespace, capsys):
 )
 def test_mistakes_end_with_2_and_one_line(namespace, capsys, argument, words):
     with pytest.raises(SystemExit) as stop:
-        settings.apply_overrides(namespace, [argument])
+        apply_overrides(namespace, [argument])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1 and all(word in error for word in words)
@@ -69,13 +67,13 @@ def test_mistakes_end_with_2_and_one_line(namespace, capsys, argument, words):
 def test_wrong_type_edited_into_the_script(namespace, capsys):
     namespace["LEARNING_RATE"] = "1e-4"
     with pytest.raises(SystemExit):
-        settings.apply_overrides(namespace, [])
+        apply_overrides(namespace, [])
     assert "LEARNING_RATE" in capsys.readouterr().err
 
 
 def test_help_shows_groups_values_and_comments(namespace, capsys):
     with pytest.raises(SystemExit) as stop:
-        settings.apply_overrides(namespace, ["--help"])
+        apply_overrides(namespace, ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "What it does." in text and "NOT_A_SETTING" not in text
@@ -90,12 +88,12 @@ def test_contract_names_stand_in_the_training_script():
     PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO WEIGHT_DECAY
     MAX_GRAD_NORM OPTIM LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING
     ATTN_IMPLEMENTATION SEED LOGGING_STEPS EVAL_STEPS SAVE_STEPS RUN_NAME OUT_DIR RESUME""".split()
-    assert set(names) <= {s["name"] for s in settings.declared(ROOT / "qlora_train.py")}
+    assert set(names) <= {s["name"] for s in declared(ROOT / "qlora_train.py")}
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py")))
 def test_every_setting_of_every_script_is_explained(script):
-    unexplained = [s["name"] for s in settings.declared(ROOT / script) if not s["comment"] and s["name"] not in (
+    unexplained = [s["name"] for s in declared(ROOT / script) if not s["comment"] and s["name"] not in (
         "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "LOGGING_STEPS", "OUT_DIR",
         "MAX_NEW_TOKENS")]  # fmt: skip
     assert not unexplained

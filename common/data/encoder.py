@@ -1,0 +1,197 @@
+"""Encoding: a chat becomes token ids and a mask of the tokens to learn, the same way in training and in chat.
+
+The template renders the chat to text, in which each answer (with its end token) stands between two noncharacters that
+our copy of the tokenizer knows as special tokens. So the text is split exactly there, as it is when the model answers a
+prompt, and the mask follows from their places. A third one breaks up control tokens that a message contains: they
+become ordinary text. All three are dropped from the ids.
+"""
+
+import hashlib
+import json
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from common.cli import UserError
+
+START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
+
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class ChatEncoder:
+    """Encodes chats by a tokenizer's template. It can be pickled, for worker processes.
+
+    end_token: the token that ends an answer, or None where the template writes none.
+    """
+
+    def __init__(self, tokenizer):
+        self.template = tokenizer.chat_template
+        self.marked = re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
+        self.variables = tokenizer.special_tokens_map
+        self.special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted((token.content for token in self.special), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.adds_bos = adds_bos(tokenizer)
+        self.unseen: list[int] = []  # ids of control tokens that the base has hardly seen; set_template finds them
+        try:
+            answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
+        except UserError:  # answers cannot be told apart: good for chatting, and set_template refuses to train on it
+            answer = ""
+        end = max((t for t in self.special if answer.endswith(t.content)), key=lambda t: len(t.content), default=None)
+        self.end_token = end and end.content
+        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.prefix = remove_prefix_space(self.backend)
+        self.swallows = {token.content: token.rstrip for token in self.special}  # the white space after it
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        # An end token that swallows the white space after it must do so here, too, with our mark in between.
+        swallow = {END: end is not None and end.rstrip}
+        marks = [AddedToken(mark, normalized=False, rstrip=swallow.get(mark, False)) for mark in (START, END, BREAK)]
+        self.backend.add_special_tokens(marks)
+        self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
+
+    def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a chat, and the (start, end) of its marked passages; UserError where the template refuses it."""
+        try:
+            texts, passages = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
+                **self.variables, **options,
+            )  # fmt: skip
+        except TEMPLATE_ERRORS as error:
+            chat = ", ".join(m["role"] for m in messages)
+            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change the one or the other.") from error
+        return texts[0], passages[0] if self.marked else []
+
+    def mark(self, messages: list[dict], **options) -> str:
+        """The text of a chat with START and END around each answer.
+
+        Raises UserError when the answers cannot be told apart from what is around them.
+        """
+        messages = self.as_text(messages)
+        if messages[0]["role"] == "text":
+            bos = self.variables["bos_token"] if self.adds_bos else ""
+            return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
+        text, passages = self.render(messages, **options)
+        if not self.marked:
+            passages = [
+                self.find_answer(text, messages[:i], m) for i, m in enumerate(messages) if m["role"] == "assistant"
+            ]
+        found, answers = len(passages), sum(m["role"] == "assistant" for m in messages)
+        if found != answers:
+            raise UserError(f"CHAT_TEMPLATE marks {found} passages in a chat of {answers} answers; mark each once.")
+        pieces, at = [], 0
+        for start, end in passages:
+            pieces += [text[at:start], START, text[start:end], END]
+            at = end
+        return "".join([*pieces, text[at:]])
+
+    def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
+        """Where an answer with its end token stands in the text of a chat, by a template without marks."""
+        prompt = self.render(before, add_generation_prompt=True)[0]
+        answered = self.render([*before, answer])[0]
+        if not text.startswith(answered) or not answered.startswith(prompt):
+            raise UserError(
+                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is not defined. "
+                "Copy it to a file, put {% generation %} marks around each answer, and give CHAT_TEMPLATE=file.jinja."
+            )
+        ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
+        return len(prompt), ends[-1] if ends else len(answered)
+
+    def as_text(self, messages: list[dict]) -> list[dict]:
+        """The messages with the control tokens in their contents broken up, so that they are encoded as text."""
+
+        def broken_up(found: re.Match) -> str:
+            return found[0][:1] + BREAK + found[0][1:]
+
+        return [{"role": m["role"], "content": self.control.sub(broken_up, m["content"])} for m in messages]
+
+    def prefixed(self, text: str) -> str:
+        """The text with the spaces that its tokenizer would put before passages, had they not our marks in them."""
+        if self.prefix is None:
+            return text
+        pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
+        for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
+            marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
+            if i and self.swallows[pieces[i - 1]]:
+                bare = bare.lstrip()
+            if bare and not (bare.startswith(" ") and self.prefix.once):
+                pieces[i] = marks + "\u2581" + bare
+        return "".join(pieces)
+
+    def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
+        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not learned.
+
+        train_on: "assistant", or "all" for every token.
+        """
+        texts = [self.prefixed(self.mark(chat)) for chat in chats]
+        batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        rows = []
+        for chat, encoding in zip(chats, batch, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
+            starts, ends = ids == self.start_id, ids == self.end_id
+            kept = ~(starts | ends | (ids == self.break_id))
+            answer, answered = starts.cumsum(), ends.cumsum()
+            weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
+            learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
+            if train_on == "all":
+                learned |= answer == answered  # all but answers of weight 0
+            rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
+        return rows
+
+    def fingerprint(self) -> str:
+        """Tells apart tokenizers and templates that give other tokens."""
+        text = self.backend.to_str() + self.template + str(self.variables)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Tokens that the next answer is generated from: exactly what training saw before an answer."""
+        try:
+            text = self.mark(messages, add_generation_prompt=True)
+        except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
+            text = self.render(self.as_text(messages), add_generation_prompt=True)[0]
+        ids = self.backend.encode(self.prefixed(text), add_special_tokens=False).ids
+        return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
+
+
+class Prefix(NamedTuple):
+    """How a tokenizer of SentencePiece's kind puts a space before text."""
+
+    everywhere: bool  # after every special token, not only at the start
+    once: bool  # not where there is a space already
+
+
+def remove_prefix_space(backend: Tokenizer) -> Prefix | None:
+    """Let a tokenizer no longer put a space before text, which it would do after each of our marks; how it did it."""
+    spec = json.loads(backend.to_str())
+    steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
+    if any(step.get("type") == "Prepend" for step in steps):
+        others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": others}
+        backend.normalizer = Tokenizer.from_str(json.dumps(spec)).normalizer
+        return Prefix(everywhere=True, once=False)
+    metaspace = spec["pre_tokenizer"] or {}
+    if metaspace.get("type") != "Metaspace" or metaspace["prepend_scheme"] == "never":
+        return None
+    backend.pre_tokenizer = Metaspace(metaspace["replacement"], "never", metaspace["split"])
+    return Prefix(everywhere=metaspace["prepend_scheme"] == "always", once=True)
+
+
+class Encoded(NamedTuple):
+    """An encoded chat of T tokens and A answers."""
+
+    ids: np.ndarray  # (T,), int32
+    learned: np.ndarray  # (T,), bool
+    ends: np.ndarray  # (A,), number of tokens up to the end of each answer
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS token before plain text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

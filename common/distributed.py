@@ -1,0 +1,79 @@
+"""Several processes, started by torchrun or accelerate, that train one model: their number, and what they agree on.
+
+Only the first one (rank 0) writes files and prints.
+"""
+
+import functools
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+
+from common.cli import RANK
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def engine() -> str | None:
+    """How the model is held. None: by one process; "ddp": whole by each; "fsdp", "zero3": in parts; "zero1", "zero2":
+    whole, and in parts what the optimizer keeps."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            stage = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+        return f"zero{stage}"
+    return "ddp" if count() > 1 else None
+
+
+def holds_parts() -> bool:
+    """Whether a process holds a part of the model only."""
+    return engine() in ("fsdp", "zero3")
+
+
+@functools.cache
+def device() -> torch.device:
+    """The device of this process; the first call joins the others."""
+    if count() == 1:
+        return PartialState().device
+    # The others wait while the first prepares data or writes to a slow disk.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6)).device
+
+
+def enable_fsdp_on_cpu() -> None:
+    """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
+    state = PartialState()
+    if engine() == "fsdp" and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def gather(thing) -> list:
+    """What each process gives, by rank. All of them have to call it."""
+    if count() == 1:
+        return [thing]
+    device()
+    things = [None] * count()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def on_first(function):
+    """What the function returns in the first process, handed to all; what it raises there, all raise."""
+    gather(None)  # no other is still busy with what it may change
+    result = error = None
+    if not RANK:
+        try:
+            result = function()
+        except (Exception, SystemExit) as raised:
+            error = raised
+    result, error = gather((result, error))[0]
+    if error:
+        raise error
+    return result

@@ -1,0 +1,189 @@
+"""Answers: load a model for chatting, stream an answer token by token, or answer many prompts in batches."""
+
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from common.cli import UserError
+from common.data.encoder import ChatEncoder
+from common.model import load, location
+
+
+def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
+    """A model in evaluation mode, its adapter merged in memory where the base is not quantised, and its tokenizer."""
+    source = location.locate(model_name)
+    tokenizer = load.load_tokenizer(source)
+    if not tokenizer.chat_template:
+        raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
+    if (trained := location.trained_with(source)) != quantization and source.adapter:
+        note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
+        print(note, file=sys.stderr)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    dtype = load.choose_dtype(dtype)
+    model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer))
+    if source.adapter and not quantization:
+        model = model.merge_and_unload()
+    return model.eval(), tokenizer
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Every token that ends an answer: the model's, the tokenizer's, and the usual end-of-turn tokens."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
+    if tokenizer.chat_template:
+        tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
+    return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
+
+
+def generation_settings(model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> dict:
+    """Arguments for generate(): greedy at temperature 0."""
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
+    return dict(
+        # What a model's own generation_config may ask for, and `Speaker` does not do.
+        top_k=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+def prompts(model, tokenizer, chats: list[list[dict]]):
+    """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
+    encoder = encoder_of(tokenizer, tokenizer.chat_template)
+    ids = {"input_ids": [encoder.prompt(chat) for chat in chats]}
+    return tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+
+
+@functools.lru_cache(maxsize=4)
+def encoder_of(tokenizer, template: str) -> ChatEncoder:
+    """The tokenizer's encoder, made once for each of its templates."""
+    return ChatEncoder(tokenizer)
+
+
+def context_of(model) -> int:
+    """Tokens that a model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
+
+
+class Answer(NamedTuple):
+    """An answer and how it came about.
+
+    stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
+    read: tokens of the prompt that had to be read; those of earlier turns need not be.
+    """
+
+    text: str
+    tokens: int
+    stop: str
+    prompt_tokens: int = 0
+    read: int = 0
+    seconds: float = 0.0
+
+
+class Speaker:
+    """A model in a conversation; it keeps its keys and values, so that a turn reads only what is new.
+
+    last: the last `Answer`. context: tokens that the model has positions for.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
+        self.ends = set(end_tokens(model, tokenizer))
+        self.context = context_of(model)
+        self.seen: list[int] = []  # tokens whose keys and values are in the cache
+        # Layers with a window forget what is outside of it, and could not go back; plain ones keep all. Layers with a
+        # running state cannot go back anyway: there each turn is read from the start.
+        layers = DynamicCache(config=model.config).layers
+        self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        self.cache = None
+        self.last: Answer | None = None
+
+    @torch.no_grad()
+    def stream(
+        self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, context: int | None = None
+    ) -> Iterator[str]:
+        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0.
+
+        context: tokens in view at most; None: as many as the model takes.
+        """
+        context = min(context or self.context, self.context)
+        self.last = None
+        started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
+        decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        self.rewind(prompt)
+        new = prompt[len(self.seen) :]
+        read = len(new)
+        try:
+            while True:
+                ids = torch.tensor([new], device=self.model.device)
+                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.cache = output.past_key_values
+                self.seen += new
+                new = [choose_token(output.logits[:, -1], temperature, top_p)]
+                tokens += 1
+                if new[0] in self.ends:
+                    stop = "end"
+                    break
+                if piece := decoder.step(backend, new[0]):
+                    text += piece
+                    yield piece
+                if tokens == max_new_tokens or len(self.seen) >= context:
+                    stop = "length" if tokens == max_new_tokens else "context"
+                    break
+        finally:  # also when the reader goes away: Ctrl-C, or it has had enough
+            self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
+
+    def rewind(self, prompt: list[int]) -> None:
+        """Keep of the cache what the prompt begins with; but for its last token, whose prediction is wanted."""
+        same = shared(self.seen, prompt[:-1])
+        if self.seen and self.can_rewind:
+            for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
+                layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
+        else:
+            same, self.cache = 0, DynamicCache() if self.can_rewind else None
+        self.seen = self.seen[:same]
+
+
+def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
+    """The next token, by its logits (1, vocabulary): the likeliest at temperature 0, else a sample of the top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
+    return int(torch.multinomial(scores.softmax(-1), 1))
+
+
+@torch.no_grad()
+def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **settings) -> Iterator[Answer]:
+    """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
+    arguments = generation_settings(model, tokenizer, **settings)
+    ends = set(arguments["eos_token_id"])
+    context = context_of(model)
+    for start in range(0, len(chats), batch_size):
+        inputs = prompts(model, tokenizer, chats[start : start + batch_size])
+        left = context - inputs["input_ids"].shape[1]
+        if left < 1:
+            raise UserError(f"a prompt has {inputs['input_ids'].shape[1]} tokens, the model's context {context}.")
+        outputs = model.generate(**inputs, **arguments | {"max_new_tokens": min(left, arguments["max_new_tokens"])})
+        for new in outputs[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((i for i, token in enumerate(new) if token in ends), None)
+            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+            yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")

@@ -1,0 +1,175 @@
+"""Models and tokenizers: find what MODEL names, load it in the right form, refuse what cannot work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import common.model.attention  # noqa: F401  registers sdpa_documents
+from common import distributed
+from common.cli import UserError
+from common.files import sync_files
+from common.model import location
+from common.model.quantize import BITS, quantization_config, quantize_hqq
+from common.settings import check_choice
+
+DTYPES = (None, "bfloat16", "float16", "float32")
+
+
+def from_hub(load, source: location.Source, **kwargs):
+    """Call a from_pretrained on the source; what hub and file system raise becomes a UserError of one line."""
+    try:
+        return load(source.path, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        remedy = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error
+
+
+def load_config(source: location.Source):
+    """The base model's config: cheap, and the first thing to fail for a hub id without network."""
+    return from_hub(AutoConfig.from_pretrained, source)
+
+
+def load_tokenizer(source: location.Source):
+    """The tokenizer saved with the adapter, else the base model's, which is refused when larger than the embeddings."""
+    folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, location.Source(source.name, folder or source.path))
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        templates = tokenizer.chat_template
+        tokenizer.chat_template = templates.get("default", next(iter(templates.values())))
+    vocab_size = load_config(source).get_text_config().vocab_size
+    if len(tokenizer) > vocab_size and not folder:  # an adapter's own tokens come with rows for them
+        raise UserError(
+            f"MODEL={source.name}: its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows. "
+            "Use the tokenizer that the model came with, or resize the embeddings first."
+        )
+    return tokenizer
+
+
+def choose_dtype(name: str | None) -> torch.dtype:
+    """The dtype asked for; for None the one the device computes well: bf16, on older GPUs fp16, on older CPUs fp32."""
+    check_choice("DTYPE", name, DTYPES)
+    if name is not None:
+        return getattr(torch, name)
+    device = distributed.device().type
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32
+    return torch.bfloat16
+
+
+def choose_attention(name: str | None, packing: bool) -> str:
+    """The attention implementation asked for; for None, SDPA (per document where rows are packed on a CPU)."""
+    if name is not None:
+        return name
+    return "sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa"
+
+
+def count_weights(config) -> int:
+    """The number of weights of a model, by its config alone."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def check_length(source: location.Source, max_length: int) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(
+            f"MAX_LENGTH={max_length}: {source.name} has {positions} positions. Set MAX_LENGTH={positions}."
+        )
+
+
+def load_model(
+    source: location.Source,
+    quantization: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    trainable: bool = False,
+    vocabulary: int = 0,
+):
+    """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen).
+
+    vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
+    """
+    # hqq's layers are packed one by one: they have to fit the device, the 16-bit model has not.
+    elsewhere = distributed.holds_parts() or quantization in BITS
+    model = from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=quantization_config(quantization, dtype),
+        device_map=None if elsewhere else {"": distributed.device()},
+        use_safetensors=True,
+    )
+    if quantization in BITS:
+        quantize_hqq(model, quantization, dtype, distributed.device())
+    model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
+    if trainable:
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode, and
+        # the packed product has no gradient: after one evaluation, training goes on with its gradients silently cut.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
+    if source.adapter:
+        check_fingerprint(model, source)
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
+    if source.adapter:
+        from peft import PeftModel
+
+        if not (Path(source.adapter) / "adapter_model.safetensors").is_file():  # peft would unpickle another file
+            raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
+    return model
+
+
+def fingerprint(model) -> list[float]:
+    """Mean absolute value of 16 embedding rows: tells two models of the same shape apart, in any dtype."""
+    weight = model.get_input_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
+    return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
+
+
+def check_fingerprint(model, source: location.Source) -> None:
+    """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
+    file = Path(source.adapter) / "base_fingerprint.json"
+    if file.is_file():
+        if not same_weights(json.loads(file.read_text()), model.base_fingerprint):
+            raise UserError(
+                f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."
+            )
+
+
+def same_weights(one: list[float], other: list[float]) -> bool:
+    """Whether two fingerprints are of the same weights, be it in another dtype."""
+    one, other = torch.tensor(one), torch.tensor(other)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.02)
+
+
+def save_final(folder: Path, model, tokenizer, base_fingerprint=None, weights: dict | None = None) -> None:
+    """Write adapter or model, tokenizer with its template, and for an adapter its base's fingerprint.
+
+    weights: where the model holds only a part of them.
+    """
+    # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": "5GB"}
+        model.save_pretrained(partial, state_dict=weights, **options)
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
+    tokenizer.save_pretrained(partial)
+    if hasattr(model, "peft_config"):
+        (partial / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))
+    sync_files(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,103 @@
+"""Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq (mobiusml.github.io/hqq_blog)."""
+
+import importlib.metadata
+import importlib.util
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+import common.model.attention  # noqa: F401  registers sdpa_documents
+from common import distributed
+from common.cli import UserError
+from common.settings import check_choice
+
+BITS = {f"hqq-{bits}bit": bits for bits in (1, 2, 3, 4)}  # by the value of QUANTIZATION
+QUANTIZATIONS = (None, "nf4", "int8", *BITS)
+
+REQUIREMENT = "hqq==0.2.8.post1"
+
+# Weights that share a scale and a zero point, which in 16 bits add half a bit a weight; hqq's own default.
+GROUP_SIZE = 64
+
+# Groups along axis 0 are always 64 rows, which every packing divides (1 bit: by 8), whatever a layer's sizes. Loss of
+# SmolLM2-135M on 12 chats along axis 0 and 1: 4 bits 2.13 and 2.08, 3 bits 3.24 and 3.80 (16 bits: 1.96).
+AXIS = 0
+
+
+def check_quantization(quantization: str | None) -> None:
+    check_choice("QUANTIZATION", quantization, QUANTIZATIONS)
+    check_hqq(quantization)
+
+
+def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings: NF4 with double quantisation, int8; None for 16-bit weights and for hqq's (low_bit)."""
+    check_quantization(quantization)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,  # FSDP knows one dtype
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+def check_hqq(quantization: str | None) -> None:
+    """Refuse hqq's widths where the package is not installed."""
+    if quantization in BITS and importlib.util.find_spec("hqq") is None:
+        raise UserError(f"QUANTIZATION={quantization} needs the package hqq: pip install {REQUIREMENT}")
+
+
+def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:
+    """Put hqq's layers in the place of the linear ones that bitsandbytes would quantise: all but the head.
+
+    One layer after the other goes to the device, so that a device holds only the packed model. A model on the meta
+    device stays there, with layers of the same shapes and dtypes. Raises UserError for a layer that cannot be packed.
+    """
+    from hqq.core.quantize import HQQLinear, hqq_base_quant_config
+
+    kept = get_keys_to_not_convert(model)
+    for name, layer in list(model.named_modules()):
+        if not (type(layer) is torch.nn.Linear or isinstance(layer, Conv1D)) or not should_convert_module(name, kept):
+            continue
+        if layer.weight.numel() % GROUP_SIZE:
+            raise UserError(
+                f"QUANTIZATION={quantization}: {name} has {layer.weight.numel()} weights, which do not divide into "
+                f"groups of {GROUP_SIZE}. Set QUANTIZATION=int8 or None."
+            )
+        config = hqq_base_quant_config(nbits=BITS[quantization], group_size=GROUP_SIZE, axis=AXIS)
+        weight = layer.weight.detach().to(device)
+        # The search for zero points looks at its error in each round, and on the meta device there is none.
+        config["weight_quant_params"]["optimize"] = weight.device.type != "meta"
+        packed = HQQLinear(None, config, compute_dtype=dtype, device=weight.device)
+        config.pop("offload_meta")
+        packed.quantize((weight.T if isinstance(layer, Conv1D) else weight).contiguous(), **config)
+        packed.bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
+        packed.source_class = type(layer)
+        model.set_submodule(name, packed)
+        layer.weight = layer.bias = None  # `list` above holds the layer
+    model.to(device)
+
+
+def hqq_layer_names(model) -> list[str]:
+    """The names of hqq's layers, which peft's "all-linear" does not see."""
+    return [name for name, module in model.named_modules() if type(module).__name__ == "HQQLinear"]
+
+
+def dequantize_hqq(model):
+    """Put ordinary layers, with the weights that they stand for, in the place of hqq's."""
+    for name in hqq_layer_names(model):
+        packed = model.get_submodule(name)
+        is_conv = packed.source_class is Conv1D
+        sizes = (packed.out_features, packed.in_features) if is_conv else (packed.in_features, packed.out_features)
+        with torch.device("meta"):
+            layer = packed.source_class(*sizes)
+        weight = packed.dequantize()
+        layer.weight = torch.nn.Parameter(weight.T.contiguous() if is_conv else weight)
+        layer.bias = None if packed.bias is None else torch.nn.Parameter(packed.bias)
+        model.set_submodule(name, layer)
+    return model

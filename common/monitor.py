@@ -1,0 +1,174 @@
+"""Events of a run that cost time without a word: memory that spills, pauses, a throttled GPU."""
+
+import csv
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import torch
+
+from common import distributed, hardware
+from common.cli import RANK
+
+# Of hardware.csv; used_gib: of a GPU by all programs, of the CPU by this process.
+COLUMNS = ("unix_time", "device", "power_w", "used_gib", "reserved_gib", "utilization_percent", "temperature_c",
+           "clock_mhz", "throttled", "rank")  # fmt: skip
+
+
+class HardwareMonitor:
+    """A thread that reads the devices once a second into a CSV file, as a context manager.
+
+    latest: the last reading of each device, by name. Power and energy are those of the device that trains, of all
+    processes where there are several: their readings reach the file and the sums by `exchange`.
+    """
+
+    def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
+        self.file, self.interval_seconds = file, interval_seconds
+        self.devices = hardware.open_devices() if devices is None else devices
+        self.trains = f"gpu{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        self.latest: dict[str, dict] = {}
+        self.hot_readings = 0  # in a row
+        self.rows: deque[dict] = deque()  # that are not in the file yet
+        self.others: list[tuple] = []  # watts and joules of other processes
+        self.start = time.monotonic()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self) -> None:
+        while True:
+            self.read()
+            if not RANK:
+                self.write()
+            if self.stop.wait(self.interval_seconds):
+                return
+
+    def read(self) -> None:
+        self.latest = {device.name: device.read() for device in self.devices}
+        self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
+        for device, reading in self.latest.items():
+            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
+            self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})
+
+    def write(self) -> None:
+        """Add to the file what was read; that of a run that goes on has the times where it paused."""
+        rows = self.take()
+        try:
+            with open(self.file, "a", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+                if not stream.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+        except OSError:  # a full disk costs the rows; what it costs the run, the run tells
+            pass
+
+    def exchange(self) -> None:
+        """Let the first process have what the others have read; all have to call it."""
+        told = distributed.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
+        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(told) if rank != RANK]
+        if not RANK:
+            self.rows.extend(row for rows, _, _ in told for row in rows)
+
+    def take(self) -> list[dict]:
+        return [self.rows.popleft() for _ in range(len(self.rows))]
+
+    def gpu(self) -> dict | None:
+        """The last reading of the GPU that trains."""
+        return self.latest.get(self.trains) if self.trains != "cpu" else None
+
+    def own_power_w(self) -> float | None:
+        return self.latest.get(self.trains, {}).get("power_w")
+
+    def own_energy_j(self) -> float | None:
+        if self.own_power_w() is None:
+            return None
+        return next(device.energy_j for device in self.devices if device.name == self.trains)
+
+    def power_w(self) -> float | None:
+        return hardware.add(self.own_power_w(), *(watts for watts, _ in self.others))
+
+    def energy_j(self) -> float | None:
+        """Since the start; None where power cannot be read."""
+        return hardware.add(self.own_energy_j(), *(joules for _, joules in self.others))
+
+    def mean_power_w(self) -> float | None:
+        joules = self.energy_j()
+        return None if joules is None else joules / max(time.monotonic() - self.start, 1e-3)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        self.thread.join()
+        self.read()  # the end of the energy
+
+
+WINDOW, WINDOW_MIN = 64, 10  # steps that say what is usual
+
+PAUSE = 3  # times the median step
+
+PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a second
+
+SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
+
+FULL = 0.97  # of the GPU's memory
+
+HOT_READINGS = 3  # in a row
+
+# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
+CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+REMEDIES = {
+    "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
+    "pause": "Other programs, a disk that is busy, or an optimizer's occasional work (OPTIM)",
+    "throttle": "Cool it, or lower its power limit (nvidia-smi -pl), which costs less speed than heat does",
+}
+
+
+class StepWatch:
+    """Looks at each step; `counts` are of events, each counted and told once for as long as it lasts."""
+
+    def __init__(self):
+        self.counts = Counter()
+        self.usual: deque[tuple[float, float | None]] = deque(maxlen=WINDOW)  # seconds and watts of quiet steps
+        self.lasting: set[str] = set()
+
+    def step(self, seconds: float, gpu: dict | None = None, hot_readings: int = 0) -> list[str]:
+        """What to tell after a step. gpu: a reading of gpu.Gpu; hot_readings: how many in a row were throttled."""
+        median = statistics.median(s for s, _ in self.usual) if len(self.usual) >= WINDOW_MIN else None
+        found = {}
+        if gpu and (how := self.spills(seconds, median, gpu)):
+            found["spill"] = how
+        elif median and seconds > max(PAUSE * median, median + PAUSE_SECONDS):
+            found["pause"] = f"{seconds:.1f} s, usually {median:.1f}"
+        if hot_readings >= HOT_READINGS:
+            found["throttle"] = f"the GPU slows itself down at {(gpu or {}).get('temperature_c')} degrees"
+        if not found:
+            self.usual.append((seconds, (gpu or {}).get("power_w")))
+        new = [event for event in found if event not in self.lasting]
+        self.lasting = set(found)
+        self.counts.update(new)
+        return [f"{event}: {found[event]}. {REMEDIES[event]}." for event in new]
+
+    def spills(self, seconds: float, median: float | None, gpu: dict) -> str | None:
+        """How a step shows that memory lies outside of the GPU (Windows and WSL do that); None where it does not.
+
+        Either torch has reserved more than the whole GPU has in use, or the GPU is full, and steps have become slower
+        while its power fell: it waits for memory.
+        """
+        used, total, watts = (gpu.get(name) for name in ("used_gib", "total_gib", "power_w"))
+        if used is None:
+            return None
+        at_watts = "" if watts is None else f", at {watts:.0f} W"
+        if gpu["reserved_gib"] - used > SPILLED_GIB:
+            return f"{gpu['reserved_gib'] - used:.1f} GiB lie in main memory, which is many times slower{at_watts}"
+        before = [power for _, power in self.usual if power is not None]
+        falls = watts is None or not before or watts < 0.8 * statistics.median(before)
+        if CAN_SPILL and used > FULL * total and median and seconds > 1.5 * median and falls:
+            return f"{used:.1f} of {total:.1f} GiB in use, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
+        return None

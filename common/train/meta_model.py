@@ -1,0 +1,63 @@
+"""Models on the meta device: every shape and dtype, no weights."""
+
+import copy
+
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+
+import common.model.attention  # noqa: F401  registers sdpa_documents
+from common.model.quantize import BITS, check_quantization, quantization_config, quantize_hqq
+
+
+def empty_model(config, quantization: str | None, dtype: torch.dtype, attention: str, vocabulary: int = 0):
+    """What load_model would load, on the meta device: every shape and dtype, no weights. For memory.trace."""
+    config = copy.deepcopy(config)
+    # Kernels that need data (FlashAttention, FlexAttention) keep what attention per document keeps.
+    attention = attention if attention in ("sdpa", "eager") else "sdpa_documents"
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, vocabulary)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if quantization in BITS:
+            check_quantization(quantization)
+            quantize_hqq(model, quantization, dtype, "meta")
+        elif quantization:
+            quantizer = AutoHfQuantizer.from_config(quantization_config(quantization, dtype))
+            quantizer.preprocess_model(model=model, device_map=None)
+            setattr(model, "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit", True)
+            for module in model.modules():
+                empty_quantized(module, dtype)
+    return model
+
+
+def empty_quantized(module, dtype: torch.dtype) -> None:
+    """Give one of bitsandbytes' linear layers on the meta device the tensors that it has when its weights are there."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    if isinstance(module, Linear4bit):
+        weight, shape = module.weight, module.weight.shape
+        blocks = -(-shape.numel() // weight.blocksize)
+        second = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        about = dict(code=torch.empty(16), blocksize=weight.blocksize, quant_type=weight.quant_type, dtype=dtype)
+        state = QuantState(
+            torch.empty(blocks, dtype=torch.uint8), shape, offset=torch.empty(()), state2=second, **about
+        )
+        packed = torch.nn.Parameter(torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+        packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, True
+        packed.bnb_quantized = True
+        module.weight, module.quant_state, module.support_avx512bf16_for_cpu = packed, state, False
+    elif isinstance(module, Linear8bitLt):
+        codes = torch.empty(module.weight.shape, dtype=torch.int8)
+        module.weight = torch.nn.Parameter(codes, requires_grad=False)
+        module.weight.CB = module.weight.SCB = None
+        module.state.CB, module.state.SCB, module.state.threshold = codes, torch.empty(len(codes)), 0.0
+
+
+def empty_adapter(model, folder: str):
+    """A model on the meta device with an adapter of the form of the one in a folder, as if it went on training."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode, config.init_lora_weights = False, True
+    return get_peft_model(model, config)

@@ -1,0 +1,102 @@
+"""Storages of tensors followed from their creation to their end, and the peak of their bytes."""
+
+import math
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.train import memory
+
+KINDS = ("weights", "gradients", "optimizer states", "activations", "logits and loss", "workspace")
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows every storage that operations inside `with` make; `now` and `peak` are bytes.
+
+    block: sizes are rounded up to it (512 in CUDA's allocator). vocabulary: tensors with so many columns are logits.
+    positions: for the trace; the number that stands in for every count that only data would tell. None: real tensors.
+    on_gpu: also count what fused kernels of a GPU allocate inside.
+    """
+
+    def __init__(self, block: int = 1, vocabulary: int = 0, positions: int | None = None, on_gpu: bool = False):
+        super().__init__()
+        self.block, self.vocabulary, self.positions, self.on_gpu = block, vocabulary, positions, on_gpu
+        self.now = self.peak = self.clock = self.peak_clock = 0
+        self.stories: list[list] = []  # of storages: birth, end (clock; None: alive), bytes, kind
+        self.alive: dict[int, list] = {}  # by the address of the storage
+        self.phase = "weights"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.positions is not None and (known := self.stand_in(func, args)) is not None:
+            return known
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        if self.on_gpu and (inside := inside_bytes(func, args)):
+            self.count(self.now + inside)
+        return out
+
+    def stand_in(self, func, args):
+        """The result of an operation that depends on data, where nothing but shapes is known."""
+        if func is memory.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
+        if func is memory.aten.nonzero.default:  # as if every position were chosen
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        return None
+
+    def see(self, tensor, kind: str | None = None) -> None:
+        """Follow a tensor's storage, unless it is followed already."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.alive:
+            return
+        story = [self.clock, None, math.ceil(storage.nbytes() / self.block) * self.block, kind or self.kind(tensor)]
+        self.clock += 1
+        self.stories.append(story)
+        self.alive[storage._cdata] = story
+        weakref.finalize(storage, self.end, storage._cdata, story)
+        self.now += story[2]
+        self.count(self.now)
+
+    def count(self, size: int) -> None:
+        if size > self.peak:
+            self.peak, self.peak_clock = size, self.clock
+
+    def end(self, address: int, story: list) -> None:
+        story[1] = self.clock
+        self.clock += 1
+        self.now -= story[2]
+        del self.alive[address]
+
+    def kind(self, tensor) -> str:
+        if self.phase == "weights":
+            return "weights"
+        if self.vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
+            return "logits and loss"
+        # In the backward pass, gradients are on only where checkpointed layers are computed again.
+        return "activations" if self.phase == "forward" or torch.is_grad_enabled() else "workspace"
+
+    def label(self, tensors, kind: str) -> None:
+        for tensor in tensors:
+            if torch.is_tensor(tensor) and (story := self.alive.get(tensor.untyped_storage()._cdata)):
+                story[3] = kind
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by kind when the peak was reached."""
+        parts = dict.fromkeys(KINDS, 0)
+        for birth, end, size, kind in self.stories:
+            if birth < self.peak_clock and (end is None or end >= self.peak_clock):
+                parts[kind] += size
+        parts["workspace"] += self.peak - sum(parts.values())  # inside kernels
+        return parts
+
+
+def inside_bytes(func, args) -> int:
+    """What a GPU's kernel allocates for itself, beside its results."""
+    if func.name() == "bitsandbytes::gemm_4bit":  # the weights, dequantised (some shapes of newer releases do without)
+        return math.prod(args[2]) * args[0].element_size()
+    is_attention = func is memory.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return args[1].numel() * 4 if is_attention else 0  # the gradient of the queries, in float32

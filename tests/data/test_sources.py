@@ -1,0 +1,340 @@
+"""Sources and shapes: every schema becomes a chat, every broken file is refused with its line before anything slow."""
+
+import json
+import time
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import run_script, write_jsonl
+
+from common.cli import UserError
+from common.data import formats, readers, sources
+
+U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+S = {"role": "system", "content": "Be kind."}
+GOOD = json.dumps({"messages": [U, A]})
+
+
+def chats(data, setting="DATA"):
+    return [chat for source in sources.parse(str(data), setting) for _, chat in sources.read_chats(source)]
+
+
+def arena(**changes):
+    """A row in the schema of lmsys/chatbot_arena_conversations."""
+    return {
+        "question_id": "q1", "model_a": "gpt-4", "model_b": "alpaca-13b", "winner": "model_a", "judge": "arena_user_1",
+        "conversation_a": [U, A], "conversation_b": [U, {"role": "assistant", "content": "Hm."}], "turn": 1,
+        "language": "English", "tstamp": 1682351591.13, "openai_moderation": {"flagged": False},
+        "toxic_chat_tag": {"t5-large": {"flagged": False, "score": -1.0}},
+    } | changes  # fmt: skip
+
+
+def oasst(message_id, parent_id, role, text, **changes):
+    """A row in the schema of OpenAssistant/oasst2."""
+    return {
+        "message_id": message_id, "parent_id": parent_id, "user_id": "u1", "text": text, "role": role, "lang": "en",
+        "review_count": 3, "review_result": True, "deleted": False, "rank": None, "synthetic": False,
+        "message_tree_id": "m1", "tree_state": "ready_for_export",
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"messages": [U, A]}, "user: Hi | assistant: Hello"),
+        ({"prompt": "Hi", "prompt_id": "x", "messages": [U, A]}, "user: Hi | assistant: Hello"),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "id": "1"},
+            "user: Hi | assistant: Hello",
+        ),
+        ({"conversations": [U, A]}, "user: Hi | assistant: Hello"),
+        ({"instruction": "Add.", "input": "2", "output": "5", "text": "Below"}, "user: Add.\n\n2 | assistant: 5"),
+        ({"instruction": "Greet.", "input": "", "output": "Hi"}, "user: Greet. | assistant: Hi"),
+        ({"prompt": "Hi", "completion": "Hello"}, "user: Hi | assistant: Hello"),
+        ({"prompt": [U], "completion": [A]}, "user: Hi | assistant: Hello"),
+        ({"conversations": [U, A], "system_prompt": "Be kind."}, "system: Be kind. | user: Hi | assistant: Hello"),
+        (
+            {"id": "1", "dialogue": "Ann: Hi\r\nBob: Yo", "summary": "Ann greets Bob."},
+            "user: Summarize this dialogue:\n\nAnn: Hi\nBob: Yo | assistant: Ann greets Bob.",
+        ),
+        (arena(), "user: Hi | assistant: Hello"),
+        (arena(winner="model_b", model_b="claude-v1"), "user: Hi | assistant: Hm."),
+        ({"text": "Once upon a time."}, "text: Once upon a time."),
+        (
+            {"message_tree_id": "m1", "prompt": oasst("m1", None, "prompter", "Hi", replies=[
+                oasst("m2", "m1", "assistant", "Yo", rank=1, replies=[]),
+                oasst("m3", "m1", "assistant", "Hello", rank=0, replies=[]),
+            ])},
+            "user: Hi | assistant: Hello",
+        ),
+        ({"messages": [U | {"content": [{"type": "text", "text": "Hi"}]}, A]}, "user: Hi | assistant: Hello"),
+    ],
+)  # fmt: skip
+def test_every_schema_becomes_a_chat(row, turns):
+    assert " | ".join(f"{turn['role']}: {turn['content']}" for turn in formats.to_chat(row)) == turns
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"winner": "tie"}, "tie"),
+        ({"winner": "tie (bothbad)"}, "tie"),
+        ({"model_a": "vicuna-13b", "model_b": "gpt-4"}, "neither GPT-4 nor Claude"),
+        ({"language": "German"}, "not English"),
+        ({"openai_moderation": {"flagged": True}}, "flagged"),
+        ({"toxic_chat_tag": {"t5-large": {"flagged": True}}}, "flagged"),
+    ],
+)
+def test_arena_pairs_not_worth_learning_are_dropped_by_reason(changes, words):
+    result = formats.to_chat(arena(**changes))
+    assert isinstance(result, formats.SkippedRow) and words in result
+
+
+def test_trees_follow_the_best_ranked_answers_to_the_last_answer(tmp_path):
+    rows = [
+        oasst("q", None, "prompter", "Q"),
+        oasst("unranked", "q", "assistant", "bad"),
+        oasst("second", "q", "assistant", "worse", rank=1),
+        oasst("first", "q", "assistant", "best", rank=0),
+        oasst("gone", "first", "prompter", "deleted", rank=0, deleted=True),
+        oasst("more", "first", "prompter", "More?", rank=1),
+        oasst("german", "more", "assistant", "Ja", lang="de", rank=0),
+        oasst("yes", "more", "assistant", "Yes", rank=1),
+        oasst("thanks", "yes", "prompter", "Thanks"),
+        oasst("lonely", None, "prompter", "Nobody answers"),
+        oasst("bad", None, "prompter", "x", review_result=False),
+        oasst("orphan", "elsewhere", "assistant", "y"),
+    ]
+    first, *others = chats(write_jsonl(tmp_path / "oasst.jsonl", rows))
+    assert [turn["content"] for turn in first] == ["Q", "best", "More?", "Yes", "Thanks"]
+    assert len(others) == len(rows) - 1 and Counter(other.partition(": ")[2] for other in others) == {
+        "part of the chat of its tree, or of another branch": 8,
+        "no answer": 1,
+        "deleted, rejected or not English": 1,
+        "the message it answers is missing": 1,
+    }
+    (tmp_path / "a-line.json").write_text(json.dumps(rows))  # all rows have the same number
+    assert Counter(map(str, chats(tmp_path / "a-line.json"))) == Counter(map(str, [first, *others]))
+    assert "a message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [{"text": "hi"}, rows[0]]))[1]
+    assert "no message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [rows[0], {"text": "hi"}]))[0]
+
+
+def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
+    long = "x" * 140_000  # more than the csv module takes by itself
+    rows = [{"instruction": f"Say {i}.", "output": f'{i}{long}, with "quotes",\nand a line'} for i in range(3)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
+    write_jsonl(tmp_path / "lines.json", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    lines = [",instruction,output"]  # as pandas writes it, with a column of numbers
+    lines += [f'{i},Say {i}.,"{i}{long}, with ""quotes"",\nand a line"' for i in range(3)]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    expected = [formats.to_chat(row) for row in rows]
+    places = {
+        "a.jsonl": [1, 2, 3],
+        "a.json": [2, 6, 10],
+        "lines.json": [1, 2, 3],
+        "a.parquet": [1, 2, 3],
+        "a.csv": [2, 4, 6],
+    }
+    for name, lines in places.items():
+        found = list(sources.read_chats(sources.parse(str(tmp_path / name))[0]))
+        assert [number for number, _ in found] == lines and [chat for _, chat in found] == expected, name
+
+
+def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE", 7)
+    rows = [{"text": f'row {i} with ünïcödé, [brackets], "quotes" and \\ '} for i in range(50)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert [chat[0]["content"] for chat in chats(tmp_path / "a.json")] == [row["text"] for row in rows]
+    (tmp_path / "empty.json").write_text("[]")
+    assert chats(tmp_path / "empty.json") == ["row: there is none, the file is empty: ''"]
+
+
+def test_slices_repetitions_and_mixtures(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(20)])
+
+    def picked(text):
+        return [int(chat[0]["content"]) for chat in chats(f"{file}{text}")]
+
+    assert picked("[:10%]") == [0, 1] and picked("[15:18]") == [15, 16, 17] and picked("[-2:]") == [18, 19]
+    assert (
+        picked("[-99:2]") == [0, 1]
+        and picked("[90%:]") == [18, 19]
+        and picked("[18:99]") == [18, 19]
+        and picked("[:-18]*3") == [0, 1]
+    )
+    parts = sources.parse(f"ultrachat[:10%], oasst2, {file}*20, org/name:test[5:]")
+    assert [(p.name, p.split, p.start, p.stop, p.times, p.file) for p in parts] == [
+        ("HuggingFaceH4/ultrachat_200k", "train_sft", None, "10%", 1, None),
+        ("OpenAssistant/oasst2", "train", None, None, 1, None),
+        (str(file), "train", None, None, 20, file),
+        ("org/name", "test", "5", None, 1, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("nowhere.jsonl", "no such file"),
+        ("chat.txt", "no such file"),
+        ("ultrachad", "ultrachat"),
+        ("oasst2,,alpaca", "empty part"),
+        ("README.md", "files end in"),
+        ("tests", "folder"),
+        ("data/brief.jsonl*0", "no such file"),
+        ("data/breif.jsonl", "data/brief.jsonl"),
+        ("~nobody-of-this-name/x.jsonl", "no such file"),
+        ("a\nb", "no such file"),
+        ("x" * 300 + ".jsonl", "no such file"),
+        ("data/brief.jsonl*99999", "no such file"),
+        ("data/brief.jsonl[:99999999999999999999]", "no such file"),
+    ],
+)
+def test_wrong_sources_are_refused_with_a_remedy(data, words, monkeypatch):
+    from conftest import ROOT
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=words):
+        sources.parse(data)
+
+
+def test_hub_sets_are_loaded_by_their_split_and_their_licence_is_told(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: asked.append((name, split)) or [{"messages": [U, A]}]
+    )
+    assert chats("ultrachat") == [[U, A]] and asked == [("HuggingFaceH4/ultrachat_200k", "train_sft")]
+
+    # Offline, from our table
+    lines = {name: sources.describe_licence(sources.parse(name)[0]) for name in sources.NAMED}
+    assert "apache-2.0" in lines["oasst2"] and "COMMERCIAL" not in lines["oasst2"]
+    for name in ("alpaca", "samsum", "chatbot-arena"):
+        assert "NOT FOR COMMERCIAL USE" in lines[name]
+    assert "gated" in lines["chatbot-arena"]
+    # Else from the set's card
+    text = "---\nlicense: cc-by-nc-sa-4.0\nextra_gated_prompt: Agree.\n---\n# A set"
+    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name, **k: huggingface_hub.DatasetCard(text))
+    line = sources.describe_licence(sources.parse("org/name")[0])
+    assert line == "org/name: licence cc-by-nc-sa-4.0, gated  NOT FOR COMMERCIAL USE"
+    line = sources.describe_licence(sources.parse("samsum")[0])  # both are told, the stricter counts
+    assert line.endswith("licence cc-by-nc-nd-4.0, cc-by-nc-sa-4.0, gated  NOT FOR COMMERCIAL USE")
+
+
+def test_token_ids_become_text_by_a_vocabulary(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"the": 0, "moon": 1, "is": 2, "far": 3}))
+    (tmp_path / "vocab.txt").write_text("the\nmoon\nis\nfar\n")
+    for name in ("vocab.json", "vocab.txt"):
+        known = readers.read_vocabulary(str(tmp_path / name))
+        assert known[1] == " "
+        assert readers.detokenize({"tokens": [0, 1, 2, 3]}, known) == {"text": "the moon is far"}
+        row = readers.detokenize({"prompt": [0, 1], "completion": [2, 3], "id": 7}, known)
+        assert formats.to_chat(row) == [
+            {"role": "user", "content": "the moon"},
+            {"role": "assistant", "content": "is far"},
+        ]
+        assert "token 9" in readers.detokenize({"tokens": [0, 9]}, known)
+    spaced = {0: "The", 1: " moon"}
+    assert readers.detokenize({"input_ids": [0, 1]}, (spaced, "")) == {"text": "The moon"}
+    with pytest.raises(UserError, match="VOCAB=nowhere"):
+        readers.read_vocabulary("nowhere")
+
+
+def messages(*turns):
+    return json.dumps({"messages": list(turns)})
+
+
+# name of the file -> (its bytes, line of the fault, words of the message); a number of good lines goes before.
+BROKEN = {
+    "cut-short.jsonl": (GOOD[:30].encode(), 3, "ends in the middle"),
+    "not-json.jsonl": (b"hello\n", 3, "not valid JSON"),
+    "two-in-a-line.jsonl": (f"{GOOD} {GOOD}\n".encode(), 3, "Extra data"),
+    "single-quotes.jsonl": (b"{'messages': []}\n", 3, "not valid JSON"),
+    "nan.jsonl": (b'{"messages": [], "x": NaN}\n', 3, "NaN"),
+    "infinity.jsonl": (b'{"messages": [], "x": -Infinity}\n', 3, "Infinity"),
+    "huge-number.jsonl": (b'{"messages": ' + b"9" * 5000 + b"}\n", 3, "not valid JSON"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", 3, "not valid JSON"),
+    "latin1.jsonl": (GOOD.replace("Hi", "Olé").encode("latin-1"), 3, "not UTF-8"),
+    "surrogate.jsonl": (messages(U, A).replace("Hello", r"\ud83d").encode(), 3, "U+D83D"),
+    "nul.jsonl": (messages(U, A).replace("Hello", r"\u0000").encode(), 3, "U+0000"),
+    "noncharacter.jsonl": (messages(U, A).replace("Hello", r"\ufdd0").encode(), 3, "U+FDD0"),
+    "list.jsonl": (b'["Hi", "Hello"]\n', 3, "must be an object"),
+    "number.jsonl": (b"7\n", 3, "must be an object"),
+    "unknown-fields.jsonl": (b'{"question": "Hi", "answer": "Hello"}\n', 3, "none of the known sets"),
+    "no-messages.jsonl": (b'{"messages": []}\n', 3, "messages: must be a list"),
+    "text-messages.jsonl": (b'{"messages": "Hi"}\n', 3, "messages: must be a list"),
+    "null-messages.jsonl": (b'{"messages": null}\n', 3, "messages: must be a list"),
+    "strings.jsonl": (b'{"messages": ["Hi", "Hello"]}\n', 3, "messages[0]: must be an object"),
+    "no-role.jsonl": (messages({"content": "Hi"}, A).encode(), 3, "messages[0]: the role"),
+    "wrong-role.jsonl": (messages(U, A | {"role": "wizard"}).encode(), 3, "'wizard'"),
+    "no-content.jsonl": (messages(U, {"role": "assistant"}).encode(), 3, "messages[1].content: must be a text"),
+    "null-content.jsonl": (messages(U, A | {"content": None}).encode(), 3, "messages[1].content: must be a text"),
+    "number-content.jsonl": (messages(U, A | {"content": 5}).encode(), 3, "messages[1].content: must be a text"),
+    "blank-content.jsonl": (messages(U, A | {"content": " \n"}).encode(), 3, "messages[1].content: must be a text"),
+    "picture.jsonl": (messages(U | {"content": [{"type": "image", "url": "x"}]}, A).encode(), 3, "messages[0].content"),
+    "weight.jsonl": (messages(U, A | {"weight": 0.5}).encode(), 3, "weight must be 0"),
+    "two-users.jsonl": (messages(U, U, A).encode(), 3, "user follows user"),
+    "two-assistants.jsonl": (messages(U, A, A).encode(), 3, "assistant follows assistant"),
+    "assistant-first.jsonl": (messages(A, U, A).encode(), 3, "assistant follows the start"),
+    "system-late.jsonl": (messages(U, A, S, U, A).encode(), 3, "system follows assistant"),
+    "no-answer.jsonl": (messages(U).encode(), 3, "no turn of the assistant"),
+    "only-system.jsonl": (messages(S).encode(), 3, "no turn of the assistant"),
+    "sharegpt.jsonl": (b'{"conversations": [{"from": "human", "value": ""}]}\n', 3, "conversations[0].value"),
+    "alpaca.jsonl": (b'{"instruction": "x", "input": "", "output": ""}\n', 3, "output: must be a text"),
+    "alpaca-input.jsonl": (b'{"instruction": "x", "input": 3, "output": "y"}\n', 3, "input: must be a text"),
+    "samsum.jsonl": (b'{"dialogue": null, "summary": "y"}\n', 3, "dialogue: must be a text"),
+    "arena.jsonl": (json.dumps(arena(toxic_chat_tag="yes")).encode(), 3, "another type"),
+    "empty.jsonl": (None, 1, "the file is empty"),
+    "utf16.jsonl": (GOOD.encode("utf-16"), 1, "UTF-16"),
+    "no-comma.json": (f"[{GOOD}\n{GOOD}]".encode(), 2, "separated by commas"),
+    "unclosed.json": (f"[\n{GOOD},\n{GOOD}\n".encode(), 3, "ends in the middle"),
+    "two-arrays.json": (f"[\n{GOOD}]\n[{GOOD}]".encode(), 3, "something follows the array"),
+    "after.json": (b"[]\n" + GOOD.encode(), 2, "something follows the array"),
+    "deep.json": (b"[" + b'{"a":' * 990 + b"1" + b"}" * 990 + b"]", 1, "none of the known sets"),
+    "closed.json": (b"]", 1, "not valid JSON"),
+    "half.json": (f"[\n{GOOD},\n{GOOD[:20]}".encode(), 3, "not valid JSON"),
+    "latin1.json": (b'[{"text": "Ol\xe9"}]', 1, "not UTF-8"),
+    "row.json": (f"[\n{GOOD},\n7]".encode(), 3, "must be an object"),
+    "fields.csv": (b"instruction,output\nHi,Hello\nHi,Hello,and more\n", 3, "not 2 fields"),
+    "few.csv": (b"instruction,output\nHi,Hello\nHi\n", 3, "not 2 fields"),
+    "quote.csv": (b'instruction,output\nHi,Hello\n"Hi,Hello\n', 3, "not valid CSV"),
+    "latin1.csv": (b"instruction,output\nHi,Hello\nHi,Ol\xe9\n", 3, "not UTF-8"),
+    "header.csv": (b"question,answer\nHi,Hello\n", 2, "none of the known sets"),
+    "parent.jsonl": (json.dumps(oasst("m", ["a"], "prompter", "Hi")).encode(), 3, "message of a tree"),
+    "damaged.parquet": (b"PAR1 and nothing else", 1, "not a readable Parquet file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_with_their_line_in_two_seconds_and_nothing_is_written(name, tmp_path):
+    content, line, words = BROKEN[name]
+    before = f"{GOOD}\n\n".encode() if name.endswith(".jsonl") and line > 1 else b""
+    (tmp_path / name).write_bytes(b"" if content is None else before + content)
+    started = time.perf_counter()
+    result = run_script("prepare_data.py", f"DATA={tmp_path / name}", f"OUT_DIR={tmp_path / 'out'}", "RUN_NAME=x")
+    seconds = time.perf_counter() - started
+    assert result.returncode == 2 and "Traceback" not in result.stderr and seconds < 2
+    faults = [text for text in result.stderr.splitlines() if f"{tmp_path / name}:{line}: " in text]
+    assert len(faults) == 1 and words in faults[0] and not (tmp_path / "out").exists(), result.stderr
+
+
+def test_faults_come_up_to_twenty_at_once_in_every_script(tmp_path):
+    file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": []}] * 30)
+    for script, setting in (
+        ("qlora_train.py", "DATA"),
+        ("qlora_train.py", "EVAL_DATA"),
+        ("evaluate_model.py", "CHATS"),
+    ):
+        result = run_script(script, f"{setting}={file}")
+        assert result.returncode == 2 and result.stderr.count(f"{file}:") == 21 and "10 more" in result.stderr
+
+
+def test_a_chat_ends_at_a_question_without_an_answer():
+    chat = formats.to_chat({"messages": [U, A, U, U, A]})
+    assert [turn["role"] for turn in chat] == ["user", "assistant", "user"]
+    assert formats.to_chat({"messages": [U, A, U]}) == [U, A, U]

@@ -1,0 +1,209 @@
+"""The training step: loss and attention against transformers' own, the schedule, packing, exact repeats."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from common.train.config import SCHEDULES
+from common.train.loss import add_chunked_loss, supports_chunked_loss
+from common.train.trainer import ChatTrainer, learning_rate_factor
+
+DOCUMENTS = [5, 9, 3]  # lengths of the documents in a packed row
+
+
+def packed_row(labels_from: int = 2):
+    """A packed row as TRL's collator makes it: input_ids, position_ids, labels (1, T), offsets of the documents."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 600, (1, sum(DOCUMENTS)), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    labels = ids.masked_fill(positions < labels_from, -100)
+    offsets = torch.tensor([0, *DOCUMENTS]).cumsum(0).int()
+    return ids, positions, labels, offsets
+
+
+def random_model(architecture: str, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=attention).float()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_chunked_loss_is_the_models_own_loss(architecture, monkeypatch):
+    monkeypatch.setattr("common.train.loss.CHUNK", 4)  # several chunks
+    ids, _, labels, _ = packed_row()
+    model = random_model(architecture)
+    assert supports_chunked_loss(model.config)
+    own = model(input_ids=ids, labels=labels).loss
+    own.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    add_chunked_loss(model)
+    loss = model(input_ids=ids, learn=labels)[0] / (labels[:, 1:] != -100).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert model(input_ids=ids).logits.shape == (1, ids.shape[1], 640)  # without `learn`, everything is as before
+
+
+def test_a_row_without_a_label_gives_zero_gradients():
+    model = random_model("llama")
+    add_chunked_loss(model)
+    ids, *_ = packed_row()
+    loss, _ = model(input_ids=ids, learn=torch.full_like(ids, -100))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_divergence_is_measured_against_the_model_without_its_adapter():
+    """0 for a fresh adapter; KL(base || model) where nothing is learned for one that is not; none in evaluation."""
+    model = get_peft_model(random_model("llama"), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    ids, _, labels, _ = packed_row()
+    inputs = dict(input_ids=ids, use_cache=False)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**inputs).logits[0, :-1].log_softmax(-1)
+    add_chunked_loss(model.get_base_model(), model.disable_adapter)
+    model.train()
+    assert model(**inputs, learn=labels)[1].item() == pytest.approx(0, abs=1e-6)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    loss, divergence = model(**inputs, learn=labels)
+    ours = model(**inputs).logits[0, :-1].log_softmax(-1)
+    held = labels[0, 1:] == -100
+    assert divergence.item() == pytest.approx((base.exp() * (base - ours)).sum(-1)[held].mean().item(), rel=1e-4)
+    divergence.backward()
+    assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    assert model.training and model.eval()(**inputs, learn=labels)[1].item() == 0
+
+
+def test_models_that_change_their_logits_keep_trls_loss():
+    from transformers import AutoConfig
+
+    assert not supports_chunked_loss(AutoConfig.for_model("gemma2"))
+    assert not supports_chunked_loss(AutoConfig.for_model("granite"))
+    assert not supports_chunked_loss(AutoConfig.for_model("mixtral"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_documents"])
+def test_packed_documents_do_not_see_each_other(architecture, attention):
+    """Each document's logits in a packed row are those it has alone; changing a neighbour changes nothing."""
+    model = random_model(architecture, attention).eval()
+    ids, positions, _, offsets = packed_row()
+    inputs = dict(position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, use_cache=False)
+    with torch.no_grad():
+        packed = model(input_ids=ids, **inputs).logits
+        alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in ids.split(DOCUMENTS, 1)], 1)
+        other = ids.clone()
+        other[:, : DOCUMENTS[0]] = 7
+        changed = model(input_ids=other, **inputs).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(changed[:, DOCUMENTS[0] :], packed[:, DOCUMENTS[0] :])
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    def rates(name):
+        return [learning_rate_factor(s, 10, name, 2, 0.1) for s in range(11)]
+
+    for name in SCHEDULES:
+        assert rates(name)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates("constant")[2:] == [1.0] * 9
+    assert rates("linear")[6] == pytest.approx(0.55) and rates("linear")[10] == pytest.approx(0.1)
+    assert rates("cosine")[6] == pytest.approx(0.55) and rates("cosine")[10] == pytest.approx(0.1)
+    assert all(a >= b for name in SCHEDULES for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [(m["loss"], m["grad_norm"]) if "loss" in m else m["eval_loss"] for m in rows]
+
+
+@pytest.fixture
+def train(tmp_path, tiny, chats_file, run_here):
+    """train(run, "NAME=value", ...): four steps on the tiny model; the run's folder."""
+
+    def run(name, *more):
+        common = (f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", f"RUN_NAME={name}")
+        sizes = ("MAX_LENGTH=256", "MAX_STEPS=4", "EVAL_SIZE=4", "LORA_R=4")
+        code, _, error = run_here("qlora_train.py", *common, *sizes, *more)
+        assert code == 0, error
+        return tmp_path / name
+
+    return run
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(train):
+    first, second = (train(name, "LORA_DROPOUT=0.1", "KL_WEIGHT=0.5") for name in ("first", "second"))
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(train("other", "LORA_DROPOUT=0.1", "KL_WEIGHT=0.5", "SEED=1"))
+    weights = [(folder / "final" / "adapter_model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def test_the_pull_towards_the_base_is_logged_apart_and_holds(train):
+    """With the pull the model stays nearer to its base; the logged loss is the cross-entropy in both runs."""
+    settings = ("LEARNING_RATE=5e-3", "LR_SCHEDULER=constant", "MAX_STEPS=16", "EVAL_SIZE=0")
+    folders = train("free", *settings, "KL_WEIGHT=1e-9"), train("held", *settings, "KL_WEIGHT=100")
+    free, held = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in folders)
+    assert free[0]["loss"] == pytest.approx(held[0]["loss"], rel=1e-6)
+    assert held[-1]["kl"] < 0.5 * free[-1]["kl"]
+
+
+def test_accumulation_means_one_larger_batch(train):
+    """Four micro steps of one row are one step of four rows, weighted by learned tokens and not by row."""
+    same = ("PACKING=False", "DTYPE=float32", "MAX_GRAD_NORM=1e9")
+    micro, batch = (
+        train("micro", *same, "GRADIENT_ACCUMULATION_STEPS=4"),
+        train("batch", *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4"),
+    )
+    for a, b in zip(losses(micro), losses(batch), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_anyprecision_keeps_what_bfloat16_rounds_away():
+    """Updates of a hundredth of a bfloat16's step add up, as in float32; torch's AdamW loses each of them."""
+
+    def weights(optim, dtype):
+        weight = torch.nn.Parameter(torch.ones(256, dtype=dtype))
+        arguments = TrainingArguments(output_dir=".", optim=optim, learning_rate=4e-5, use_cpu=True, report_to="none")
+        kind, options = ChatTrainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weight], **options)
+        for _ in range(200):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        kept = sum(s.nbytes for s in optimizer.state[weight].values() if torch.is_tensor(s) and s.numel() > 1)
+        return weight.detach().float(), kept
+
+    exact, in_float32 = weights("adamw_torch", torch.float32)
+    lost, _ = weights("adamw_torch", torch.bfloat16)
+    ours, in_16_bits = weights("adamw_anyprecision", torch.bfloat16)
+    assert torch.equal(lost, torch.ones(256)) and (exact < 0.993).all()
+    assert (ours - exact).abs().max() < 2**-8  # a step of bfloat16 below 1
+    assert in_16_bits == 0.75 * in_float32  # two moments and what was rounded off, 2 bytes each
+
+
+def test_anyprecision_goes_on_bit_for_bit(train, run_here, tmp_path):
+    settings = ("ADAPTER=None", "OPTIM=adamw_anyprecision", "LEARNING_RATE=1e-4", "DTYPE=bfloat16", "KL_WEIGHT=0")
+    whole = train("whole", *settings)
+    stopped = train("stopped", *settings, "MAX_STEPS=2", "SAVE_STEPS=1")
+    shutil.rmtree(stopped / "final")
+    (stopped / "summary.json").unlink()
+    train("stopped", *settings, "ALLOW_CHANGE=MAX_STEPS,SAVE_STEPS")
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
+    assert losses(whole)[-1] == losses(stopped)[-1]
+    assert weights[0] == weights[1]
+
+
+def test_runs_are_reported_where_asked(train, tmp_path, run_here, monkeypatch):
+    folder = train("told", "REPORT_TO=tensorboard")
+    assert list(folder.rglob("events.out.tfevents.*"))
+    assert not list(train("quiet").rglob("events.out.tfevents.*"))
+    code, _, error = run_here("qlora_train.py", "REPORT_TO=wandb")
+    assert code == 2 and "REPORT_TO=wandb: the package is missing: pip install wandb" in error
+    code, _, error = run_here("qlora_train.py", "REPORT_TO=tensorbord")
+    assert code == 2 and "Did you mean tensorboard" in error
