@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: a checkpoint, a run, an adapter, a hub model or a .gguf file.
+"""Conversation to a model in the terminal: a checkpoint, a run, an adapter, a hub model or a .gguf file.
 
     python chat_pipe.py MODEL=out/first
     echo "What is your name?" | python chat_pipe.py MODEL=out/first TEMPERATURE=0
@@ -75,18 +75,18 @@ def main():
     check_settings()
     asked = read_prompts(Path(PROMPTS)) if PROMPTS else []
     names = [MODEL, COMPARE] if COMPARE else [MODEL]
-    speakers = {name: generation.Speaker(*generation.load_for_chat(name, QUANTIZATION, DTYPE)) for name in names}
+    generators = {name: generation.Generator(*generation.load_for_chat(name, QUANTIZATION, DTYPE)) for name in names}
     set_seed(SEED)
     if PROMPTS:
-        answer_file(speakers[MODEL], asked, Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl"))
+        answer_file(generators[MODEL], asked, Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl"))
     elif PROMPT is not None:
-        Talk(speakers).ask(PROMPT)
+        Conversation(generators).ask(PROMPT)
     elif not sys.stdin.isatty():
         for prompt in filter(None, map(str.strip, sys.stdin)):
-            _, ids = window(speakers[MODEL], [*opening(), {"role": "user", "content": prompt}])
-            print(" ".join("".join(stream(speakers[MODEL], ids)).split()), flush=True)
+            _, ids = window(generators[MODEL], [*opening(), {"role": "user", "content": prompt}])
+            print(" ".join("".join(stream(generators[MODEL], ids)).split()), flush=True)
     else:
-        converse(Talk(speakers))
+        converse(Conversation(generators))
 
 
 def check_settings():
@@ -110,15 +110,15 @@ def has_system(messages: list[dict]) -> bool:
     return bool(messages) and messages[0]["role"] == "system"
 
 
-def context_of(speaker) -> int:
-    return min(CONTEXT or speaker.context, speaker.context)
+def context_of(generator) -> int:
+    return min(CONTEXT or generator.context, generator.context)
 
 
-def window(speaker, messages: list[dict]) -> tuple[list[dict], list[int]]:
+def window(generator, messages: list[dict]) -> tuple[list[dict], list[int]]:
     """The messages without the oldest turns, so that an answer fits into the context, too; and their token ids."""
-    context = context_of(speaker)
+    context = context_of(generator)
     room, first = min(MAX_NEW_TOKENS, context // 4), int(has_system(messages))
-    while len(ids := speaker.encoder.prompt(messages)) + room > context:
+    while len(ids := generator.encoder.prompt(messages)) + room > context:
         later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
         if not later:
             raise UserError(f"the prompt has {len(ids)} tokens, CONTEXT={context} leaves {context - room}. Shorten it.")
@@ -126,48 +126,48 @@ def window(speaker, messages: list[dict]) -> tuple[list[dict], list[int]]:
     return messages, ids
 
 
-def stream(speaker, ids: list[int]):
+def stream(generator, ids: list[int]):
     """The pieces of the answer, as the generation settings say."""
-    return speaker.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
+    return generator.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
 
 
-class Talk:
+class Conversation:
     """A conversation with one model, or two side by side.
 
-    speakers: the models by name. histories: what was said with each, lists of messages.
+    generators: the models by name. histories: what was said with each, lists of messages.
     """
 
-    def __init__(self, speakers: dict):
-        self.speakers = speakers
-        self.histories = {name: opening() for name in speakers}
+    def __init__(self, generators: dict):
+        self.generators = generators
+        self.histories = {name: opening() for name in generators}
         self.answers: list[generation.Answer] = []
 
     def ask(self, prompt: str) -> None:
         """Answer a prompt, streaming; where Ctrl-C stops the answer, what has come counts, if anything has."""
         asked = {"role": "user", "content": prompt}
-        views = {name: window(self.speakers[name], [*history, asked]) for name, history in self.histories.items()}
+        views = {name: window(self.generators[name], [*history, asked]) for name, history in self.histories.items()}
         answers = {}
-        for name, speaker in self.speakers.items():
+        for name, generator in self.generators.items():
             kept, ids = views[name]
             left_out = len(self.histories[name]) + 1 - len(kept)
-            if len(self.speakers) > 1:
+            if len(self.generators) > 1:
                 print(f"[{name}]")
             if left_out:
                 print(f"(the context is full: the oldest {left_out} messages are left out)")
             try:
-                with contextlib.closing(stream(speaker, ids)) as pieces:
+                with contextlib.closing(stream(generator, ids)) as pieces:
                     for piece in pieces:
                         print(piece, end="", flush=True)
             except KeyboardInterrupt:
                 pass
             print(flush=True)
-            last = speaker.last
+            last = generator.last
             if last is None:  # stopped before it began
                 return
             self.answers.append(last)
             answers[name] = last.text.strip()
             if PROMPT is None:
-                used = f"context {last.prompt_tokens + last.tokens} of {context_of(speaker)}"
+                used = f"context {last.prompt_tokens + last.tokens} of {context_of(generator)}"
                 print(f"[{last.tokens} tokens, {last.tokens / last.seconds:.1f} tokens/s, {used}, {STOPS[last.stop]}]")
         if all(answers.values()):
             for name, history in self.histories.items():
@@ -183,7 +183,7 @@ class Talk:
             del history[asked[-1] :]
         return prompt
 
-    def obey(self, line: str) -> None:
+    def run_command(self, line: str) -> None:
         """Carry out a command of HELP; UserError where it cannot be."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -191,7 +191,7 @@ class Talk:
             case "/help":
                 print(HELP)
             case "/reset":
-                self.histories = {name: opening() for name in self.speakers}
+                self.histories = {name: opening() for name in self.generators}
                 print("(forgotten)")
             case "/system":
                 for history in self.histories.values():
@@ -238,11 +238,11 @@ class Talk:
         chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
         if not chats:
             raise UserError(f"/load {file}: there is no such file, or no chat in it.")
-        self.histories = {name: list(chats[-1]) for name in self.speakers}
+        self.histories = {name: list(chats[-1]) for name in self.generators}
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
 
-def converse(talk: Talk):
+def converse(talk: Conversation):
     """Prompt, answer, repeat, with the conversation so far in view of the model."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -255,7 +255,7 @@ def converse(talk: Talk):
     except OSError as error:
         print(f"HISTORY={HISTORY} cannot be written ({error.strerror}): what you type is not kept")
     session = PromptSession(history=history)
-    print(f"{' and '.join(talk.speakers)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    print(f"{' and '.join(talk.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
             prompt = session.prompt("\n> ").strip()
@@ -270,7 +270,7 @@ def converse(talk: Talk):
             return
         try:
             if prompt.startswith("/"):
-                talk.obey(prompt)
+                talk.run_command(prompt)
             elif prompt:
                 talk.ask(prompt)
         except KeyboardInterrupt:
@@ -325,13 +325,13 @@ def question_of(row) -> list[dict] | str:
     return chat[:-1] if isinstance(chat, list) and chat[-1]["role"] == "assistant" else chat
 
 
-def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> None:
+def answer_file(generator, asked: list[tuple[dict, list[dict]]], file: Path) -> None:
     """Write each row with its answer, batch by batch; go on where the same command was interrupted."""
     source = location.locate(MODEL)
     times = [weights.stat().st_mtime for weights in Path(source.adapter or source.path).glob("*.safetensors")]
     by = {name: value for name, value in current(globals()).items() if name in MADE_BY}
     by["weights"] = max(times, default=None)  # when they were written: tells the answers of an earlier training apart
-    rows, views = [row for row, _ in asked], [window(speaker, chat) for _, chat in asked]
+    rows, views = [row for row, _ in asked], [window(generator, chat) for _, chat in asked]
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half-written
     begins, ends = [as_line(row)[:-2] for row in rows], as_line({"by": by})[1:]
@@ -345,9 +345,9 @@ def answer_file(speaker, asked: list[tuple[dict, list[dict]]], file: Path) -> No
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
             set_seed(SEED + start)
             chats, ids = zip(*views[start : start + BATCH_SIZE], strict=True)
-            length = min(MAX_NEW_TOKENS, context_of(speaker) - max(map(len, ids)))
+            length = min(MAX_NEW_TOKENS, context_of(generator) - max(map(len, ids)))
             how = dict(max_new_tokens=length, temperature=TEMPERATURE, top_p=TOP_P)
-            given = generation.answers(speaker.model, speaker.tokenizer, chats, BATCH_SIZE, **how)
+            given = generation.answers(generator.model, generator.tokenizer, chats, BATCH_SIZE, **how)
             for row, answer in zip(rows[start : start + BATCH_SIZE], given, strict=True):
                 added = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
                 stream.write(as_line(row | added))

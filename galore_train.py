@@ -4,7 +4,7 @@
     python galore_train.py MODEL=stabilityai/stablelm-2-1_6b DATA=chats.jsonl GALORE_RANK=256 RUN_NAME=full
 
 Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (model, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/full
+checkpoint-N/ and final/ (model, tokenizer, template). Conversation to it: python chat_pipe.py MODEL=out/full
 """
 
 from common.cli import UserError, run_main
@@ -115,7 +115,7 @@ def main():
     encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
     probe = facts.make_probe(EVAL_FACTS, EVAL_PROMPTS, tokenizer)
-    run = begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.unseen)
+    run = begin(settings, __file__, tokenizer, encoder, bool(kl_weight), encoder.new_token_ids)
 
     # Memory: what the settings leave open is chosen so that it fits
     # Compiled, attention per document would be compiled again for every length of a document.

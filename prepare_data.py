@@ -59,7 +59,7 @@ def main():
 
     # What a run will learn
     rows = prepared.sample(folder)
-    checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.unseen)
+    checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.new_token_ids)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
     prepare.publish(folder, account)
     print(

@@ -4,7 +4,7 @@
     python qlora_train.py MODEL=stabilityai/stablelm-2-1_6b QUANTIZATION=nf4 DATA=chats.jsonl RUN_NAME=first
 
 Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
+checkpoint-N/ and final/ (adapter, tokenizer, template). Conversation to it: python chat_pipe.py MODEL=out/first
 """
 
 from common.cli import UserError, run_main
@@ -114,7 +114,7 @@ def main():
         model = empty_model(load.load_config(source), quantization, dtype, attention, len(tokenizer))
         if source.adapter:
             return empty_adapter(model, source.adapter), None
-        return adapters.add_adapter(model, settings, encoder.unseen) if ADAPTER else model, None
+        return adapters.add_adapter(model, settings, encoder.new_token_ids) if ADAPTER else model, None
 
     step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, hardware.device_type(), full=ADAPTER is None)
     fit = batch_plan.plan_batch(settings, empty_model, memory.usual_optimizer(OPTIM), step, run.checkpoint)
@@ -125,7 +125,7 @@ def main():
         model = load.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
         base_fingerprint = model.base_fingerprint
         if not source.adapter and ADAPTER:
-            model = adapters.add_adapter(model, settings, encoder.unseen)
+            model = adapters.add_adapter(model, settings, encoder.new_token_ids)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{source.name}: {trainable:,} trainable parameters")
         trainer = ChatTrainer(
@@ -194,7 +194,7 @@ def trained_rows(source: location.Source, encoder) -> list[int]:
     if source.adapter:
         rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
         return sum(rows.values(), []) if isinstance(rows, dict) else rows
-    rows = [] if ADAPTER == "ia3" else encoder.unseen
+    rows = [] if ADAPTER == "ia3" else encoder.new_token_ids
     if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(
             f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows are to be learned; FSDP cannot share these out where "

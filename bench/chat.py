@@ -34,13 +34,13 @@ CHAT = [{"role": "user", "content": PROMPT}]
 
 def main():
     model, tokenizer = generation.load_for_chat(MODEL)
-    speaker = generation.Speaker(model, tokenizer)
-    speaker.ends = set()
-    ids = speaker.encoder.prompt(CHAT)
+    generator = generation.Generator(model, tokenizer)
+    generator.ends = set()
+    ids = generator.encoder.prompt(CHAT)
 
     def ours():
-        speaker.seen = []  # nothing read before
-        for _ in speaker.stream(ids, TOKENS, temperature=0, top_p=1):
+        generator.seen = []  # nothing read before
+        for _ in generator.stream(ids, TOKENS, temperature=0, top_p=1):
             pass
 
     sides = {"ours": ours, "generate": lambda: generate(model, tokenizer, ids)}
@@ -51,10 +51,10 @@ def main():
     for name, seconds in measure(sides).items():
         print(f"{name:<30}{TOKENS / statistics.median(seconds):>8.1f} tokens/s")
     ours()
-    second = speaker.encoder.prompt([*CHAT, {"role": "assistant", "content": speaker.last.text}, *CHAT])
-    for _ in speaker.stream(second, 1, temperature=0, top_p=1):
+    second = generator.encoder.prompt([*CHAT, {"role": "assistant", "content": generator.last.text}, *CHAT])
+    for _ in generator.stream(second, 1, temperature=0, top_p=1):
         pass
-    print(f"a second turn reads {speaker.last.read} of its {speaker.last.prompt_tokens} tokens")
+    print(f"a second turn reads {generator.last.read} of its {generator.last.prompt_tokens} tokens")
 
 
 def generate(model, tokenizer, ids: list[int]) -> None:

@@ -30,13 +30,13 @@ def chatty(tmp_path_factory, tokenizer):
     return folder
 
 
-def speaker_of(folder):
+def generator_of(folder):
     model, tokenizer = generation.load_for_chat(str(folder), dtype="float32")
-    return generation.Speaker(model, tokenizer)
+    return generation.Generator(model, tokenizer)
 
 
-def answer(speaker, messages, tokens=24):
-    return "".join(speaker.stream(speaker.encoder.prompt(messages), tokens, 0, 1)), speaker.last
+def answer(generator, messages, tokens=24):
+    return "".join(generator.stream(generator.encoder.prompt(messages), tokens, 0, 1)), generator.last
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral with a window"])
@@ -44,48 +44,50 @@ def test_answers_are_those_of_generate_and_turns_read_only_what_is_new(architect
     window = {"sliding_window": 16} if "window" in architecture else {}
     save_tiny(architecture.split()[0], tmp_path, tokenizer.name_or_path, initializer_range=0.2, **window)
     tokenizer.save_pretrained(tmp_path)
-    speaker = speaker_of(tmp_path)
-    speaker.ends = set()  # a random model must not end here
+    generator = generator_of(tmp_path)
+    generator.ends = set()  # a random model must not end here
     for length in (2, 4):
-        ids = speaker.encoder.prompt(CHAT[:length])
-        text, last = answer(speaker, CHAT[:length])
+        ids = generator.encoder.prompt(CHAT[:length])
+        text, last = answer(generator, CHAT[:length])
         inputs = torch.tensor([ids])
         options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-        expected = speaker.model.generate(inputs, **options)[0, len(ids) :]
-        assert text == speaker.tokenizer.decode(expected, skip_special_tokens=True).replace("\ufffd", "") or (
-            speaker.seen[len(ids) :] == expected.tolist()[:-1]
+        expected = generator.model.generate(inputs, **options)[0, len(ids) :]
+        assert text == generator.tokenizer.decode(expected, skip_special_tokens=True).replace("\ufffd", "") or (
+            generator.seen[len(ids) :] == expected.tolist()[:-1]
         )
         assert last.tokens == 24 and last.stop == "length" and last.prompt_tokens == len(ids)
     assert last.read < len(ids)
 
 
 def test_an_interrupted_forward_pass_leaves_the_cache_sound(chatty):
-    expected, _ = answer(speaker_of(chatty), CHAT[:4])
-    speaker = speaker_of(chatty)
-    answer(speaker, CHAT[:2], tokens=4)
-    hook = speaker.model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    expected, _ = answer(generator_of(chatty), CHAT[:4])
+    generator = generator_of(chatty)
+    answer(generator, CHAT[:2], tokens=4)
+    hook = generator.model.model.layers[1].register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
-        answer(speaker, CHAT[:4])
-    assert speaker.last.stop == "stopped"
+        answer(generator, CHAT[:4])
+    assert generator.last.stop == "stopped"
     hook.remove()
-    assert answer(speaker, CHAT[:4])[0] == expected
+    assert answer(generator, CHAT[:4])[0] == expected
 
 
 def test_the_oldest_turns_leave_a_full_context(chatty, monkeypatch):
     monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "MAX_NEW_TOKENS", 10)
-    speaker = speaker_of(chatty)
-    whole = len(speaker.encoder.prompt(CHAT[:4]))
+    generator = generator_of(chatty)
+    whole = len(generator.encoder.prompt(CHAT[:4]))
     for context, kept in ((whole + 10, CHAT[:4]), (whole + 9, [CHAT[0], CHAT[3]])):
         monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", context)
-        assert CHAT_PIPE["window"](speaker, CHAT[:4]) == (kept, speaker.encoder.prompt(kept))
-    list(CHAT_PIPE["stream"](speaker, speaker.encoder.prompt(CHAT[:4])))
-    assert speaker.last.stop == "length" and speaker.last.tokens == 10
+        assert CHAT_PIPE["window"](generator, CHAT[:4]) == (kept, generator.encoder.prompt(kept))
+    list(CHAT_PIPE["stream"](generator, generator.encoder.prompt(CHAT[:4])))
+    assert generator.last.stop == "length" and generator.last.tokens == 10
     monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", whole + 4)
-    list(CHAT_PIPE["stream"](speaker, speaker.encoder.prompt(CHAT[:4])))
-    assert speaker.last.stop == "context" and len(speaker.seen) == whole + 4
+    list(CHAT_PIPE["stream"](generator, generator.encoder.prompt(CHAT[:4])))
+    assert generator.last.stop == "context" and len(generator.seen) == whole + 4
     monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", 20)
     with pytest.raises(UserError, match="CONTEXT=20"):
-        CHAT_PIPE["window"](speaker, CHAT[:4])
+        CHAT_PIPE["window"](generator, CHAT[:4])
 
 
 class Terminal:

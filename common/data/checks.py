@@ -86,7 +86,7 @@ def row_faults(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: dict
 
 def token_faults(tokenizer, encoder: ChatEncoder, trained_rows: list[int]):
     """The template's tokens that the base has hardly seen and that are not trained."""
-    frozen = [tokenizer.convert_ids_to_tokens(i) for i in encoder.unseen if i not in trained_rows]
+    frozen = [tokenizer.convert_ids_to_tokens(i) for i in encoder.new_token_ids if i not in trained_rows]
     if frozen:
         names = " ".join(frozen)
         yield f"{names} are new to this model; their embeddings are not trained. Train a new adapter (ADAPTER=lora)."

@@ -40,7 +40,9 @@ class ChatEncoder:
         longest_first = sorted((token.content for token in self.special), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.adds_bos = adds_bos(tokenizer)
-        self.unseen: list[int] = []  # ids of control tokens that the base has hardly seen; set_template finds them
+        self.new_token_ids: list[
+            int
+        ] = []  # ids of control tokens that the base has hardly seen; set_template finds them
         try:
             answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
         except UserError:  # answers cannot be told apart: good for chatting, and set_template refuses to train on it
@@ -49,10 +51,10 @@ class ChatEncoder:
         self.end_token = end and end.content
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.prefix = remove_prefix_space(self.backend)
-        self.swallows = {token.content: token.rstrip for token in self.special}  # the white space after it
+        self.rstrip_tokens = {token.content: token.rstrip for token in self.special}  # the white space after it
         self.backend.no_padding()
         self.backend.no_truncation()
-        # An end token that swallows the white space after it must do so here, too, with our mark in between.
+        # An end token that rstrip_tokens the white space after it must do so here, too, with our mark in between.
         swallow = {END: end is not None and end.rstrip}
         marks = [AddedToken(mark, normalized=False, rstrip=swallow.get(mark, False)) for mark in (START, END, BREAK)]
         self.backend.add_special_tokens(marks)
@@ -75,7 +77,7 @@ class ChatEncoder:
 
         Raises UserError when the answers cannot be told apart from what is around them.
         """
-        messages = self.as_text(messages)
+        messages = self.escape_control_tokens(messages)
         if messages[0]["role"] == "text":
             bos = self.variables["bos_token"] if self.adds_bos else ""
             return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
@@ -105,7 +107,7 @@ class ChatEncoder:
         ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
         return len(prompt), ends[-1] if ends else len(answered)
 
-    def as_text(self, messages: list[dict]) -> list[dict]:
+    def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
         """The messages with the control tokens in their contents broken up, so that they are encoded as text."""
 
         def broken_up(found: re.Match) -> str:
@@ -120,7 +122,7 @@ class ChatEncoder:
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
             marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
-            if i and self.swallows[pieces[i - 1]]:
+            if i and self.rstrip_tokens[pieces[i - 1]]:
                 bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
                 pieces[i] = marks + "\u2581" + bare
@@ -156,7 +158,7 @@ class ChatEncoder:
         try:
             text = self.mark(messages, add_generation_prompt=True)
         except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
-            text = self.render(self.as_text(messages), add_generation_prompt=True)[0]
+            text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
         ids = self.backend.encode(self.prefixed(text), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
 

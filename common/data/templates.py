@@ -62,7 +62,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
     unseen = used_tokens(tokenizer, tokenizer.chat_template) - familiar
-    encoder.unseen = sorted(tokenizer.convert_tokens_to_ids(list(unseen)))
+    encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(unseen)))
     return encoder, note(label, first_line, default_name(tokenizer))
 
 

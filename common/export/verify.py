@@ -65,11 +65,11 @@ class Reference:
         if not self.predictions.isfinite().all():
             raise UserError("the model's predictions are not finite, so nothing made from it can be proved.", code=4)
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
-        speaker, self.ended = generation.Speaker(model, tokenizer), 0  # answers that end by themselves
+        generator, self.ended = generation.Generator(model, tokenizer), 0  # answers that end by themselves
         for prompt in self.prompts:
-            for _ in speaker.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1):
+            for _ in generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1):
                 pass
-            self.ended += speaker.last.stop == "end"
+            self.ended += generator.last.stop == "end"
         self.perplexity = perplexity(self.predictions, rows)
 
     def compare(self, model) -> dict:

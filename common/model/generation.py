@@ -48,7 +48,7 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
     """Arguments for generate(): greedy at temperature 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
     return dict(
-        # What a model's own generation_config may ask for, and `Speaker` does not do.
+        # What a model's own generation_config may ask for, and `Generator` does not do.
         top_k=0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -98,7 +98,7 @@ class Answer(NamedTuple):
     seconds: float = 0.0
 
 
-class Speaker:
+class Generator:
     """A model in a conversation; it keeps its keys and values, so that a turn reads only what is new.
 
     last: the last `Answer`. context: tokens that the model has positions for.

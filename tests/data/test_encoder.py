@@ -169,15 +169,15 @@ def test_an_end_token_that_swallows_white_space_does_so_here_too(tokenizer_folde
 def test_a_base_model_gets_a_template_whose_end_token_it_has(tokenizer_folder, base_tokenizer_folder):
     tokenizer = load(base_tokenizer_folder)
     encoder, note = templates.set_template(tokenizer, None)
-    assert note == "chat template: zephyr" and encoder.end_token == "<|endoftext|>" and encoder.unseen == []
+    assert note == "chat template: zephyr" and encoder.end_token == "<|endoftext|>" and encoder.new_token_ids == []
     tokenizer = load(tokenizer_folder)  # has ChatML's tokens, of which a base has seen the end token at best
     encoder, note = templates.set_template(tokenizer, None)
     assert note == "chat template: chatml"
-    assert encoder.unseen == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
+    assert encoder.new_token_ids == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
     tokenizer = load(base_tokenizer_folder)
     size = len(tokenizer)
     encoder, note = templates.set_template(tokenizer, "chatml")
-    assert "with new tokens <|im_start|> <|im_end|>" in note and encoder.unseen == [size, size + 1]
+    assert "with new tokens <|im_start|> <|im_end|>" in note and encoder.new_token_ids == [size, size + 1]
     assert tokenizer.eos_token == "<|im_end|>"
     assert load(tokenizer_folder).chat_template is None
 

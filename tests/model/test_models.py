@@ -47,9 +47,9 @@ def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path)
     assert (Path(source.path) / "model.safetensors").stat().st_mtime_ns == made
     model, tokenizer = generation.load_for_chat("smollm2-135m-instruct")
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    speaker = generation.Speaker(model, tokenizer)
-    assert "Paris" in "".join(speaker.stream(speaker.encoder.prompt(chat), 24, temperature=0, top_p=1))
-    assert speaker.last.stop == "end"
+    generator = generation.Generator(model, tokenizer)
+    assert "Paris" in "".join(generator.stream(generator.encoder.prompt(chat), 24, temperature=0, top_p=1))
+    assert generator.last.stop == "end"
     batch = list(generation.answers(model, tokenizer, [chat, chat[:]], max_new_tokens=24, temperature=0.0, top_p=1.0))
     assert all("Paris" in answer.text and answer.stop == "end" for answer in batch)
 
