@@ -139,7 +139,7 @@ def make_optimizer(model):
     shape = dict(rank=GALORE_RANK, update_gap=GALORE_UPDATE_GAP, scale=GALORE_SCALE)
     optimizer = galore.GaLore(projected, other_params, **shape, eight_bit=OPTIM == "galore_8bit", fused=True, **adamw)
     optimizer.attach(model)
-    optimizer.leave_out_of_ddp(model)
+    galore.leave_out_of_ddp(model, optimizer)
     return optimizer
 
 

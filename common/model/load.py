@@ -131,11 +131,7 @@ def load_model(
         quantize_hqq(model, quantization, dtype, distributed.device())
     model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
     if trainable:
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode, and
-        # the packed product has no gradient: after one evaluation, training goes on with its gradients silently cut.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        keep_gradients(model)
     model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
     if source.adapter:
         check_fingerprint(model, source)
@@ -148,6 +144,17 @@ def load_model(
             raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
+
+
+def keep_gradients(model) -> None:
+    """Let bitsandbytes' 4-bit layers be trained through on CPUs with AVX512-BF16.
+
+    There, release 0.50 repacks weights at the first forward in evaluation mode, and the packed product has no gradient:
+    after one evaluation, training would go on with its gradients silently cut.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def fingerprint(model) -> list[float]:

@@ -18,50 +18,55 @@ COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak Gi
 def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: float | None, seconds: float, plan):
     """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
 
-    events: how often what cost time, by name; seconds: of training. Of several processes all have to call it: peaks
-    are those of the process that held most, power that of all.
+    events: how often what cost time, by name; seconds: of training. Of several processes all have to call it.
     """
-    monitor, progress, steps = trainer.monitor, trainer.progress, trainer.step_seconds
-    monitor.exchange()
+    trainer.monitor.exchange()
     peaks = hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True)
     peaks = zip(*distributed.gather(peaks), strict=True)
-    peak_vram_gib, peak_rss_gib, reserved_gib = (None if None in peak else max(peak) for peak in peaks)
+    peaks = [None if None in peak else max(peak) for peak in peaks]  # of the process that held most
     if RANK:
         return
-    monitor.write()
-    if eval_loss is not None and not math.isfinite(eval_loss):
-        eval_loss = None
-    events = events | ({"loss spike": progress.guard.spikes} if progress.guard.spikes else {})
-    metadata = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    joules, device, count = trainer.energy_j(), hardware.device_name(), distributed.count()
-    summary = dict(
-        train_loss=train_loss,
-        eval_loss=eval_loss,
-        eval_perplexity=perplexity(eval_loss),
-        steps=trainer.state.global_step,
-        tokens=progress.tokens,
-        tokens_per_second=progress.tokens_per_second(),
-        train_seconds=seconds,
-        median_step_seconds=statistics.median(steps) if steps else None,
-        max_step_seconds=max(steps, default=None),
-        peak_vram_gib=peak_vram_gib,
-        peak_rss_gib=peak_rss_gib,
-        predicted_peak_gib=plan.predicted_peak_gib,
-        mean_power_w=monitor.mean_power_w(),
-        energy_wh=None if joules is None else joules / 3600,
-        device=f"{count} x {device}" if count > 1 else device,
-        command=metadata["command"],
-        commit=metadata["commit"],
-        verdict=verdict(progress.guard.bad_steps, events),
-        peak_vram_reserved_gib=reserved_gib,
-        tokens_per_joule=progress.tokens / joules if joules else None,
-        events=events,
-    )
+    trainer.monitor.write()
+    if trainer.progress.guard.spikes:
+        events = events | {"loss spike": trainer.progress.guard.spikes}
+    results = {"train_loss": train_loss, "eval_loss": eval_loss, "train_seconds": seconds}
+    summary = summarize(folder, trainer, results, peaks, plan.predicted_peak_gib, events)
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
     plot(folder)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
+
+
+def summarize(folder: Path, trainer, results: dict, peaks: list, predicted_gib: float | None, events: dict) -> dict:
+    """summary.json; peaks: GiB of VRAM, of main memory, and of VRAM reserved by torch."""
+    progress, steps, joules = trainer.progress, trainer.step_seconds, trainer.energy_j()
+    metadata = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    device, eval_loss = hardware.device_name(), results["eval_loss"]
+    eval_loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+    return dict(
+        train_loss=results["train_loss"],
+        eval_loss=eval_loss,
+        eval_perplexity=perplexity(eval_loss),
+        steps=trainer.state.global_step,
+        tokens=progress.tokens,
+        tokens_per_second=progress.tokens_per_second(),
+        train_seconds=results["train_seconds"],
+        median_step_seconds=statistics.median(steps) if steps else None,
+        max_step_seconds=max(steps, default=None),
+        peak_vram_gib=peaks[0],
+        peak_rss_gib=peaks[1],
+        predicted_peak_gib=predicted_gib,
+        mean_power_w=trainer.monitor.mean_power_w(),
+        energy_wh=None if joules is None else joules / 3600,
+        device=f"{distributed.count()} x {device}" if distributed.count() > 1 else device,
+        command=metadata["command"],
+        commit=metadata["commit"],
+        verdict=verdict(progress.guard.bad_steps, events),
+        peak_vram_reserved_gib=peaks[2],
+        tokens_per_joule=progress.tokens / joules if joules else None,
+        events=events,
+    )
 
 
 def verdict(bad_steps: int, events: dict) -> str:

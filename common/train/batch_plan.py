@@ -83,17 +83,15 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
     plan is kept. Raises UserError when nothing fits.
     """
     batch, fixed_rows = rows_per_step(settings)
-    rows = fixed_rows
     if distributed.count() > 1:
         whole = batch * distributed.count()
         print(f"{distributed.count()} processes ({distributed.engine()}), {batch} rows each: a batch of {whole}")
-    checkpointing, quantization = settings["GRADIENT_CHECKPOINTING"], settings.get("QUANTIZATION")
-    plan = checkpoint and checkpoint[1].get("plan")
-    if plan and plan["PER_DEVICE_TRAIN_BATCH_SIZE"] * plan["GRADIENT_ACCUMULATION_STEPS"] == batch:
-        rows = plan["PER_DEVICE_TRAIN_BATCH_SIZE"]
-        checkpointing = plan["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
+    rows, checkpointing, quantization = fixed_rows, settings["GRADIENT_CHECKPOINTING"], settings.get("QUANTIZATION")
+    before = checkpoint and checkpoint[1].get("plan")
+    if before and before["PER_DEVICE_TRAIN_BATCH_SIZE"] * before["GRADIENT_ACCUMULATION_STEPS"] == batch:
+        rows = before["PER_DEVICE_TRAIN_BATCH_SIZE"]
+        checkpointing = before["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
     limit = min(distributed.gather(hardware.memory_limit(settings["MEMORY_LIMIT"], step.device)))
-    usable = limit * MARGIN[step.device]
     outside = round(hardware.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE
     outside = max(distributed.gather(outside))  # all have to choose the same
 
@@ -107,14 +105,8 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
 
     try:
         plan = choose_plan(batch, rows, checkpointing, parts, limit, step)
-        peak = sum(parts(plan.rows, plan.checkpointing).values())
-        if peak > limit and fixed_rows is None:
-            raise too_large(settings, plan, peak, limit)
-        print(f"memory: {plan}: {describe(parts(plan.rows, plan.checkpointing))}; {usable / GIB:.2f} are usable")
-        # Where the 16-bit weights alone are larger, there is no need to trace.
-        if quantization and sum(p.nbytes for p in build(None)[0].parameters()) < peak:
-            if (other := sum(parts(plan.rows, plan.checkpointing, None).values())) < peak:
-                print(f"memory: QUANTIZATION=None would need less, {other / GIB:.2f} GiB", file=sys.stderr)
+        if quantization:
+            compare_with_16_bits(plan, parts, build)
     except UserError:
         raise
     except Exception as error:  # from the code of any architecture, on tensors without data
@@ -122,7 +114,17 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
         reason = f"{type(error).__name__}: {error}, {where.filename}:{where.lineno}"
         print(f"memory could not be predicted ({reason})", file=sys.stderr)
         return BatchPlan(rows or 1, batch // (rows or 1), bool(checkpointing))
+    if plan.predicted_peak_gib * GIB > limit and fixed_rows is None:
+        raise too_large(settings, plan, limit)
     return plan
+
+
+def compare_with_16_bits(plan: BatchPlan, parts, build) -> None:
+    """Say where the quantised model needs more memory than the 16-bit one, as small models do."""
+    peak = plan.predicted_peak_gib * GIB
+    if sum(p.nbytes for p in build(None)[0].parameters()) < peak:  # else there is no need to trace
+        if (other := sum(parts(plan.rows, plan.checkpointing, None).values())) < peak:
+            print(f"memory: QUANTIZATION=None would need less, {other / GIB:.2f} GiB", file=sys.stderr)
 
 
 def choose_plan(batch: int, rows: int | None, checkpointing: bool | None, parts, limit: float, step: Step) -> BatchPlan:
@@ -138,12 +140,15 @@ def choose_plan(batch: int, rows: int | None, checkpointing: bool | None, parts,
         if not plans or plans[0].rows < possible[-1]:  # without checkpointing and with all rows: the fastest
             for n in largest(possible, lambda n, again=again: sum(parts(n, again).values()) <= usable):
                 plans.append(BatchPlan(n, batch // n, again))
-    if not plans:
-        plans = [BatchPlan(possible[0], batch // possible[0], checkpointing is not False)]
-        if sum(parts(plans[0].rows, plans[0].checkpointing).values()) <= limit or rows:
-            print("memory: this may be too little, but is tried", file=sys.stderr)
+    fits = bool(plans)
+    plans = plans or [BatchPlan(possible[0], batch // possible[0], checkpointing is not False)]
     plan = min(plans, key=lambda plan: relative_time(plan.rows * step.length, plan.checkpointing, step))
-    return replace(plan, predicted_peak_gib=sum(parts(plan.rows, plan.checkpointing).values()) / GIB)
+    kinds = parts(plan.rows, plan.checkpointing)
+    plan = replace(plan, predicted_peak_gib=sum(kinds.values()) / GIB)
+    named = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items() if size >= GIB / 200)
+    usable = f"{usable / GIB:.2f} are usable" + ("" if fits else ": this may be too little")
+    print(f"memory: {plan}: {plan.predicted_peak_gib:.2f} GiB predicted ({named}); {usable}")
+    return plan
 
 
 def per_process(parts: dict[str, int], model, base, dtype: torch.dtype, quantization: str | None) -> dict[str, int]:
@@ -184,16 +189,12 @@ def relative_time(tokens: int, checkpointing: bool, step: Step) -> float:
     return (1 + again) * (1 + (OVERHEAD_TOKENS / tokens if step.device == "cuda" else 0))
 
 
-def describe(parts: dict[str, int]) -> str:
-    named = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items() if size >= GIB / 200)
-    return f"{sum(parts.values()) / GIB:.2f} GiB predicted ({named})"
-
-
-def too_large(settings: dict, plan: BatchPlan, peak: float, limit: float) -> UserError:
+def too_large(settings: dict, plan: BatchPlan, limit: float) -> UserError:
     four_bits = "" if settings.get("QUANTIZATION", "full") else "QUANTIZATION=nf4, "
     return UserError(
         f"MODEL={settings['MODEL']} MAX_LENGTH={settings['MAX_LENGTH']}: one row at a time, with "
-        f"GRADIENT_CHECKPOINTING={plan.checkpointing}, needs {peak / GIB:.2f} GiB; there are {limit / GIB:.2f} GiB "
+        f"GRADIENT_CHECKPOINTING={plan.checkpointing}, needs {plan.predicted_peak_gib:.2f} GiB; there are "
+        f"{limit / GIB:.2f} GiB "
         f"(MEMORY_LIMIT={settings['MEMORY_LIMIT']}). Try a smaller MAX_LENGTH, {four_bits}or a smaller model; "
         "`python estimate_memory.py` shows what fits. PER_DEVICE_TRAIN_BATCH_SIZE=1 tries all the same."
     )

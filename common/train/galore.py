@@ -56,9 +56,8 @@ class GaLore(torch.optim.AdamW):
     def attach(self, model) -> None:
         """Let the model's linear layers compute their projected gradients without the full ones.
 
-        (m, n) gradients are products over the tokens; with one factor projected first, rank instead of min(m, n) of
-        their rows or columns are computed, and of a tall matrix only the projected input is kept for backward (CompAct,
-        https://arxiv.org/abs/2410.15352).
+        A gradient (m, n) is a product over the tokens; with one factor projected first, only rank of its rows or
+        columns are computed, and a tall matrix keeps only the projected input (CompAct, arxiv.org/abs/2410.15352).
         """
         ids = {id(parameter) for parameter in self.projected}
         for module in model.modules():
@@ -115,19 +114,11 @@ class GaLore(torch.optim.AdamW):
         new, triangle = torch.linalg.qr(average(gradient @ mean.T).float())
         new *= triangle.diagonal().sign()  # QR leaves the signs open
         state["basis"] = new.to(old.dtype).contiguous()  # as it will be when loaded: strides change the last bits
-        overlap = new.T @ old.float()  # (rank, rank)
-        shares = overlap.square()
-        first, second = (moment.float() for moment in get_moments(state, self.eight_bit))
-        # Directions that the old basis did not have start with the mean of the second moments, not with none.
-        fresh = (1 - shares.sum(1, keepdim=True)).clamp(min=0) * second.mean(0)
-        moments = (overlap @ first).to(old.dtype), (shares @ second + fresh).to(old.dtype)
-        put_moments(state, *moments, self.eight_bit)
+        first, second = rotate_moments(*get_moments(state, self.eight_bit), new.T @ old.float())
+        put_moments(state, first.to(old.dtype), second.to(old.dtype), self.eight_bit)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that their joint norm is at most max_norm; returns the norm before.
-
-        Projected gradients count as they are applied: their norm is that of the projection of the full gradient.
-        """
+        """Scale all gradients, as they are applied, so that their joint norm is at most max_norm; returns it."""
         self.gather()
         gradients = list(self.projected_grads.values())
         gradients += [p.grad for p in self.param_groups[1]["params"] if p.grad is not None]
@@ -166,11 +157,6 @@ class GaLore(torch.optim.AdamW):
                 parameter.addmm_(*factors, alpha=rate)
         self.is_gathered = False
         return super().step(closure)  # the other parameters: those that have a gradient left
-
-    def leave_out_of_ddp(self, model) -> None:
-        """To be called before DistributedDataParallel takes the model: projected gradients are averaged here."""
-        ids = {id(parameter) for parameter in self.projected}
-        model._ddp_params_and_buffers_to_ignore = [name for name, p in model.named_parameters() if id(p) in ids]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.projected_grads.clear()
@@ -226,6 +212,20 @@ def split_weights(model, rank: int, target_modules: str = "auto") -> tuple[list,
         )
     ids = {id(p) for p in projected}
     return projected, [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+
+
+def rotate_moments(first, second, overlap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adam's moments (rank, n) in the coordinates of a new basis. overlap: new.T @ old, (rank, rank)."""
+    first, second, shares = first.float(), second.float(), overlap.square()
+    # Directions that the old basis did not have start with the mean of the second moments, not with zero.
+    fresh = (1 - shares.sum(1, keepdim=True)).clamp(min=0) * second.mean(0)
+    return overlap @ first, shares @ second + fresh
+
+
+def leave_out_of_ddp(model, optimizer: GaLore) -> None:
+    """To be called before DistributedDataParallel takes the model: the optimizer averages projected gradients."""
+    ids = {id(parameter) for parameter in optimizer.projected}
+    model._ddp_params_and_buffers_to_ignore = [name for name, p in model.named_parameters() if id(p) in ids]
 
 
 def as_wide(matrix: torch.Tensor) -> torch.Tensor:

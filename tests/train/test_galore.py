@@ -312,7 +312,7 @@ def two_processes(rank, folder, queue_file):
     torch.set_num_threads(1)
     model = small_model()
     optimizer = optimizer_of(model)
-    optimizer.leave_out_of_ddp(model)
+    galore.leave_out_of_ddp(model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     reduced = []
     honest = dist.all_reduce
