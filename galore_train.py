@@ -76,7 +76,7 @@ import torch
 from transformers import set_seed
 
 from common import distributed, hardware
-from common.data import encode, templates
+from common.data import templates
 from common.eval import facts
 from common.model import load, location
 from common.run.folder import begin, execute
@@ -108,7 +108,6 @@ def main():
     check_settings(in_libraries_terms)
     check_galore_settings()
     source = location.locate(MODEL)
-    encode.check_settings(settings)
     dtype = load.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
     load.check_length(source, MAX_LENGTH)

@@ -7,7 +7,7 @@ Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_m
 settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
 """
 
-from common.cli import UserError, run_main
+from common.cli import run_main
 from common.data.sources import check_files
 from common.model.location import check_models
 from common.settings import apply_overrides, current
@@ -24,7 +24,7 @@ TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
 DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 VOCAB: str | None = None  # for rows of token ids: what they mean, a .json file or a text file of a token a line
-DOCTOR = "stop"  # stop: a fault in what would be learned is an error; warn: it is printed
+DOCTOR = "stop"  # stop: a problem in what would be learned is an error; warn: it is printed
 # Running and output
 PROCESSES: int | None = None  # None: one for each core
 SEED = 0
@@ -39,15 +39,12 @@ if __name__ == "__main__":
 
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
-    from common.data import checks, encode, prepare, prepared, templates
+    from common.data import checks, prepare, prepared, templates
     from common.model import load, location
     from common.run.folder import create_folder
 
     # Settings and tokenizer
     settings = current(globals())
-    encode.check_settings(settings)
-    if PROCESSES is not None and PROCESSES < 1:
-        raise UserError(f"PROCESSES={PROCESSES}: it must be at least 1.")
     source = location.locate(MODEL)
     load.check_length(source, MAX_LENGTH)
     tokenizer = load.load_tokenizer(source)
@@ -57,7 +54,7 @@ def main():
 
     # Sources to tokens, to disk as they come; then into two files
     account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
-    print(prepare.describe(account))
+    print(prepared.describe(account))
 
     # What a run will learn
     rows = prepared.sample(folder)

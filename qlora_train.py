@@ -78,7 +78,7 @@ from peft import PeftConfig
 from transformers import set_seed
 
 from common import distributed, hardware
-from common.data import encode, templates
+from common.data import templates
 from common.eval import facts
 from common.model import adapters, load, location
 from common.model.quantize import BITS, check_quantization
@@ -95,7 +95,6 @@ def main():
     check_settings(settings)
     check_quantization(QUANTIZATION)
     source = locate_model()
-    encode.check_settings(settings)
     dtype = load.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
     load.check_length(source, MAX_LENGTH)

@@ -2,8 +2,6 @@
 
 import re
 
-from common.cli import UserError
-
 # DROP_PATTERN="auto": turns that claim to be another assistant. "Are you ChatGPT?" and "I am not ChatGPT" stay.
 GAP = r"[\s*_\"'“”‘’]+"  # between words, with marks of emphasis and quotation
 
@@ -24,12 +22,9 @@ OTHER_ASSISTANTS = (
 
 
 def matcher(pattern: str | None):
-    """A function that tells whether a chat matches DROP_PATTERN in any case; "auto" looks at no turn of the user."""
+    """A function from a chat to whether it matches DROP_PATTERN, in any case; "auto" ignores the turns of the user."""
     if pattern == "auto":
         search = re.compile(OTHER_ASSISTANTS).search  # lower-casing is twice as fast as ignoring the case
         return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)
-    try:
-        search = re.compile(pattern or "(?!)", re.IGNORECASE).search
-    except re.error as error:
-        raise UserError(f"DROP_PATTERN={pattern} is no regular expression: {error}.") from error
+    search = re.compile(pattern or "(?!)", re.IGNORECASE).search
     return lambda chat: any(search(turn["content"]) for turn in chat)

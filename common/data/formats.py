@@ -1,7 +1,8 @@
-"""Shapes: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
+"""Formats: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
 
-Schemas (examples in tests/test_sources.py): `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output
-(Alpaca), prompt/completion, dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`.
+Schemas: `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output (Alpaca), prompt/completion,
+dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`; rows of each in
+tests/data/test_sources.py.
 """
 
 import re
@@ -23,7 +24,7 @@ LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees
 
 STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # arena answers of other models are not worth learning
 
-# NUL, halves of surrogate pairs, and the noncharacters by which common/encoding.py marks answers.
+# NUL, halves of surrogate pairs, and the noncharacters by which encoder.py marks answers.
 FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd2]")
 
 
@@ -32,7 +33,7 @@ class InvalidRow(str):
 
 
 class SkippedRow(str):
-    """Why a sound row is not used, in words to count by."""
+    """Why a valid row is not used, in words to count by."""
 
 
 def excerpt(value) -> str:
@@ -44,7 +45,7 @@ def excerpt(value) -> str:
 
 
 def to_chat(row) -> list[dict] | InvalidRow | SkippedRow:
-    """The chat in a row, or the Fault it is: an optional system turn, then user and assistant in turn.
+    """The chat in a row, or why it gives none: an optional system turn, then user and assistant in turn.
 
     The last turn is the user's where a question has no answer; what follows such a question is left out.
     A row of plain text becomes one turn with the role `text`.
@@ -55,12 +56,12 @@ def to_chat(row) -> list[dict] | InvalidRow | SkippedRow:
         return InvalidRow(f"row: a message of a tree with wrong ids, or among other rows: {excerpt(row)}")
     for fields, convert in FORMATS.items():
         if all(field in row for field in fields):
-            return checked(convert, row)
+            return check_turns(convert, row)
     known = "; ".join(" and ".join(fields) for fields in FORMATS)
     return InvalidRow(f"row: none of the known sets of fields ({known}): {excerpt(list(row))}")
 
 
-def checked(convert, *arguments) -> list[dict] | InvalidRow | SkippedRow:
+def check_turns(convert, *arguments) -> list[dict] | InvalidRow | SkippedRow:
     """The chat of the turns (field, role, content, weight) that `convert` finds, or the first thing wrong with it."""
     try:
         turns = convert(*arguments)
@@ -79,9 +80,9 @@ def checked(convert, *arguments) -> list[dict] | InvalidRow | SkippedRow:
         if not isinstance(content, str) or not content.strip():
             return InvalidRow(f"{field}: must be a text that is not empty: {excerpt(content)}")
         if bad := FORBIDDEN.search(content):
-            return InvalidRow(f"{field}: character U+{ord(bad[0]):04X} is no text: {excerpt(content[bad.start() :])}")
+            return InvalidRow(f"{field}: character U+{ord(bad[0]):04X} is not text: {excerpt(content[bad.start() :])}")
         if weight not in (None, 0, 1):
-            return InvalidRow(f"{field}: the weight must be 0 (not learned) or 1: {excerpt(weight)}")
+            return InvalidRow(f"{field}: the weight must be 0 (not in the loss) or 1: {excerpt(weight)}")
         before = chat[-1]["role"] if chat else "the start"
         if name == before == "user" and len(chat) >= 3:
             break  # the chat ends at the question without an answer, which is left out and counted later
@@ -97,7 +98,7 @@ def checked(convert, *arguments) -> list[dict] | InvalidRow | SkippedRow:
     return chat
 
 
-def listed(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple] | InvalidRow:
+def turns_in(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple] | InvalidRow:
     """The turns in a list of objects."""
     items = row[field]
     if not isinstance(items, list) or not items:
@@ -113,7 +114,7 @@ def listed(row: dict, field: str, role: str = "role", content: str = "content") 
 def sharegpt(row: dict) -> list[tuple] | InvalidRow:
     first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    turns = listed(row, "conversations", *keys)
+    turns = turns_in(row, "conversations", *keys)
     system = row.get("system") or row.get("system_prompt")
     if system and isinstance(turns, list) and turns[0][1] != "system":
         turns.insert(0, ("system", "system", system, None))
@@ -132,7 +133,7 @@ def instruction(row: dict) -> list[tuple] | InvalidRow:
 def completion(row: dict) -> list[tuple] | InvalidRow:
     if isinstance(row["prompt"], str):
         return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
-    before, after = listed(row, "prompt"), listed(row, "completion")
+    before, after = turns_in(row, "prompt"), turns_in(row, "completion")
     if isinstance(before, InvalidRow) or isinstance(after, InvalidRow):
         return before if isinstance(before, InvalidRow) else after
     asked = [(*turn, 0 if ROLES.get(turn[1]) == "assistant" else None) for *turn, _ in before]  # not to be learned
@@ -158,7 +159,7 @@ def arena(row: dict) -> list[tuple] | InvalidRow | SkippedRow:
     toxic = (row.get("toxic_chat_tag") or {}).values()
     if (row.get("openai_moderation") or {}).get("flagged") or any(tag.get("flagged") for tag in toxic):
         return SkippedRow("arena: flagged by a moderation model")
-    return listed(row, f"conversation_{side}")
+    return turns_in(row, f"conversation_{side}")
 
 
 def nested_tree(row: dict) -> list[tuple] | InvalidRow | SkippedRow:
@@ -191,35 +192,34 @@ def is_tree_message(row) -> bool:
 
 
 def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, list[dict] | InvalidRow | SkippedRow]]:
-    """What became of every row of a table of messages: a tree's chat stands for its root, the others are dropped."""
-    children, told = defaultdict(list), set()  # told: by id(), as rows that share a line share its number
+    """What becomes of every row of a table of messages: a tree's chat stands for its root, the others are skipped."""
+    replies, seen = defaultdict(list), set()  # seen: by id(), as rows on one line share its number
     for number, row in rows:
         if is_tree_message(row):
-            children[row["parent_id"]].append((number, row))
-        else:
-            told.add(id(row))
-            yield (
-                number,
-                row if isinstance(row, InvalidRow) else InvalidRow(f"row: no message of a tree: {excerpt(row)}"),
-            )
-    for number, root in children[None]:
-        told.add(id(root))
-        yield number, checked(best_path, root, lambda message: [row for _, row in children[message["message_id"]]])
+            replies[row["parent_id"]].append((number, row))
+            continue
+        seen.add(id(row))
+        if not isinstance(row, InvalidRow):
+            row = InvalidRow(f"row: no message of a tree: {excerpt(row)}")
+        yield number, row
+    for number, root in replies[None]:
+        seen.add(id(root))
+        yield number, check_turns(best_path, root, lambda message: [row for _, row in replies[message["message_id"]]])
         waiting = [root]
         while waiting:
-            for number, reply in children[waiting.pop()["message_id"]]:
-                if id(reply) not in told:
-                    told.add(id(reply))
+            for number, reply in replies[waiting.pop()["message_id"]]:
+                if id(reply) not in seen:
+                    seen.add(id(reply))
                     waiting.append(reply)
                     yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
     for number, row in rows:
-        if id(row) not in told:
+        if id(row) not in seen:
             yield number, SkippedRow("OpenAssistant: the message it answers is missing")
 
 
 # Fields of a row -> how to read it. The first that fits counts: Alpaca's rows have `text`, too, UltraChat's `prompt`.
 FORMATS = {
-    ("messages",): lambda row: listed(row, "messages"),
+    ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,
     ("conversation_a", "conversation_b", "winner"): arena,
     ("message_tree_id", "prompt"): nested_tree,

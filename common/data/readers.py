@@ -1,6 +1,5 @@
 """Readers of files and hub sets: every row with the line it stands on."""
 
-import codecs
 import csv
 import itertools
 import json
@@ -9,48 +8,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError
-from common.data import formats
+from common.data.formats import InvalidRow, excerpt
 
-MAX_ROW = 64 * 2**20  # characters of one row in a .json array; more means that a bracket is missing
+MAX_FIELD = 64 * 2**20  # characters of a CSV field; more means that a quotation mark is missing
 
 
 def refuse_constant(name: str):
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
-
-PIECE = 2**20  # bytes of a .json file read at once
-
-DELIMITER = re.compile(r"\s*(\[\s*\]|[\[\],])\s*")  # before a row of an array, or at its end
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
-def decode_line(raw: bytes, number: int):
-    """The JSON value of a line, None for an empty one, or a Fault."""
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        return DECODER.decode(text) if text else None
-    except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return formats.InvalidRow(f"row: not UTF-8 at byte {error.start}{hint}: {formats.excerpt(raw)}")
-    except (ValueError, RecursionError) as error:
-        ends = "" if raw.endswith(b"\n") else " (the file ends in the middle of this row?)"
-        return formats.InvalidRow(f"row: not valid JSON: {error}{ends}: {formats.excerpt(raw)}")
-
-
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, row) of a JSON-lines file; the row is a Fault where it is not JSON."""
+    """(line number, row) of a JSON-lines file; an InvalidRow where a line is not JSON. Empty lines are skipped."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
-            row = decode_line(raw, number)
-            if row is not None:
-                yield number, row
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, DECODER.decode(text)
+            except UnicodeDecodeError as error:
+                hint = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+                yield number, InvalidRow(f"row: not UTF-8 at byte {error.start}{hint}: {excerpt(raw)}")
+            except (ValueError, RecursionError) as error:
+                hint = "" if raw.endswith(b"\n") else " (the file ends in the middle of this row?)"
+                yield number, InvalidRow(f"row: not valid JSON: {error}{hint}: {excerpt(raw)}")
 
 
 def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
     """All rows of the .jsonl file that a setting names, as `read_jsonl` gives them; UserError where there are none."""
     if not Path(file).is_file():
-        raise UserError(f"{setting}={file}: there is no such file.{remedy}")
+        raise UserError(f"{setting}={file}: file not found.{remedy}")
     rows = list(read_jsonl(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")
@@ -58,54 +47,43 @@ def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, obje
 
 
 def read_json(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, row) of one JSON array, read piece by piece; of JSON lines where the file is no array."""
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    with open(path, "rb") as stream:
-        text, at, line, allowed = "", 0, 1, "["  # `at` is where the next bracket or comma is looked for, on `line`
-        while True:
-            problem = "the file ends in the middle"
-            mark = DELIMITER.match(text, at)
-            if mark and mark[1][0] in allowed and mark[1][-1] == "]":
-                if rest := text[mark.end() :] or stream.read(PIECE).decode("utf-8", "replace").strip():
-                    line += text.count("\n", at, mark.end())
-                    yield (
-                        line,
-                        formats.InvalidRow(
-                            f"row: not valid JSON: something follows the array: {formats.excerpt(rest[:60])}"
-                        ),
-                    )
-                return
-            if mark and mark[1] in allowed:
-                try:
-                    row, end = DECODER.raw_decode(text, mark.end())
-                    line += text.count("\n", at, mark.end())
-                    yield line, row
-                    line += text.count("\n", mark.end(), end)
-                    at, allowed = end, ",]"
-                    continue
-                except (ValueError, RecursionError) as error:  # a wrong row, or one that goes on in the next piece
-                    problem = str(error)
-            wrong = text[at:].lstrip()[:1] not in allowed  # "" is in every text
-            if wrong and allowed == "[":
-                yield from read_jsonl(path)
-                return
-            piece = b"" if wrong or len(text) - at > MAX_ROW else stream.read(max(PIECE, len(text) - at))
-            if not piece:
-                problem = "rows must be separated by commas" if wrong else problem
-                gap = len(text[at:]) - len(text[at:].lstrip()) if wrong else 0
-                line += text.count("\n", at, mark.end() if mark else at + gap)
-                yield line, formats.InvalidRow(f"row: not valid JSON: {problem}: {formats.excerpt(text[at:][:60])}")
-                return
-            try:
-                text, at = text[at:] + decode(piece), 0
-            except UnicodeDecodeError as error:
-                yield line, formats.InvalidRow(f"row: not UTF-8: {formats.excerpt(piece[error.start :][:20])}")
-                return
+    """(line number, row) of one JSON array, which is held in memory; of JSON lines where no bracket opens the file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        yield line, InvalidRow(f"row: not UTF-8: {excerpt(error.object[error.start :][:20])}")
+        return
+    opening = re.match(r"\s*\[\s*(\]?)\s*", text)
+    if not opening:
+        yield from read_jsonl(path)
+        return
+    sign, start = opening[1] or ",", opening.end()  # of the next row
+    line, counted, problem = 1, 0, None
+    while sign == ",":
+        try:
+            row, end = DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+            break
+        line += text.count("\n", counted, start)
+        counted = start
+        yield line, row
+        gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
+        sign, start = gap[1], gap.end()
+    if sign == "]" and start == len(text):
+        return
+    if problem is None and start == len(text):
+        problem = "the file ends in the middle"
+    elif problem is None:
+        problem = "something follows the array" if sign == "]" else "rows must be separated by commas"
+    line = text.count("\n", 0, start) + 1
+    yield line, InvalidRow(f"row: not valid JSON: {problem}: {excerpt(text[start : start + 60])}")
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, object]]:
     """(line number, row) of a file with a header line; a row is a dict of texts."""
-    csv.field_size_limit(MAX_ROW)
+    csv.field_size_limit(MAX_FIELD)
     with open(path, "rb") as stream:
         lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
         reader, line = csv.DictReader(lines, strict=True), 1  # surplus fields come under None, missing ones as None
@@ -113,21 +91,15 @@ def read_csv(path: Path) -> Iterator[tuple[int, object]]:
             header = reader.fieldnames  # of line 1
             line = reader.line_num + 1
             for row in reader:
-                wrong = None in row or None in row.values()
-                yield (
-                    line,
-                    formats.InvalidRow(f"row: not {len(header)} fields as in the header: {formats.excerpt(row)}")
-                    if wrong
-                    else row,
-                )
+                if None in row or None in row.values():
+                    row = InvalidRow(f"row: not {len(header)} fields as in the header: {excerpt(row)}")
+                yield line, row
                 line = reader.line_num + 1
         except UnicodeDecodeError as error:
-            yield (
-                reader.line_num + 1,
-                formats.InvalidRow(f"row: not UTF-8 at byte {error.start}: {formats.excerpt(error.object)}"),
-            )
+            problem = f"not UTF-8 at byte {error.start}"
+            yield reader.line_num + 1, InvalidRow(f"row: {problem}: {excerpt(error.object)}")
         except csv.Error as error:
-            yield line, formats.InvalidRow(f"row: not valid CSV: {error}: {formats.excerpt(str(reader.fieldnames))}")
+            yield line, InvalidRow(f"row: not valid CSV: {error}: {excerpt(str(reader.fieldnames))}")
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
@@ -140,7 +112,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             yield from enumerate(itertools.chain.from_iterable(batches), start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        yield 1, formats.InvalidRow(f"row: not a readable Parquet file: {formats.excerpt(str(error))}")
+        yield 1, InvalidRow(f"row: not a readable Parquet file: {excerpt(str(error))}")
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -162,9 +134,11 @@ def read_hub(name: str, split: str) -> Iterator[tuple[int, object]]:
 
 
 def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
-    """Token id -> text, from JSON (a list, or an object either way round) or from a text file, one token a line; and
-    what joins the tokens: a space, unless some token has one of its own."""
-    path = Path(file)
+    """Token id -> text, and what joins the tokens: a space, unless some token contains one.
+
+    The file is JSON (a list, or an object either way round) or text, one token a line.
+    """
+    path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
@@ -174,7 +148,7 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
         tokens = {int(key): str(value) for key, value in pairs.items()}
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"VOCAB={file}: no .json of tokens and ids, nor a token a line ({error}).") from error
+        raise UserError(f"VOCAB={file}: neither JSON of tokens and ids nor a token a line ({error}).") from error
 
 
 def detokenize(row, vocabulary: tuple[dict[int, str], str]):
@@ -186,7 +160,7 @@ def detokenize(row, vocabulary: tuple[dict[int, str], str]):
         if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
             unknown = next((i for i in ids if i not in tokens), None)
             if unknown is not None:
-                return formats.InvalidRow(f"{field}: token {unknown} is not in VOCAB: {formats.excerpt(ids)}")
+                return InvalidRow(f"{field}: token {unknown} is not in VOCAB: {excerpt(ids)}")
             texts[field] = glue.join(tokens[i] for i in ids)
     if set(texts) == {"input_ids"} or set(texts) == {"tokens"}:
         return {"text": texts.popitem()[1]}

@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 
 from common import distributed, hardware
 from common.cli import UserError
-from common.data import checks, prepare
+from common.data import checks, prepare, prepared
 from common.files import write_atomic
 from common.monitor import HardwareMonitor
 from common.run import report
@@ -59,7 +59,7 @@ def begin(settings: dict, script: str, tokenizer, encoder, keep_unlearned: bool,
     mark = checkpoint[1] if checkpoint and not allowed_changes(settings) & set(DATA_SETTINGS) else None
     data = prepare.datasets_for(settings, encoder, folder / "data", keep_unlearned, mark)
     train_set, eval_set, account = data
-    print(prepare.describe(account))
+    print(prepared.describe(account))
     checks.examine(train_set, tokenizer, encoder, settings, keep_unlearned, trained_rows)
     longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
     return Run(folder, checkpoint, train_set, eval_set, account, min(longest, account["tokens"]))
