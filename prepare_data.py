@@ -7,6 +7,8 @@ Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_m
 settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
 """
 
+import json
+
 from common.cli import run_main
 from common.data.sources import check_files
 from common.model.location import check_models
@@ -40,6 +42,7 @@ if __name__ == "__main__":
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
     from common.data import checks, prepare, prepared, templates
+    from common.files import write_atomic
     from common.model import load, location
     from common.run.folder import create_folder
 
@@ -60,10 +63,9 @@ def main():
     rows = prepared.sample(folder)
     checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.new_token_ids)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
-    prepare.publish(folder, account)
-    print(
-        f"\nprepared: {folder}\ntrain on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}"
-    )
+    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # makes the folder one to train on
+    print(f"\nprepared: {folder}")
+    print(f"train on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}")
 
 
 def plot_lengths(histogram: list[int], file):
@@ -72,10 +74,9 @@ def plot_lengths(histogram: list[int], file):
 
     figure = Figure(figsize=(8, 4), layout="tight")
     axes = figure.subplots()
-    width = MAX_LENGTH / len(histogram)
-    axes.bar([i * width for i in range(len(histogram))], histogram, width, align="edge")
-    axes.set_xlabel("tokens of a chat")
-    axes.set_ylabel("chats")
+    edges = [MAX_LENGTH * i / len(histogram) for i in range(len(histogram) + 1)]
+    axes.stairs(histogram, edges, fill=True)
+    axes.set(xlabel="tokens of a chat", ylabel="chats")
     figure.savefig(file, dpi=100)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the rows that a run is about to learn from: some are shown, and a problem stops the run."""
+"""Checks of the rows that a run is about to learn from: some are shown, a problem stops the run."""
 
 import itertools
 import os
@@ -14,33 +14,31 @@ from common.data.encoder import PROBE, ChatEncoder
 from common.data.prepared import IGNORE_INDEX
 
 ROWS = 1000  # rows checked, evenly spaced over the set
-
 SHOWN = 2  # rows printed
-
 WIDTH = 1200  # characters of a printed row, the rest is left out
 
 
 def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
     """Print the first rows, tokens in the loss apart from context, and check a thousand.
 
-    held: whether rows without a token in the loss are of use. trained_rows: token ids whose embeddings are trained.
+    held: whether rows without a token in the loss are of use. trained_rows: tokens whose embeddings are trained.
     Raises UserError with all problems, or prints them where DOCTOR=warn.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
-    for row in [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])][:SHOWN]:
+    with_loss = (row for row in rows if any(label != IGNORE_INDEX for label in row["labels"]))
+    for row in itertools.islice(with_loss, SHOWN):
         show(row, tokenizer)
-    problems = [*row_problems(rows, tokenizer, encoder, settings, held)]
-    frozen = [tokenizer.convert_ids_to_tokens(i) for i in encoder.new_token_ids if i not in trained_rows]
-    if frozen:
-        names = " ".join(frozen)
-        problems.append(f"{names} are new to this model; their embeddings are not trained. Set ADAPTER=lora.")
+    problems = list(row_problems(rows, tokenizer, encoder, settings, held))
+    if frozen := set(encoder.new_token_ids) - set(trained_rows):
+        names = " ".join(tokenizer.convert_ids_to_tokens(sorted(frozen)))
+        problems.append(f"{names}: new to this model, but their embeddings are not trained. Set ADAPTER=lora.")
     problems += [*padding_problems(rows, tokenizer), *prompt_problems(tokenizer, encoder)]
     if not problems:
         print(f"doctor: {len(rows)} rows checked, no problems")
         return
     text = "\n".join(f"doctor: {problem}" for problem in problems)
     if settings["DOCTOR"] == "stop":
-        raise UserError(f"the data would teach something wrong (DOCTOR=warn trains on it all the same).\n{text}")
+        raise UserError(f"the data would teach something wrong (DOCTOR=warn trains on it anyway).\n{text}")
     print(text, file=sys.stderr)
 
 
@@ -51,7 +49,8 @@ def show(row: dict, tokenizer) -> None:
     shown = Text()
     for in_loss, ids in runs_of(row):
         text = tokenizer.decode(ids)
-        shown.append(text if colour or not in_loss else f"[[{text}]]", style="bold green" if in_loss else "dim")
+        text = text if colour or not in_loss else f"[[{text}]]"
+        shown.append(text, style="bold green" if in_loss else "dim")
     console.print("--- an example; the model learns what is", "green" if colour else "in [[ ]]")
     console.print(shown[:WIDTH] if len(shown) > WIDTH else shown)
     console.print("---")
@@ -64,7 +63,7 @@ def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
         yield in_loss, [token for token, _ in run]
 
 
-def row_problems(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: dict, held: bool) -> Iterator[str]:
+def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
     """Problems of the rows themselves, each kind with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
     bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
@@ -87,26 +86,26 @@ def row_problems(rows: list[dict], tokenizer, encoder: ChatEncoder, settings: di
 
 
 def padding_problems(rows: list[dict], tokenizer) -> Iterator[str]:
-    """Whether padding masks a token in the loss, as it does where a collator takes the end token for padding."""
+    """Whether the collator masks a token in the loss, taking an end token for padding."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # slow import
 
     rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows[:8]]
     labels = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows)["labels"]
     in_loss = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
     if int((labels != IGNORE_INDEX).sum()) != in_loss:
-        yield "padding hides tokens in the loss: pad and end token are the same. Give the tokenizer another pad token."
+        yield "padding hides tokens in the loss: pad and end token are the same. Choose another pad token."
 
 
 def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
-    """Whether a chat, here or in another program, sends what training put before an answer, token for token."""
+    """Whether a chat, here or in another program, sends exactly the tokens that training put before an answer."""
     question, answer = PROBE
     for chat in ([question], [question, answer, question]):
         row = encoder.encode([[*chat, answer]])[0]
         previous_end = row.ends[-2] if len(row.ends) > 1 else 0
         start = previous_end + int(row.learned[previous_end:].argmax())
-        ours = encoder.prompt(chat)
-        theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for who, prompt in (("our chat", ours), ("other programs", theirs)):
-            if prompt != row.ids[:start].tolist():
-                seen = tokenizer.decode(row.ids[:start])
-                yield f"the template: training saw {seen!r}, {who} will send {tokenizer.decode(prompt)!r}"
+        seen = row.ids[:start].tolist()
+        theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        for who, sent in (("our chat", encoder.prompt(chat)), ("other programs", theirs["input_ids"])):
+            if sent != seen:
+                texts = tokenizer.decode(seen), tokenizer.decode(sent)
+                yield f"the template: training saw {texts[0]!r}, {who} will send {texts[1]!r}"

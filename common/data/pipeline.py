@@ -1,7 +1,5 @@
-"""From sources to encoded rows: chats are read in batches, filtered, encoded and cut, with every change counted."""
+"""From sources to encoded rows: chats are read, filtered, encoded and cut in batches; each change is counted."""
 
-import functools
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -16,12 +14,11 @@ from common.data.encoder import ChatEncoder, Encoded
 from common.data.filters import matcher
 
 BATCH = 256  # chats encoded at once
-
 POOL_FROM = 16  # batches from which on worker processes are worth starting
 
 
-def read_batches(parts: list[sources.Source], counts: Counter, vocabulary: tuple | None = None) -> Iterator:
-    """Yield (repetitions, [(place `file:line`, chat), ...]), each batch from one source; other rows are counted.
+def read_batches(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator:
+    """Yield (repetitions, [(`file:line`, chat), ...]), each batch of one source; other rows are counted.
 
     Raises UserError at an invalid row of a local file.
     """
@@ -46,15 +43,12 @@ def read_batches(parts: list[sources.Source], counts: Counter, vocabulary: tuple
             yield source.times, batch
 
 
-def encode_all(
-    batches: Iterator, encoder: ChatEncoder, settings: dict, keep_unlearned: bool, counts: Counter, processes: int
-) -> Iterator[tuple[Encoded, int]]:
-    """Yield (row, repetitions) of each chat in order, without duplicates; many batches are shared out to processes.
+def encode_all(batches: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator[tuple[Encoded, int]]:
+    """Yield (row, repetitions) of each chat in order, without duplicates; many batches go to worker processes.
 
-    keep_unlearned: whether chats without a token in the loss are of use, for KL regularization towards the base.
-    Repetitions of 0 stand for chats to evaluate on, which come last: UserError where one is trained on, too.
+    arguments: the first of `encode_batch`. Chats to evaluate on have 0 repetitions and come last; UserError
+    where one is trained on, too.
     """
-    arguments = (encoder, settings, keep_unlearned)
     head = list(itertools.islice(batches, POOL_FROM))
     batches = itertools.chain(head, batches)
     if processes > 1 and len(head) == POOL_FROM:
@@ -66,10 +60,9 @@ def encode_all(
     for times, (rows, reasons) in results:
         counts.update(reasons)
         for place, row in rows:
-            # What is left after cutting counts. 64 bits: one false duplicate in a billion for 200,000 chats.
-            key = int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest())
+            key = hash(row.ids.tobytes())  # 64 bits: one false duplicate in a billion for 200,000 chats
             if not times and key in trained:
-                raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; it would score what was memorised.")
+                raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; remove it from one of them.")
             seen = trained if times else held_out
             if key in seen:
                 counts["dropped: duplicate"] += 1
@@ -79,14 +72,14 @@ def encode_all(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def encode_batch(
-    encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list[tuple[str, list[dict]]]
-) -> tuple[list[tuple[str, Encoded]], Counter]:
-    """Filter, encode and cut chats: (rows, each with its place; counts by reason, `dropped: ...` or `changed: ...`).
+def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple[list, Counter]:
+    """Filter, encode and cut chats: ([(place, Encoded), ...], counts by reason, `dropped: ` or `changed: `).
 
+    keep_unlearned: whether chats without a token in the loss are of use, as for KL regularization.
     Raises UserError at a chat over MAX_LENGTH where TOO_LONG=error.
     """
-    matches, max_length, too_long = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"], settings["TOO_LONG"]
+    matches = matcher(settings["DROP_PATTERN"])
+    max_length, too_long = settings["MAX_LENGTH"], settings["TOO_LONG"]
     chats, rows, counts = [], [], Counter()
     for place, chat in batch:
         if matches(chat):
@@ -99,9 +92,8 @@ def encode_batch(
     encoded = encoder.encode([chat for _, chat in chats], settings["TRAIN_ON"])
     for (place, _), row in zip(chats, encoded, strict=True):
         if len(row.ids) > max_length and too_long == "error":
-            raise UserError(
-                f"{place}: {len(row.ids):,} tokens, more than MAX_LENGTH={max_length}. TOO_LONG=cut cuts at a turn."
-            )
+            size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
+            raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
         fitting = row.ends[row.ends <= max_length]
         if len(row.ids) > max_length and (too_long == "drop" or not len(fitting)):
             counts["dropped: longer than MAX_LENGTH"] += 1
@@ -129,13 +121,13 @@ def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Itera
             yield times, future.result()
 
 
-worker_encode = None  # in a worker process: encode_batch with all but its last argument
+worker_arguments = ()  # in a worker process: those of encode_batch but the last
 
 
 def start_worker(*arguments) -> None:
-    global worker_encode
-    worker_encode = functools.partial(encode_batch, *arguments)
+    global worker_arguments
+    worker_arguments = arguments
 
 
 def run_worker(batch):
-    return worker_encode(batch)
+    return encode_batch(*worker_arguments, batch)

@@ -1,4 +1,4 @@
-"""Preparing: sources encoded and split into a folder of Parquet files, with an account of every row."""
+"""Preparing: sources are encoded and split into a folder of Parquet files, with an account of every row."""
 
 import itertools
 import json
@@ -22,32 +22,26 @@ from common.files import hash_file, write_atomic
 ROW_GROUP = 4096  # rows in a row group of the files
 
 
-def datasets_for(
-    settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest: dict | None = None
-):
-    """(train, evaluation or None, account) of DATA, which is prepared into the folder unless it is prepared already.
+def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest=None):
+    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is prepared already.
 
     The datasets have input_ids and labels. keep_unlearned: whether chats without a token in the loss are of use.
-    manifest: of the checkpoint that the run resumes from, with the data it began with; exit code 3 where that changed.
+    manifest: of the checkpoint to resume from, with the data it began with; if that changed, exit code 3.
     """
     is_prepared = Path(settings["DATA"]).is_dir()
     if is_prepared:
         folder = Path(settings["DATA"])
         if settings["EVAL_DATA"] and not manifest:
-            held = f"EVAL_DATA={settings['EVAL_DATA']}"
-            raise UserError(f"{held}: DATA is a prepared folder, with held-out chats of its own. Set EVAL_DATA=None.")
+            raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
     elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
         folder.mkdir(exist_ok=True)
-        # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
-        distributed.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
+        # One process, whose tokenizer has threads: workers would import the script with all its libraries.
+        account = distributed.on_first(lambda: prepare(settings, encoder, folder, keep_unlearned, workers=1))
+        distributed.on_first(lambda: write_atomic(folder / "report.json", json.dumps(account, indent=1)))
     try:
         train, evaluation, account = prepared.load(folder, settings, encoder, keep_unlearned)
-        hashes = {} if is_prepared or not manifest else account["sources"]
-        changed = [name for name, before in hashes.items() if hash_file(Path(name).expanduser()) != before]
-        if changed:
-            raise UserError(f"{', '.join(changed)} is not the file it began with. Set it back, or ALLOW_CHANGE=DATA.")
-        if manifest and account["digest"] != manifest["data"]:
-            raise UserError("the prepared data is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
+        if manifest:
+            refuse_changes(account, {} if is_prepared else account["sources"], manifest)
     except UserError as error:
         if not manifest:
             raise
@@ -55,10 +49,20 @@ def datasets_for(
     return train, evaluation, account
 
 
-def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None) -> dict:
-    """Write train.parquet and eval.parquet into the folder; returns the account, for `publish`.
+def refuse_changes(account: dict, hashes: dict[str, str], manifest: dict) -> None:
+    """UserError when source files, or the prepared data, are not what a checkpoint was trained on."""
+    changed = [name for name, before in hashes.items() if hash_file(Path(name).expanduser()) != before]
+    if not changed and account["digest"] != manifest["data"]:
+        changed = ["the prepared data"]
+    if changed:
+        raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
 
-    Needs memory for one row group and about 100 bytes a chat, whatever the size of the sources.
+
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
+    """Write train.parquet and eval.parquet into the folder; returns the account.
+
+    Once the account is in report.json, the folder can be trained on. Memory: one row group and about 100 bytes a
+    chat, whatever the size of the sources.
     """
     # Every row once, encoded, to disk
     parts = sources.parse(settings["DATA"])
@@ -66,40 +70,37 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
     counts, spool = Counter(), folder / "spool.parquet"
     batches = pipeline.read_batches(parts, counts, readers.read_vocabulary(vocab) if vocab else None)
-    workers = workers or os.cpu_count()
-    encoded = pipeline.encode_all(batches, encoder, settings, keep_unlearned, counts, workers)
-    sizes, times = write_spool(spool, encoded)
+    arguments = (encoder, settings, keep_unlearned)
+    rows = pipeline.encode_all(batches, arguments, counts, workers or os.cpu_count())
+    sizes, times = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
-        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items() if reason != "rows")
-        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons or 'it had none'}).")
-    # Those held out, and for each repetition a pass over the spool, so that the copies of a chat are far apart
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
+        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons}).")
+    # Rows held out; a pass over the spool for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
         size = settings["EVAL_SIZE"]
         held_out = round(size * len(times)) if size < 1 else int(size)
         if held_out >= len(times):
-            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats; leave some to train on.")
+            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats: none is left.")
         times[random.Random(settings["SEED"]).sample(range(len(times)), held_out)] = 0
     copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
     account = account_for(counts, sizes, times, settings["MAX_LENGTH"])
-    made_for = dict(MAX_LENGTH=settings["MAX_LENGTH"], TRAIN_ON=settings["TRAIN_ON"], encoding=encoder.fingerprint)
-    hashes = {source.name: hash_file(source.file) for source in parts if source.file}
-    return account | {"prepared_with": made_for, "sources": hashes}
-
-
-def publish(folder: Path, account: dict) -> None:
-    """Write the account as report.json, which makes the folder one to train on."""
-    write_atomic(folder / "report.json", json.dumps(account, indent=1))
+    account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
+    account["prepared_with"]["encoding"] = encoder.fingerprint
+    account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
+    return account
 
 
 def write_spool(file: Path, rows: Iterator[tuple[Encoded, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Write rows to one file: (tokens and tokens in the loss of each row, (rows, 2); its repetitions, (rows,))."""
+    """Write rows to a file; returns their tokens and tokens in the loss, (rows, 2), and repetitions, (rows,)."""
     sizes, times = [np.zeros((0, 2), dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
     with parquet.ParquetWriter(file, prepared.SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
-            ids, masks = [row.ids for row, _ in group], [row.learned.astype(np.int8) for row, _ in group]
+            ids = [row.ids for row, _ in group]
+            masks = [row.learned.astype(np.int8) for row, _ in group]
             writer.write_table(pa.table([ids, masks], schema=prepared.SCHEMA))
             sizes.append(np.array([(len(mask), mask.sum()) for mask in masks], dtype=np.int32))
             times.append(np.array([repetitions for _, repetitions in group], dtype=np.int16))
@@ -122,12 +123,13 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
 def account_for(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
     """What became of every row: rows = trained + held_out + all dropped.
 
-    sizes: (chats, 2), tokens and tokens in the loss. times: (chats,), repetitions in training, 0 where held out.
+    sizes: (chats, 2), tokens and tokens in the loss. times: (chats,), repetitions, 0 where held out.
     """
-    reasons = {
-        kind: {reason.partition(": ")[2]: n for reason, n in sorted(counts.items()) if reason.startswith(kind)}
-        for kind in ("dropped", "changed")
-    }
+    reasons = {"dropped": {}, "changed": {}}
+    for reason, n in sorted(counts.items()):
+        kind, _, what = reason.partition(": ")
+        if kind in reasons:
+            reasons[kind][what] = n
     tokens, in_loss = np.repeat(sizes, times, axis=0).T
     return dict(
         rows=counts["rows"],

@@ -1,4 +1,4 @@
-"""A folder of prepared data: its Parquet files, read as datasets to train on, and its account of every row."""
+"""A folder of prepared data: its Parquet files, read as datasets, and its account of every row."""
 
 import json
 import random
@@ -14,8 +14,9 @@ from common.data.encoder import ChatEncoder
 from common.files import hash_file
 
 IGNORE_INDEX = -100  # label of a token that is not in the loss
-
-SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})  # 1: in the loss
+# assistant_masks: 1 where a token is in the loss.
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
+FILES = ("train.parquet", "eval.parquet")
 
 
 def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
@@ -24,35 +25,35 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
     The datasets have input_ids and labels. keep_unlearned: as in `prepare.datasets_for`.
     """
     if not (folder / "report.json").is_file():
-        raise UserError(f"DATA={folder}: no report.json of prepare_data.py in it. Name a file, or prepare again.")
+        raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
         account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        now = settings | {"encoding": encoder.fingerprint}
-        changed = [f"{name}={value}" for name, value in account["prepared_with"].items() if now[name] != value]
-        train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
+        now, before = settings | {"encoding": encoder.fingerprint}, account["prepared_with"]
+        changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
+        train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
     if changed:
-        raise UserError(
-            f"DATA={folder} was prepared with {', '.join(changed)}; prepare it again, or set that back. "
-            "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
-        )
-    masks = train["assistant_masks"].combine_chunks()
+        hint = "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
+        raise UserError(f"DATA={folder} was prepared with {', '.join(changed)}; set it back. {hint}")
+    masks, left_out = train["assistant_masks"].combine_chunks(), account["changed"]
     learned = np.unique(pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() == 1])
     if not len(learned):
-        raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")
+        raise UserError(f"DATA={settings['DATA']}: no token is in the loss, every answer has weight 0.")
     if not keep_unlearned and len(learned) < len(train):
-        left_out = "sequences left out of training, all their answers have weight 0"
-        account["changed"][left_out] = len(train) - len(learned)
+        reason = "sequences left out of training, all their answers have weight 0"
+        left_out[reason] = len(train) - len(learned)
         train = train.take(learned)
     most = settings["MAX_SAMPLES"] or len(train)
     if most < len(train):
-        account["changed"]["sequences left out of training by MAX_SAMPLES"] = len(train) - most
+        left_out["sequences left out of training by MAX_SAMPLES"] = len(train) - most
         train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), most))
-    account["sequences"], account["tokens"] = len(train), pc.sum(pc.list_value_length(train["input_ids"])).as_py()
-    account["digest"] = "-".join(hash_file(folder / f"{name}.parquet")[:16] for name in ("train", "eval"))
+    account["sequences"] = len(train)
+    account["tokens"] = pc.sum(pc.list_value_length(train["input_ids"])).as_py()
+    account["digest"] = "-".join(hash_file(folder / name)[:16] for name in FILES)
+    train = as_dataset(train).shuffle(settings["SEED"])
     evaluate = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
-    return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if evaluate else None, account
+    return train, as_dataset(evaluation) if evaluate else None, account
 
 
 def as_dataset(table: pa.Table):
@@ -62,15 +63,14 @@ def as_dataset(table: pa.Table):
     ids, masks = (table.column(name).combine_chunks() for name in SCHEMA.names)
     offsets, tokens = ids.offsets.to_numpy() - ids.offsets[0].as_py(), ids.flatten().to_numpy()
     labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
-    columns = {"input_ids": tokens, "labels": labels}
-    table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns, names=["input_ids", "labels"])))
 
 
-def sample(folder: Path, groups: int = 4):
-    """Rows from all over a prepared folder's training file, as a dataset."""
+def sample(folder: Path):
+    """A dataset of rows from all over the training file: four row groups at most."""
     with parquet.ParquetFile(folder / "train.parquet") as file:
-        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, groups).round().astype(int))
+        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
         return as_dataset(file.read_row_groups(list(chosen)))
 
 
@@ -78,12 +78,11 @@ def describe(account: dict) -> str:
     """The account in a few lines."""
     trained, held_out, dropped = account["trained"], account["held_out"], sum(account["dropped"].values())
     lines = [f"data: {account['rows']:,} rows = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"]
-    lines += [f"  {kind} {n:,}: {reason}" for kind in ("dropped", "changed") for reason, n in account[kind].items()]
+    for kind in ("dropped", "changed"):
+        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
     repeated = f"{account['sequences']:,} with repetitions; " if account["sequences"] > trained else ""
-    lines.append(
-        f"  {repeated}{account['tokens']:,} tokens, {account['tokens_in_loss']:,} in the loss; "
-        f"{account['held_out_tokens']:,} held out"
-    )
+    tokens = f"{account['tokens']:,} tokens, {account['tokens_in_loss']:,} in the loss"
+    lines.append(f"  {repeated}{tokens}; {account['held_out_tokens']:,} held out")
     shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))
     lines.append(f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}")
     return "\n".join(lines)

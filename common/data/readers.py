@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError
-from common.data.formats import InvalidRow, excerpt
+from common.data.formats import invalid
 
+Rows = Iterator[tuple[int, object]]  # (line or row number, row)
 MAX_FIELD = 64 * 2**20  # characters of a CSV field; more means that a quotation mark is missing
 
 
@@ -17,11 +18,11 @@ def refuse_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # NaN and Infinity are not JSON
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, row) of a JSON-lines file; an InvalidRow where a line is not JSON. Empty lines are skipped."""
+def read_jsonl(path: Path) -> Rows:
+    """(line number, row) of a JSON-lines file; an InvalidRow where a line is not JSON. Skips empty lines."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
             try:
@@ -30,14 +31,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
                     yield number, DECODER.decode(text)
             except UnicodeDecodeError as error:
                 hint = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                yield number, InvalidRow(f"row: not UTF-8 at byte {error.start}{hint}: {excerpt(raw)}")
+                yield number, invalid("row", f"not UTF-8 at byte {error.start}{hint}", raw)
             except (ValueError, RecursionError) as error:
                 hint = "" if raw.endswith(b"\n") else " (the file ends in the middle of this row?)"
-                yield number, InvalidRow(f"row: not valid JSON: {error}{hint}: {excerpt(raw)}")
+                yield number, invalid("row", f"not valid JSON: {error}{hint}", raw)
 
 
 def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
-    """All rows of the .jsonl file that a setting names, as `read_jsonl` gives them; UserError where there are none."""
+    """All that `read_jsonl` gives of the .jsonl file that a setting names; UserError where it is nothing."""
     if not Path(file).is_file():
         raise UserError(f"{setting}={file}: file not found.{remedy}")
     rows = list(read_jsonl(Path(file)))
@@ -46,63 +47,58 @@ def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, obje
     return rows
 
 
-def read_json(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, row) of one JSON array, which is held in memory; of JSON lines where no bracket opens the file."""
+def read_json(path: Path) -> Rows:
+    """(line number, row) of one JSON array, held in memory, or of JSON lines where no bracket opens the file."""
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        yield line, InvalidRow(f"row: not UTF-8: {excerpt(error.object[error.start :][:20])}")
+        yield line, invalid("row", "not UTF-8", error.object[error.start :][:20])
         return
     opening = re.match(r"\s*\[\s*(\]?)\s*", text)
     if not opening:
         yield from read_jsonl(path)
         return
     sign, start = opening[1] or ",", opening.end()  # of the next row
-    line, counted, problem = 1, 0, None
-    while sign == ",":
-        try:
+    line, counted = 1, 0
+    try:
+        while sign == ",":
             row, end = DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
-            break
-        line += text.count("\n", counted, start)
-        counted = start
-        yield line, row
-        gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
-        sign, start = gap[1], gap.end()
-    if sign == "]" and start == len(text):
-        return
-    if problem is None and start == len(text):
-        problem = "the file ends in the middle"
-    elif problem is None:
-        problem = "something follows the array" if sign == "]" else "rows must be separated by commas"
-    line = text.count("\n", 0, start) + 1
-    yield line, InvalidRow(f"row: not valid JSON: {problem}: {excerpt(text[start : start + 60])}")
+            line += text.count("\n", counted, start)
+            counted = start
+            yield line, row
+            gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
+            sign, start = gap[1], gap.end()
+        if sign != "]" or start < len(text):
+            DECODER.decode(text)  # raises an error that says what is wrong
+    except (ValueError, RecursionError) as error:
+        place = error.pos if isinstance(error, json.JSONDecodeError) else start
+        line = text.count("\n", 0, place) + 1
+        yield line, invalid("row", f"not valid JSON: {error}", text[place : place + 60])
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, object]]:
+def read_csv(path: Path) -> Rows:
     """(line number, row) of a file with a header line; a row is a dict of texts."""
     csv.field_size_limit(MAX_FIELD)
     with open(path, "rb") as stream:
         lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
-        reader, line = csv.DictReader(lines, strict=True), 1  # surplus fields come under None, missing ones as None
+        reader = csv.DictReader(lines, strict=True)  # surplus fields come under None, missing ones as None
+        line = 1
         try:
-            header = reader.fieldnames  # of line 1
+            header = reader.fieldnames
             line = reader.line_num + 1
             for row in reader:
                 if None in row or None in row.values():
-                    row = InvalidRow(f"row: not {len(header)} fields as in the header: {excerpt(row)}")
+                    row = invalid("row", f"not {len(header)} fields as in the header", row)
                 yield line, row
                 line = reader.line_num + 1
         except UnicodeDecodeError as error:
-            problem = f"not UTF-8 at byte {error.start}"
-            yield reader.line_num + 1, InvalidRow(f"row: {problem}: {excerpt(error.object)}")
+            yield reader.line_num + 1, invalid("row", f"not UTF-8 at byte {error.start}", error.object)
         except csv.Error as error:
-            yield line, InvalidRow(f"row: not valid CSV: {error}: {excerpt(str(reader.fieldnames))}")
+            yield line, invalid("row", f"not valid CSV: {error}", str(reader.fieldnames))
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+def read_parquet(path: Path) -> Rows:
     """(row number, row) of a Parquet file."""
     import pyarrow  # slow import
     import pyarrow.parquet
@@ -112,13 +108,13 @@ def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             yield from enumerate(itertools.chain.from_iterable(batches), start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        yield 1, InvalidRow(f"row: not a readable Parquet file: {excerpt(str(error))}")
+        yield 1, invalid("row", "not a readable Parquet file", str(error))
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
-def read_hub(name: str, split: str) -> Iterator[tuple[int, object]]:
+def read_hub(name: str, split: str) -> Rows:
     """(row number, row) of a hub set, by way of its local cache."""
     import datasets  # slow import
 
@@ -126,10 +122,8 @@ def read_hub(name: str, split: str) -> Iterator[tuple[int, object]]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"DATA={name}:{split} cannot be loaded: is the name right, the network there, and, for a "
-            f"gated set, access granted and `hf auth login` done? ({reason})"
-        ) from error
+        hint = "Check the name and the network; a gated set needs access and `hf auth login`."
+        raise UserError(f"DATA={name}:{split} cannot be loaded ({reason}). {hint}") from error
     yield from enumerate(rows, start=1)
 
 
@@ -142,10 +136,8 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        pairs = dict(content if isinstance(content, dict) else enumerate(content))
-        if all(type(value) is int for value in pairs.values()):
-            pairs = {value: key for key, value in pairs.items()}
-        tokens = {int(key): str(value) for key, value in pairs.items()}
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        tokens = dict((value, key) if type(value) is int else (int(key), str(value)) for key, value in pairs)
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"VOCAB={file}: neither JSON of tokens and ids nor a token a line ({error}).") from error
@@ -158,10 +150,9 @@ def detokenize(row, vocabulary: tuple[dict[int, str], str]):
     (tokens, glue), texts = vocabulary, {}
     for field, ids in row.items():
         if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
-            unknown = next((i for i in ids if i not in tokens), None)
-            if unknown is not None:
-                return InvalidRow(f"{field}: token {unknown} is not in VOCAB: {excerpt(ids)}")
+            if unknown := set(ids) - tokens.keys():
+                return invalid(field, f"token {min(unknown)} is not in VOCAB", ids)
             texts[field] = glue.join(tokens[i] for i in ids)
-    if set(texts) == {"input_ids"} or set(texts) == {"tokens"}:
+    if texts.keys() in ({"input_ids"}, {"tokens"}):
         return {"text": texts.popitem()[1]}
     return row | texts

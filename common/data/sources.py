@@ -1,4 +1,4 @@
-"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row with the line each row stands on.
+"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row with the line of each row.
 
 Nothing slow is imported here, so that a broken file is refused before torch is loaded.
 """
@@ -14,7 +14,6 @@ from common.cli import UserError, exit_with, nearest
 from common.data import formats, readers
 
 MAX_SHOWN = 20  # invalid rows printed at once
-
 # Short names of hub sets: (id, split)
 NAMED = {
     "oasst2": ("OpenAssistant/oasst2", "train"),
@@ -25,9 +24,7 @@ NAMED = {
     "samsum": ("knkarthick/samsum", "train"),
     "openhermes": ("teknium/OpenHermes-2.5", "train"),
 }
-
 BOUND = r"(-?\d{1,15}%?)?"  # of a slice: a row number or a share of the rows; negative: from the end
-
 PART = rf"(.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"
 
 
@@ -44,7 +41,7 @@ class Source:
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
-    """Read every local file that settings (DATA="chats.jsonl") name; end with exit code 2 where a row is invalid.
+    """Read every local file that settings (DATA="chats.jsonl") name; exit with code 2 where a row is invalid.
 
     Up to 20 are printed, as `file:line: field: what is wrong: excerpt`.
     """
@@ -74,11 +71,11 @@ def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
 
 
 def parse(data: str, setting: str = "DATA") -> list[Source]:
-    """The parts of a setting such as "ultrachat[:10%], org/name:test, chats.jsonl*20"; UserError where one is wrong."""
+    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"; UserError where one is wrong."""
     parts = []
     for text in (part.strip() for part in data.split(",")):
         if not text:
-            raise UserError(f"{setting}={data}: an empty part; name files or datasets, with commas between them.")
+            raise UserError(f"{setting}={data}: an empty part; name files or datasets, comma-separated.")
         name, start, stop, times = re.fullmatch(PART, text, re.DOTALL).groups()
         rows = dict(start=start, stop=stop, times=int(times or 1))
         path = Path(os.path.expanduser(name))
@@ -102,31 +99,28 @@ def find_problem(name: str, path: Path) -> str:
         return f"files end in {', '.join(readers.READERS)}."
     if os.path.isdir(path):
         return "it is a folder; name a file in it, or a folder that prepare_data.py wrote."
-    siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    return (
-        f"file not found.{nearest(name, [*siblings, *NAMED])} A hub dataset is written org/name or org/name:split; "
-        f"short names: {', '.join(NAMED)}. A slice is [10:20] or [:10%], then *3."
-    )
+    siblings = map(str, path.parent.iterdir()) if os.path.isdir(path.parent) else []
+    hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
+    return f"file not found.{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
 
 
-def read_chats(
-    source: Source, vocabulary: tuple | None = None
-) -> Iterator[tuple[int, list[dict] | formats.SkippedRow | formats.InvalidRow]]:
-    """(line or row number, chat) of a source's slice; an InvalidRow or SkippedRow where a row gives no chat.
+def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, formats.Chat]]:
+    """(line or row number, chat) of a source's slice; an InvalidRow or SkippedRow where a row gives none.
 
     vocabulary: from `readers.read_vocabulary`, for rows of token ids.
     """
     start, stop = source.start, source.stop
     if re.search("[%-]", f"{start}{stop}"):
         count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), vocabulary))
-        start, stop = (bound and position(bound, count) for bound in (start, stop))
+        bounds = [bound and row_number(bound, count) for bound in (start, stop)]
+        start, stop, _ = slice(*bounds).indices(count)
     if source.file:
         rows = readers.READERS[source.file.suffix.lower()](source.file)
     else:
         rows = readers.read_hub(source.name, source.split)
     if vocabulary:
         rows = ((number, readers.detokenize(row, vocabulary)) for number, row in rows)
-    first = next(rows, (1, formats.InvalidRow("row: missing, the file is empty: ''")))
+    first = next(rows, (1, formats.invalid("row", "missing, the file is empty", "")))
     rows = itertools.chain([first], rows)
     if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
         chats = formats.trees(list(rows))
@@ -135,10 +129,9 @@ def read_chats(
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))
 
 
-def position(bound: str, count: int) -> int:
-    """A bound of a slice as a row number from 0; from the end where it is negative."""
-    number = count * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
-    return min(max(number + count if bound.startswith("-") else number, 0), count)
+def row_number(bound: str, count: int) -> int:
+    """The row at a bound, "10" or "10%", of a slice of a source with so many rows."""
+    return count * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
 
 
 def sound_chats(data: str, setting: str) -> Iterator[list[dict]]:

@@ -1,4 +1,4 @@
-"""Chat templates: one for every model whose answers can be told apart, so that training knows what to learn."""
+"""Chat templates: for every model one in which the answers, which are to be learned, can be told apart."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,7 @@ from common.cli import UserError
 from common.data.encoder import PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
 
 FOLDER = Path(__file__).parent / "chat_templates"
-
-# Our marked templates with the tokens that each needs; the others are plain text around the model's own end token.
+# Our marked templates with the tokens each needs; those without write text around the model's own end token.
 TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -18,7 +17,6 @@ TOKENS = {
     "mistral": (),
     "alpaca": (),
 }
-
 SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
 
 
@@ -49,17 +47,15 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
     note = f"chat template: {label}" + (f", with new tokens {' '.join(missing)}" if missing else "")
     if name:
-        note += (
-            f"\nWARNING: CHAT_TEMPLATE puts {name!r} before every chat without a system message, which names another "
-            "assistant; CHAT_TEMPLATE=chatml has no such line."
-        )
+        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
+        note += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"
     return encoder, note
 
 
 def inspect(tokenizer, template: str) -> tuple[set[str], str]:
-    """The special tokens that a template writes, and the line naming an assistant that it puts before a chat, or ""."""
+    """The special tokens that a template writes, and the line before a chat that names an assistant, or ""."""
     text = render(tokenizer, PROBE, template)
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
     before = render(tokenizer, [{"role": "user", "content": "\0"}], template).partition("\0")[0]
@@ -69,7 +65,7 @@ def inspect(tokenizer, template: str) -> tuple[set[str], str]:
 
 
 def render(tokenizer, messages: list[dict], template: str) -> str:
-    """The text that a template makes of messages; "" where there is no template or it refuses them."""
+    """The text that a template makes of messages; "" without a template or where it refuses them."""
     try:
         return template and tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     except TEMPLATE_ERRORS:
@@ -79,8 +75,8 @@ def render(tokenizer, messages: list[dict], template: str) -> str:
 def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...], str]:
     """(template, tokens it needs, what to call it).
 
-    choice: None (the model's own, with marks where TRL or one of ours has the same; for a model without one, ours that
-    its vocabulary has tokens for, else zephyr), the name of one of ours, or a .jinja file.
+    choice: the name of one of ours, a .jinja file, or None: the model's own, with marks where TRL or one of ours
+    has the same; for a model without one, the first of ours whose tokens it has, else zephyr.
     """
     bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as the tokenizer puts it before plain text
     ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TOKENS}
@@ -89,14 +85,14 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
         fitting = (name for name, tokens in TOKENS.items() if tokens and vocabulary.keys() >= set(tokens))
         choice = next(fitting, "zephyr")
     elif choice is None and "{% generation" not in own.replace("{%-", "{%"):
-        from trl.chat_template_utils import get_training_chat_template  # slow import, and chat never needs it
+        from trl.chat_template_utils import get_training_chat_template  # slow import
 
         try:
             return get_training_chat_template(tokenizer), (), "the model's own, with TRL's marks"
         except ValueError:  # not one of the templates that TRL knows
             pass
         text = render(tokenizer, SYSTEM_PROBE, own)
-        same = (name for name, template in ours.items() if text and render(tokenizer, SYSTEM_PROBE, template) == text)
+        same = (name for name in ours if text and render(tokenizer, SYSTEM_PROBE, ours[name]) == text)
         choice = next(same, None)
     if choice is None:
         return own, (), "the model's own"

@@ -102,7 +102,7 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
     assert about["trained"] == 1 and about["dropped"] == {"longer than MAX_LENGTH": 1}
     with pytest.raises(UserError, match="chats.jsonl:2: .* tokens, more than MAX_LENGTH=128"):
         make(settings | {"TOO_LONG": "error"}, encoder)
-    with pytest.raises(UserError, match="none of its rows is left .2 dropped: longer than MAX_LENGTH"):
+    with pytest.raises(UserError, match="none of its rows is left .2 rows; 2 dropped: longer than MAX_LENGTH"):
         make(settings | {"MAX_LENGTH": 4}, encoder)
 
 
@@ -179,7 +179,7 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
     def encoded(processes):
         counts = Counter()
         batches = pipeline.read_batches(sources.parse(str(file)), counts)
-        rows = pipeline.encode_all(batches, encoder, settings, True, counts, processes)
+        rows = pipeline.encode_all(batches, (encoder, settings, True), counts, processes)
         return [(row.ids.tolist(), row.learned.tolist(), times) for row, times in rows], counts
 
     assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 50
@@ -324,7 +324,7 @@ def test_the_doctor_finds_each_problem(tokenizer, encoder, monkeypatch, capsys):
     assert "doctor: 1 of 2 rows: an answer is cut" in capsys.readouterr().err
     # Tokens that the base has not seen, frozen
     monkeypatch.setattr(encoder, "new_token_ids", [1])
-    with pytest.raises(UserError, match=r"<\|im_start\|> .*embeddings are not trained"):
+    with pytest.raises(UserError, match=r"<\|im_start\|>.* embeddings are not trained"):
         examine([good], tokenizer, encoder)
     examine([good], tokenizer, encoder, trained=[1])
     monkeypatch.setattr(encoder, "new_token_ids", [])
