@@ -25,7 +25,7 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
     Raises UserError with all problems, or prints them where DOCTOR=warn.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
-    with_loss = (row for row in rows if any(label != IGNORE_INDEX for label in row["labels"]))
+    with_loss = (row for row in rows if set(row["labels"]) != {IGNORE_INDEX})
     for row in itertools.islice(with_loss, SHOWN):
         show(row, tokenizer)
     problems = list(row_problems(rows, tokenizer, encoder, settings, held))
@@ -66,10 +66,11 @@ def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
 def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
     """Problems of the rows themselves, each kind with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
-    bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
+    bos = tokenizer.bos_token_id
+    longest = settings["MAX_LENGTH"]
     tests = {
         "no token of it is in the loss (answers of weight 0? KL_WEIGHT=1 would use them)": lambda row: (
-            not held and all(label == IGNORE_INDEX for label in row["labels"])
+            not held and set(row["labels"]) == {IGNORE_INDEX}
         ),
         f"an answer is cut, or its end token {encoder.end_token} is not in the loss": lambda row: (
             settings["TRAIN_ON"] == "assistant"
@@ -107,5 +108,5 @@ def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
         theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         for who, sent in (("our chat", encoder.prompt(chat)), ("other programs", theirs["input_ids"])):
             if sent != seen:
-                texts = tokenizer.decode(seen), tokenizer.decode(sent)
-                yield f"the template: training saw {texts[0]!r}, {who} will send {texts[1]!r}"
+                before, now = tokenizer.decode(seen), tokenizer.decode(sent)
+                yield f"the template: training saw {before!r}, {who} will send {now!r}"

@@ -20,6 +20,7 @@ from common.cli import UserError
 
 START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
+GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -47,7 +48,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer):
         self.template = tokenizer.chat_template
-        self.marked = re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
+        self.marked = GENERATION.search(self.template) is not None
         self.variables = tokenizer.special_tokens_map
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         special.sort(key=lambda token: len(token.content), reverse=True)
@@ -64,8 +65,8 @@ class ChatEncoder:
         self.backend.no_padding()
         self.backend.no_truncation()
         spec = self.backend.to_str()
-        whole = spec + self.template + str(self.variables)
-        self.fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        state = spec + self.template + str(self.variables)
+        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
         self.prefix = remove_prefix_space(self.backend, json.loads(spec))
         # An end token that takes the white space after it must do so with our mark in between, too.
         rstrip = {END: self.end_token in self.rstrip_tokens}

@@ -185,27 +185,24 @@ def is_tree_message(row) -> bool:
 
 def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
     """What becomes of every row of a table of messages: a tree's chat for its root, the others are skipped."""
-    replies, seen = defaultdict(list), set()  # seen: by id(), as rows on one line share its number
-    for number, row in rows:
+    replies = defaultdict(list)
+    for _, row in rows:
         if is_tree_message(row):
-            replies[row["parent_id"]].append((number, row))
-            continue
-        seen.add(id(row))
-        if not isinstance(row, InvalidRow):
-            row = invalid("row", "no message of a tree", row)
-        yield number, row
-    for number, root in replies[None]:
-        seen.add(id(root))
-        yield number, check_turns(best_path, root, lambda row: [reply for _, reply in replies[row["message_id"]]])
-        waiting = [root]
-        while waiting:
-            for number, reply in replies[waiting.pop()["message_id"]]:
-                if id(reply) not in seen:
-                    seen.add(id(reply))
-                    waiting.append(reply)
-                    yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
+            replies[row["parent_id"]].append(row)
+    found, waiting = set(), list(replies[None])  # found: by id(), as two messages may share a message_id
+    while waiting:
+        message = waiting.pop()
+        if id(message) not in found:
+            found.add(id(message))
+            waiting += replies[message["message_id"]]
     for number, row in rows:
-        if id(row) not in seen:
+        if not is_tree_message(row):
+            yield number, row if isinstance(row, InvalidRow) else invalid("row", "no message of a tree", row)
+        elif row["parent_id"] is None:
+            yield number, check_turns(best_path, row, lambda message: replies[message["message_id"]])
+        elif id(row) in found:
+            yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
+        else:
             yield number, SkippedRow("OpenAssistant: the message it answers is missing")
 
 

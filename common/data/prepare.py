@@ -68,10 +68,11 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     parts = sources.parse(settings["DATA"])
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    counts, spool = Counter(), folder / "spool.parquet"
+    counts = Counter()
     batches = pipeline.read_batches(parts, counts, readers.read_vocabulary(vocab) if vocab else None)
     arguments = (encoder, settings, keep_unlearned)
     rows = pipeline.encode_all(batches, arguments, counts, workers or os.cpu_count())
+    spool = folder / "spool.parquet"
     sizes, times = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"

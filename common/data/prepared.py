@@ -28,7 +28,8 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
         raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
         account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        now, before = settings | {"encoding": encoder.fingerprint}, account["prepared_with"]
+        now = settings | {"encoding": encoder.fingerprint}
+        before = account["prepared_with"]
         changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
         train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -36,10 +37,11 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
     if changed:
         hint = "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
         raise UserError(f"DATA={folder} was prepared with {', '.join(changed)}; set it back. {hint}")
-    masks, left_out = train["assistant_masks"].combine_chunks(), account["changed"]
+    masks = train["assistant_masks"].combine_chunks()
     learned = np.unique(pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() == 1])
     if not len(learned):
         raise UserError(f"DATA={settings['DATA']}: no token is in the loss, every answer has weight 0.")
+    left_out = account["changed"]
     if not keep_unlearned and len(learned) < len(train):
         reason = "sequences left out of training, all their answers have weight 0"
         left_out[reason] = len(train) - len(learned)
@@ -61,7 +63,8 @@ def as_dataset(table: pa.Table):
     import datasets  # slow import
 
     ids, masks = (table.column(name).combine_chunks() for name in SCHEMA.names)
-    offsets, tokens = ids.offsets.to_numpy() - ids.offsets[0].as_py(), ids.flatten().to_numpy()
+    offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+    tokens = ids.flatten().to_numpy()
     labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
     columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
     return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns, names=["input_ids", "labels"])))
@@ -76,13 +79,14 @@ def sample(folder: Path):
 
 def describe(account: dict) -> str:
     """The account in a few lines."""
-    trained, held_out, dropped = account["trained"], account["held_out"], sum(account["dropped"].values())
-    lines = [f"data: {account['rows']:,} rows = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"]
+    dropped = sum(account["dropped"].values())
+    rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
+    lines = [rows.format(dropped, **account)]
     for kind in ("dropped", "changed"):
         lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
-    repeated = f"{account['sequences']:,} with repetitions; " if account["sequences"] > trained else ""
-    tokens = f"{account['tokens']:,} tokens, {account['tokens_in_loss']:,} in the loss"
-    lines.append(f"  {repeated}{tokens}; {account['held_out_tokens']:,} held out")
+    repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
+    tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
+    lines.append("  " + (repeated + tokens).format(**account))
     shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))
     lines.append(f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}")
     return "\n".join(lines)

@@ -120,7 +120,7 @@ def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tupl
         rows = readers.read_hub(source.name, source.split)
     if vocabulary:
         rows = ((number, readers.detokenize(row, vocabulary)) for number, row in rows)
-    first = next(rows, (1, formats.invalid("row", "missing, the file is empty", "")))
+    first = next(rows, None) or (1, formats.invalid("row", "missing, the file is empty", ""))
     rows = itertools.chain([first], rows)
     if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
         chats = formats.trees(list(rows))

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from common.cli import UserError
-from common.data.encoder import PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
+from common.data.encoder import GENERATION, PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
 
 FOLDER = Path(__file__).parent / "chat_templates"
 # Our marked templates with the tokens each needs; those without write text around the model's own end token.
@@ -84,7 +84,7 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
         vocabulary = tokenizer.get_vocab()
         fitting = (name for name, tokens in TOKENS.items() if tokens and vocabulary.keys() >= set(tokens))
         choice = next(fitting, "zephyr")
-    elif choice is None and "{% generation" not in own.replace("{%-", "{%"):
+    elif choice is None and not GENERATION.search(own):
         from trl.chat_template_utils import get_training_chat_template  # slow import
 
         try:

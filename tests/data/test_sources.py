@@ -118,7 +118,7 @@ def test_trees_follow_the_best_ranked_answers_to_the_last_answer(tmp_path):
     (tmp_path / "a-line.json").write_text(json.dumps(rows))  # all rows have the same number
     assert Counter(map(str, chats(tmp_path / "a-line.json"))) == Counter(map(str, [first, *others]))
     assert "a message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [{"text": "hi"}, rows[0]]))[1]
-    assert "no message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [rows[0], {"text": "hi"}]))[0]
+    assert "no message of a tree" in chats(write_jsonl(tmp_path / "mixed.jsonl", [rows[0], {"text": "hi"}]))[1]
 
 
 def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
