@@ -31,7 +31,7 @@ DOCTOR = "stop"  # stop: a problem in what would be learned is an error; warn: i
 PROCESSES: int | None = None  # None: one for each core
 SEED = 0
 OUT_DIR = "out"
-RUN_NAME: str | None = None  # None: prepare_data-<time>
+RUN_NAME: str | None = None  # None: <script>-<time>
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
@@ -53,9 +53,9 @@ def main():
     tokenizer = load.load_tokenizer(source)
     encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    folder = create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    folder = create_folder(settings, __file__)
 
-    # Sources to tokens, to disk as they come; then into two files
+    # Sources to tokens, to disk as they come, then into two files
     account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
     print(prepared.describe(account))
 
