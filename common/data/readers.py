@@ -59,7 +59,7 @@ def read_json(path: Path) -> Rows:
     if not opening:
         yield from read_jsonl(path)
         return
-    sign, start = opening[1] or ",", opening.end()  # of the next row
+    sign, start = opening[1] or ",", opening.end()  # where the next row starts
     line, counted = 1, 0
     try:
         while sign == ",":

@@ -24,7 +24,8 @@ NAMED = {
     "samsum": ("knkarthick/samsum", "train"),
     "openhermes": ("teknium/OpenHermes-2.5", "train"),
 }
-BOUND = r"(-?\d{1,15}%?)?"  # of a slice: a row number or a share of the rows; negative: from the end
+# A bound of a slice: a row number or a share of the rows; negative: from the end.
+BOUND = r"(-?\d{1,15}%?)?"
 PART = rf"(.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"
 
 
@@ -34,7 +35,7 @@ class Source:
 
     name: str  # file or hub id
     file: Path | None  # None: a hub set
-    split: str = "train"  # of a hub set
+    split: str = "train"  # hub sets only
     start: str | None = None  # first row, "10" or "10%"
     stop: str | None = None  # the row after the last
     times: int = 1  # repetitions in training; 0: evaluated on instead

@@ -1,4 +1,4 @@
-"""Chat templates: for every model one in which the answers, which are to be learned, can be told apart."""
+"""Chat templates: every model gets one in which the answers, the part to learn, can be told apart."""
 
 import re
 from pathlib import Path

@@ -106,6 +106,25 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
         make(settings | {"MAX_LENGTH": 4}, encoder)
 
 
+def test_a_resumed_run_must_find_the_data_it_began_with(encoder, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [qa(f"What is {i}?", "x") for i in range(4)])
+    settings = SETTINGS | {"DATA": str(file)}
+
+    def resume(manifest=None):
+        return prepare.datasets_for(settings, encoder, tmp_path / "data", True, manifest)[2]
+
+    manifest = {"data": resume()["digest"]}
+    assert resume(manifest)["rows"] == 4
+    for change, words in (
+        (lambda: manifest.update(data="x"), "prepared data"),
+        (lambda: file.write_text("{}"), "a.jsonl"),
+    ):
+        change()
+        with pytest.raises(UserError, match=f"{words} is not what it began with") as error:
+            resume(manifest)
+        assert error.value.code == 3
+
+
 def test_drop_pattern_ignores_case_and_spares_our_own_chats():
     def matches(text, pattern="auto", role="assistant"):
         return matcher(pattern)([{"role": role, "content": text}])

@@ -1,13 +1,15 @@
 """Sources and formats: every schema becomes a chat, every broken file is refused with its line before anything slow."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import run_script, write_jsonl
+from conftest import ROOT, run_script, write_jsonl
 
 from common.cli import UserError
 from common.data import formats, readers, sources
@@ -193,8 +195,6 @@ def test_slices_repetitions_and_mixtures(tmp_path):
     ],
 )
 def test_wrong_sources_are_refused_with_a_remedy(data, words, monkeypatch):
-    from conftest import ROOT
-
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=words):
         sources.parse(data)
@@ -308,7 +308,14 @@ def test_broken_files_are_refused_with_their_line_in_two_seconds_and_nothing_is_
     assert len(faults) == 1 and words in faults[0] and not (tmp_path / "out").exists(), result.stderr
 
 
-def test_faults_come_up_to_twenty_at_once_in_every_script(tmp_path):
+def test_sources_import_nothing_slow():
+    slow = {"torch", "transformers", "numpy", "pyarrow"}
+    code = f"import sys, common.data.sources; print({slow} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+def test_invalid_rows_come_up_to_twenty_at_once_in_every_script(tmp_path):
     file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": []}] * 30)
     for script, setting in (
         ("qlora_train.py", "DATA"),
