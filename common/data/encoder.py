@@ -102,11 +102,9 @@ class ChatEncoder:
         if len(passages) != len(answers):
             found = f"{len(passages)} passages in a chat of {len(answers)} answers"
             raise UserError(f"CHAT_TEMPLATE marks {found}; mark each once.")
-        pieces, at = [], 0
-        for start, end in passages:
-            pieces += [text[at:start], START, text[start:end], END]
-            at = end
-        return "".join([*pieces, text[at:]])
+        for start, end in reversed(passages):
+            text = text[:start] + START + text[start:end] + END + text[end:]
+        return text
 
     def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
         """Where an answer with its end token stands in a chat's text, by a template without marks."""

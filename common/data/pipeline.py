@@ -91,14 +91,14 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
         chats.append((place, chat))
     encoded = encoder.encode([chat for _, chat in chats], settings["TRAIN_ON"])
     for (place, _), row in zip(chats, encoded, strict=True):
-        if len(row.ids) > max_length and too_long == "error":
-            size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
-            raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
-        fitting = row.ends[row.ends <= max_length]
-        if len(row.ids) > max_length and (too_long == "drop" or not len(fitting)):
-            counts["dropped: longer than MAX_LENGTH"] += 1
-            continue
         if len(row.ids) > max_length:
+            if too_long == "error":
+                size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
+                raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
+            fitting = row.ends[row.ends <= max_length]
+            if too_long == "drop" or not len(fitting):
+                counts["dropped: longer than MAX_LENGTH"] += 1
+                continue
             counts["changed: cut at a turn to fit MAX_LENGTH"] += 1
             row = Encoded(row.ids[: fitting[-1]], row.learned[: fitting[-1]], fitting)
         if keep_unlearned or row.learned.any():
