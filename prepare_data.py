@@ -7,7 +7,9 @@ Writes OUT_DIR/RUN_NAME/: train.parquet and eval.parquet (input_ids, assistant_m
 settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of the training.
 """
 
-from common.cli import UserError, run_main
+import json
+
+from common.cli import run_main
 from common.data.sources import check_files
 from common.model.location import check_models
 from common.settings import apply_overrides, current
@@ -24,12 +26,12 @@ TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
 DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 VOCAB: str | None = None  # for rows of token ids: what they mean, a .json file or a text file of a token a line
-DOCTOR = "stop"  # stop: a fault in what would be learned is an error; warn: it is printed
+DOCTOR = "stop"  # stop: a problem in what would be learned is an error; warn: it is printed
 # Running and output
 PROCESSES: int | None = None  # None: one for each core
 SEED = 0
 OUT_DIR = "out"
-RUN_NAME: str | None = None  # None: prepare_data-<time>
+RUN_NAME: str | None = None  # None: <script>-<time>
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
@@ -39,34 +41,31 @@ if __name__ == "__main__":
 
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
-    from common.data import checks, encode, prepare, prepared, templates
+    from common.data import checks, prepare, prepared, templates
+    from common.files import write_atomic
     from common.model import load, location
     from common.run.folder import create_folder
 
     # Settings and tokenizer
     settings = current(globals())
-    encode.check_settings(settings)
-    if PROCESSES is not None and PROCESSES < 1:
-        raise UserError(f"PROCESSES={PROCESSES}: it must be at least 1.")
     source = location.locate(MODEL)
     load.check_length(source, MAX_LENGTH)
     tokenizer = load.load_tokenizer(source)
     encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
     print(note)
-    folder = create_folder(OUT_DIR, RUN_NAME, __file__, settings)
+    folder = create_folder(settings, __file__)
 
-    # Sources to tokens, to disk as they come; then into two files
+    # Sources to tokens, to disk as they come, then into two files
     account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
-    print(prepare.describe(account))
+    print(prepared.describe(account))
 
     # What a run will learn
     rows = prepared.sample(folder)
     checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.new_token_ids)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
-    prepare.publish(folder, account)
-    print(
-        f"\nprepared: {folder}\ntrain on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}"
-    )
+    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # makes the folder one to train on
+    print(f"\nprepared: {folder}")
+    print(f"train on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}")
 
 
 def plot_lengths(histogram: list[int], file):
@@ -75,10 +74,9 @@ def plot_lengths(histogram: list[int], file):
 
     figure = Figure(figsize=(8, 4), layout="tight")
     axes = figure.subplots()
-    width = MAX_LENGTH / len(histogram)
-    axes.bar([i * width for i in range(len(histogram))], histogram, width, align="edge")
-    axes.set_xlabel("tokens of a chat")
-    axes.set_ylabel("chats")
+    edges = [MAX_LENGTH * i / len(histogram) for i in range(len(histogram) + 1)]
+    axes.stairs(histogram, edges, fill=True)
+    axes.set(xlabel="tokens of a chat", ylabel="chats")
     figure.savefig(file, dpi=100)
 
 

@@ -35,7 +35,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"  # of the bare tokenizer: all core
 
 
 def main():
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chats.jsonl"
         write_chats(file, list(sources.sound_chats(DATA, "DATA")))

@@ -1,9 +1,8 @@
-"""Encoding: a chat becomes token ids and a mask of the tokens to learn, the same way in training and in chat.
+"""Encoding: a chat becomes token ids and a mask of the tokens in the loss, the same in training and in chat.
 
-The template renders the chat to text, in which each answer (with its end token) stands between two noncharacters that
-our copy of the tokenizer knows as special tokens. So the text is split exactly there, as it is when the model answers a
-prompt, and the mask follows from their places. A third one breaks up control tokens that a message contains: they
-become ordinary text. All three are dropped from the ids.
+In the text that the template renders, each answer with its end token is put between two noncharacters that our copy
+of the tokenizer has as special tokens: the text is split there, as when the model answers a prompt, and their places
+give the mask. A third one breaks up control tokens in a message, which become text. All three leave the ids.
 """
 
 import hashlib
@@ -20,48 +19,63 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from common.cli import UserError
 
 START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
-
+GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class Encoded(NamedTuple):
+    """An encoded chat of T tokens and A answers."""
+
+    ids: np.ndarray  # (T,), int32
+    learned: np.ndarray  # (T,), bool: the tokens in the loss
+    ends: np.ndarray  # (A,), number of tokens up to the end of each answer
+
+
+class Prefix(NamedTuple):
+    """How a tokenizer of SentencePiece's kind puts a space before text."""
+
+    everywhere: bool  # after every special token, not only at the start
+    once: bool  # not where there is a space already
 
 
 class ChatEncoder:
     """Encodes chats by a tokenizer's template. It can be pickled, for worker processes.
 
     end_token: the token that ends an answer, or None where the template writes none.
+    fingerprint: differs between tokenizers and templates that give other tokens.
     """
 
     def __init__(self, tokenizer):
         self.template = tokenizer.chat_template
-        self.marked = re.search(r"{%-?\s*generation\s*-?%}", self.template) is not None
+        self.marked = GENERATION.search(self.template) is not None
         self.variables = tokenizer.special_tokens_map
-        self.special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        longest_first = sorted((token.content for token in self.special), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special.sort(key=lambda token: len(token.content), reverse=True)
+        self.control = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
+        self.rstrip_tokens = {token.content for token in special if token.rstrip}  # take the white space after them
         self.adds_bos = adds_bos(tokenizer)
-        self.new_token_ids: list[
-            int
-        ] = []  # ids of control tokens that the base has hardly seen; set_template finds them
+        self.new_token_ids: list[int] = []  # control tokens that the base has hardly seen; from set_template
         try:
             answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
-        except UserError:  # answers cannot be told apart: good for chatting, and set_template refuses to train on it
+        except UserError:  # answers cannot be told apart: good for chatting; set_template refuses to train on it
             answer = ""
-        end = max((t for t in self.special if answer.endswith(t.content)), key=lambda t: len(t.content), default=None)
-        self.end_token = end and end.content
+        self.end_token = next((token.content for token in special if answer.endswith(token.content)), None)
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.prefix = remove_prefix_space(self.backend)
-        self.rstrip_tokens = {token.content: token.rstrip for token in self.special}  # the white space after it
         self.backend.no_padding()
         self.backend.no_truncation()
-        # An end token that rstrip_tokens the white space after it must do so here, too, with our mark in between.
-        swallow = {END: end is not None and end.rstrip}
-        marks = [AddedToken(mark, normalized=False, rstrip=swallow.get(mark, False)) for mark in (START, END, BREAK)]
+        spec = self.backend.to_str()
+        state = spec + self.template + str(self.variables)
+        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
+        self.prefix = remove_prefix_space(self.backend, json.loads(spec))
+        # An end token that takes the white space after it must do so with our mark in between, too.
+        rstrip = {END: self.end_token in self.rstrip_tokens}
+        marks = [AddedToken(m, normalized=False, rstrip=rstrip.get(m, False)) for m in (START, END, BREAK)]
         self.backend.add_special_tokens(marks)
         self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a chat, and the (start, end) of its marked passages; UserError where the template refuses it."""
+        """The text of a chat and the (start, end) of its marked passages; UserError where that fails."""
         try:
             texts, passages = render_jinja_template(
                 [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
@@ -69,7 +83,7 @@ class ChatEncoder:
             )  # fmt: skip
         except TEMPLATE_ERRORS as error:
             chat = ", ".join(m["role"] for m in messages)
-            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change the one or the other.") from error
+            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change one of them.") from error
         return texts[0], passages[0] if self.marked else []
 
     def mark(self, messages: list[dict], **options) -> str:
@@ -82,58 +96,55 @@ class ChatEncoder:
             bos = self.variables["bos_token"] if self.adds_bos else ""
             return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
         text, passages = self.render(messages, **options)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self.marked:
-            passages = [
-                self.find_answer(text, messages[:i], m) for i, m in enumerate(messages) if m["role"] == "assistant"
-            ]
-        found, answers = len(passages), sum(m["role"] == "assistant" for m in messages)
-        if found != answers:
-            raise UserError(f"CHAT_TEMPLATE marks {found} passages in a chat of {answers} answers; mark each once.")
-        pieces, at = [], 0
-        for start, end in passages:
-            pieces += [text[at:start], START, text[start:end], END]
-            at = end
-        return "".join([*pieces, text[at:]])
+            passages = [self.find_answer(text, messages[:i], messages[i]) for i in answers]
+        if len(passages) != len(answers):
+            found = f"{len(passages)} passages in a chat of {len(answers)} answers"
+            raise UserError(f"CHAT_TEMPLATE marks {found}; mark each once.")
+        for start, end in reversed(passages):
+            text = text[:start] + START + text[start:end] + END + text[end:]
+        return text
 
     def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
-        """Where an answer with its end token stands in the text of a chat, by a template without marks."""
+        """Where an answer with its end token stands in a chat's text, by a template without marks."""
         prompt = self.render(before, add_generation_prompt=True)[0]
         answered = self.render([*before, answer])[0]
         if not text.startswith(answered) or not answered.startswith(prompt):
             raise UserError(
-                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is not defined. "
-                "Copy it to a file, put {% generation %} marks around each answer, and give CHAT_TEMPLATE=file.jinja."
+                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is undefined. Copy it "
+                "to a file, put {% generation %} marks around each answer, and set CHAT_TEMPLATE=file.jinja."
             )
         ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
         return len(prompt), ends[-1] if ends else len(answered)
 
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        """The messages with the control tokens in their contents broken up, so that they are encoded as text."""
+        """The messages with control tokens in their contents broken up, to be encoded as text."""
+        escaped = []
+        for message in messages:
+            content = self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], message["content"])
+            escaped.append({"role": message["role"], "content": content})
+        return escaped
 
-        def broken_up(found: re.Match) -> str:
-            return found[0][:1] + BREAK + found[0][1:]
-
-        return [{"role": m["role"], "content": self.control.sub(broken_up, m["content"])} for m in messages]
-
-    def prefixed(self, text: str) -> str:
-        """The text with the spaces that its tokenizer would put before passages, had they not our marks in them."""
+    def add_prefix_space(self, text: str) -> str:
+        """The text with the spaces that its tokenizer would put before passages without our marks."""
         if self.prefix is None:
             return text
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
             marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
-            if i and self.rstrip_tokens[pieces[i - 1]]:
+            if i and pieces[i - 1] in self.rstrip_tokens:
                 bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
                 pieces[i] = marks + "\u2581" + bare
         return "".join(pieces)
 
-    def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list["Encoded"]:
-        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not learned.
+    def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
+        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not in the loss.
 
         train_on: "assistant", or "all" for every token.
         """
-        texts = [self.prefixed(self.mark(chat)) for chat in chats]
+        texts = [self.add_prefix_space(self.mark(chat)) for chat in chats]
         batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
         for chat, encoding in zip(chats, batch, strict=True):
@@ -148,31 +159,18 @@ class ChatEncoder:
             rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
         return rows
 
-    def fingerprint(self) -> str:
-        """Tells apart tokenizers and templates that give other tokens."""
-        text = self.backend.to_str() + self.template + str(self.variables)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
     def prompt(self, messages: list[dict]) -> list[int]:
         """Tokens that the next answer is generated from: exactly what training saw before an answer."""
         try:
             text = self.mark(messages, add_generation_prompt=True)
-        except UserError:  # a template that rewrites earlier turns was not trained on by us; it gives its plain text
+        except UserError:  # a template that rewrites earlier turns, so not trained on here: its plain text
             text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
-        ids = self.backend.encode(self.prefixed(text), add_special_tokens=False).ids
+        ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
 
 
-class Prefix(NamedTuple):
-    """How a tokenizer of SentencePiece's kind puts a space before text."""
-
-    everywhere: bool  # after every special token, not only at the start
-    once: bool  # not where there is a space already
-
-
-def remove_prefix_space(backend: Tokenizer) -> Prefix | None:
-    """Let a tokenizer no longer put a space before text, which it would do after each of our marks; how it did it."""
-    spec = json.loads(backend.to_str())
+def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
+    """Keep a tokenizer, whose JSON is spec, from putting a space after each of our marks; how it did so."""
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
         others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]
@@ -184,14 +182,6 @@ def remove_prefix_space(backend: Tokenizer) -> Prefix | None:
         return None
     backend.pre_tokenizer = Metaspace(metaspace["replacement"], "never", metaspace["split"])
     return Prefix(everywhere=metaspace["prepend_scheme"] == "always", once=True)
-
-
-class Encoded(NamedTuple):
-    """An encoded chat of T tokens and A answers."""
-
-    ids: np.ndarray  # (T,), int32
-    learned: np.ndarray  # (T,), bool
-    ends: np.ndarray  # (A,), number of tokens up to the end of each answer
 
 
 def adds_bos(tokenizer) -> bool:

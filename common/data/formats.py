@@ -1,7 +1,8 @@
-"""Shapes: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
+"""Formats: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
 
-Schemas (examples in tests/test_sources.py): `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output
-(Alpaca), prompt/completion, dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`.
+Schemas: `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output (Alpaca), prompt/completion,
+dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`; rows of each in
+tests/data/test_sources.py.
 """
 
 import re
@@ -13,17 +14,13 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
     "text": "text",
 }  # fmt: skip
-
 FOLLOWS = {
     "system": ("the start",), "user": ("the start", "system", "assistant"), "assistant": ("user",),
     "text": ("the start",),
 }  # fmt: skip
-
 LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees and of arena pairs
-
-STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # arena answers of other models are not worth learning
-
-# NUL, halves of surrogate pairs, and the noncharacters by which common/encoding.py marks answers.
+STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # whose arena answers are worth learning
+# NUL, halves of surrogate pairs, and the noncharacters by which encoder.py marks answers.
 FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd2]")
 
 
@@ -32,111 +29,113 @@ class InvalidRow(str):
 
 
 class SkippedRow(str):
-    """Why a sound row is not used, in words to count by."""
+    """Why a valid row is not used, in words to count by."""
 
 
-def excerpt(value) -> str:
+Chat = list[dict] | InvalidRow | SkippedRow  # turns of {"role", "content"}, or why a row gives none
+
+
+def invalid(field: str, problem: str, value) -> InvalidRow:
+    """The InvalidRow of a field, with an excerpt of its value."""
     try:
-        text = repr(value).encode("utf-8", "backslashreplace").decode()
+        excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
-        text = "nested too deeply to show"
-    return text if len(text) <= 60 else text[:57] + "..."
+        excerpt = "nested too deeply to show"
+    return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= 60 else excerpt[:57] + '...'}")
 
 
-def to_chat(row) -> list[dict] | InvalidRow | SkippedRow:
-    """The chat in a row, or the Fault it is: an optional system turn, then user and assistant in turn.
+def to_chat(row) -> Chat:
+    """The chat in a row, or why it gives none: an optional system turn, then user and assistant in turn.
 
     The last turn is the user's where a question has no answer; what follows such a question is left out.
     A row of plain text becomes one turn with the role `text`.
     """
     if not isinstance(row, dict):
-        return row if isinstance(row, InvalidRow) else InvalidRow(f"row: must be an object: {excerpt(row)}")
+        return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
     if "message_id" in row and "parent_id" in row:
-        return InvalidRow(f"row: a message of a tree with wrong ids, or among other rows: {excerpt(row)}")
+        return invalid("row", "a message of a tree with wrong ids, or among other rows", row)
     for fields, convert in FORMATS.items():
         if all(field in row for field in fields):
-            return checked(convert, row)
+            return check_turns(convert, row)
     known = "; ".join(" and ".join(fields) for fields in FORMATS)
-    return InvalidRow(f"row: none of the known sets of fields ({known}): {excerpt(list(row))}")
+    return invalid("row", f"none of the known sets of fields ({known})", list(row))
 
 
-def checked(convert, *arguments) -> list[dict] | InvalidRow | SkippedRow:
-    """The chat of the turns (field, role, content, weight) that `convert` finds, or the first thing wrong with it."""
+def check_turns(convert, *arguments) -> Chat:
+    """The chat of the turns (field, role, content, weight) that `convert` finds, or what is wrong with them."""
     try:
         turns = convert(*arguments)
-    except (AttributeError, TypeError, KeyError) as error:  # an object where the schema has a text, and the like
-        return InvalidRow(f"row: a field has another type than in its schema ({error}): {excerpt(arguments[0])}")
-    if isinstance(turns, (InvalidRow, SkippedRow)):
+    except ValueError as error:
+        return InvalidRow(error)
+    except (AttributeError, TypeError, KeyError) as error:  # such as an object where the schema has a text
+        return invalid("row", f"a field has another type than in its schema ({error})", arguments[0])
+    if isinstance(turns, SkippedRow):
         return turns
     chat = []
     for field, role, content, weight in turns:
         name = ROLES.get(role) if isinstance(role, str) else None
         if name is None or name == "text" != field:
             place = field.rpartition(".")[0] or field
-            return InvalidRow(f"{place}: the role must be system, user or assistant: {excerpt(role)}")
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
+            return invalid(place, "the role must be system, user or assistant", role)
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
         if not isinstance(content, str) or not content.strip():
-            return InvalidRow(f"{field}: must be a text that is not empty: {excerpt(content)}")
+            return invalid(field, "must be a text that is not empty", content)
         if bad := FORBIDDEN.search(content):
-            return InvalidRow(f"{field}: character U+{ord(bad[0]):04X} is no text: {excerpt(content[bad.start() :])}")
+            return invalid(field, f"character U+{ord(bad[0]):04X} is not text", content[bad.start() :])
         if weight not in (None, 0, 1):
-            return InvalidRow(f"{field}: the weight must be 0 (not learned) or 1: {excerpt(weight)}")
+            return invalid(field, "the weight must be 0 (not in the loss) or 1", weight)
         before = chat[-1]["role"] if chat else "the start"
         if name == before == "user" and len(chat) >= 3:
-            break  # the chat ends at the question without an answer, which is left out and counted later
+            break  # the chat ends at a question without an answer, which is left out and counted later
         if before not in FOLLOWS[name]:
-            return InvalidRow(
-                f"{field}: turns must alternate, the user first; {name} follows {before}: {excerpt(content)}"
-            )
+            return invalid(field, f"turns must alternate, the user first; {name} follows {before}", content)
         chat.append({"role": name, "content": content} | ({"weight": weight} if weight is not None else {}))
     if chat[-1]["role"] not in ("assistant", "text") and len(chat) < 3:
-        return InvalidRow(
-            f"{turns[0][0].partition('[')[0]}: no turn of the assistant, nothing to learn: {excerpt(chat)}"
-        )
+        field = turns[0][0].partition("[")[0]
+        return invalid(field, "no turn of the assistant, nothing to learn", chat)
     return chat
 
 
-def listed(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple] | InvalidRow:
+def turns_in(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple]:
     """The turns in a list of objects."""
     items = row[field]
     if not isinstance(items, list) or not items:
-        return InvalidRow(f"{field}: must be a list of turns that is not empty: {excerpt(items)}")
+        raise ValueError(invalid(field, "must be a list of turns that is not empty", items))
     turns = []
     for i, item in enumerate(items):
         if not isinstance(item, dict):
-            return InvalidRow(f"{field}[{i}]: must be an object with {role} and {content}: {excerpt(item)}")
+            raise ValueError(invalid(f"{field}[{i}]", f"must be an object with {role} and {content}", item))
         turns.append((f"{field}[{i}].{content}", item.get(role), item.get(content), item.get("weight")))
     return turns
 
 
-def sharegpt(row: dict) -> list[tuple] | InvalidRow:
-    first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else None
-    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    turns = listed(row, "conversations", *keys)
+def sharegpt(row: dict) -> list[tuple]:
+    items = row["conversations"]
+    has_roles = isinstance(items, list) and items and isinstance(items[0], dict) and "role" in items[0]
+    turns = turns_in(row, "conversations", *(("role", "content") if has_roles else ("from", "value")))
     system = row.get("system") or row.get("system_prompt")
-    if system and isinstance(turns, list) and turns[0][1] != "system":
+    if system and turns[0][1] != "system":
         turns.insert(0, ("system", "system", system, None))
     return turns
 
 
-def instruction(row: dict) -> list[tuple] | InvalidRow:
+def instruction(row: dict) -> list[tuple]:
     question, more = row["instruction"], row.get("input") or ""
     if not isinstance(more, str):
-        return InvalidRow(f"input: must be a text: {excerpt(more)}")
+        raise ValueError(invalid("input", "must be a text", more))
     if more.strip() and isinstance(question, str):
         question = f"{question}\n\n{more}"
     return [("instruction", "user", question, None), ("output", "assistant", row["output"], None)]
 
 
-def completion(row: dict) -> list[tuple] | InvalidRow:
+def completion(row: dict) -> list[tuple]:
     if isinstance(row["prompt"], str):
         return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
-    before, after = listed(row, "prompt"), listed(row, "completion")
-    if isinstance(before, InvalidRow) or isinstance(after, InvalidRow):
-        return before if isinstance(before, InvalidRow) else after
-    asked = [(*turn, 0 if ROLES.get(turn[1]) == "assistant" else None) for *turn, _ in before]  # not to be learned
-    return asked + after
+    given = {"assistant": 0}  # weight of the answers in the prompt: not in the loss
+    prompt = [(*turn[:3], given.get(ROLES.get(turn[1]))) for turn in turns_in(row, "prompt")]
+    return prompt + turns_in(row, "completion")
 
 
 def summary(row: dict) -> list[tuple]:
@@ -146,7 +145,7 @@ def summary(row: dict) -> list[tuple]:
     return [("dialogue", "user", question, None), ("summary", "assistant", row["summary"], None)]
 
 
-def arena(row: dict) -> list[tuple] | InvalidRow | SkippedRow:
+def arena(row: dict) -> list[tuple] | SkippedRow:
     """The winner's side of a pair, where a strong model won it in a clean conversation."""
     if row["winner"] not in ("model_a", "model_b"):
         return SkippedRow("arena: a tie")
@@ -158,17 +157,11 @@ def arena(row: dict) -> list[tuple] | InvalidRow | SkippedRow:
     toxic = (row.get("toxic_chat_tag") or {}).values()
     if (row.get("openai_moderation") or {}).get("flagged") or any(tag.get("flagged") for tag in toxic):
         return SkippedRow("arena: flagged by a moderation model")
-    return listed(row, f"conversation_{side}")
-
-
-def nested_tree(row: dict) -> list[tuple] | InvalidRow | SkippedRow:
-    if not isinstance(row["prompt"], dict):
-        return InvalidRow(f"prompt: must be the first message of the tree: {excerpt(row['prompt'])}")
-    return best_path(row["prompt"], lambda message: message.get("replies") or [])
+    return turns_in(row, f"conversation_{side}")
 
 
 def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
-    """The turns of an OpenAssistant tree that people ranked highest at each step; unranked ones come last."""
+    """The turns of an OpenAssistant tree ranked highest at each step; unranked ones come last."""
 
     def usable(message: dict) -> bool:
         rejected = message.get("deleted") or message.get("review_result") is False
@@ -185,44 +178,40 @@ def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
 
 
 def is_tree_message(row) -> bool:
-    """Whether a row is one message of an OpenAssistant tree; its chat takes other rows of the table, too."""
-    ids = (row.get("message_id"), row.get("parent_id", 0)) if isinstance(row, dict) else (None, 0)
-    return isinstance(ids[0], str) and isinstance(ids[1], str | None)
+    """Whether a row is one message of an OpenAssistant tree, whose chat takes other rows of the table."""
+    is_message = isinstance(row, dict) and isinstance(row.get("message_id"), str)
+    return is_message and isinstance(row.get("parent_id", 0), str | None)
 
 
-def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, list[dict] | InvalidRow | SkippedRow]]:
-    """What became of every row of a table of messages: a tree's chat stands for its root, the others are dropped."""
-    children, told = defaultdict(list), set()  # told: by id(), as rows that share a line share its number
-    for number, row in rows:
+def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
+    """What becomes of every row of a table of messages: a tree's chat for its root, the others are skipped."""
+    replies = defaultdict(list)
+    for _, row in rows:
         if is_tree_message(row):
-            children[row["parent_id"]].append((number, row))
-        else:
-            told.add(id(row))
-            yield (
-                number,
-                row if isinstance(row, InvalidRow) else InvalidRow(f"row: no message of a tree: {excerpt(row)}"),
-            )
-    for number, root in children[None]:
-        told.add(id(root))
-        yield number, checked(best_path, root, lambda message: [row for _, row in children[message["message_id"]]])
-        waiting = [root]
-        while waiting:
-            for number, reply in children[waiting.pop()["message_id"]]:
-                if id(reply) not in told:
-                    told.add(id(reply))
-                    waiting.append(reply)
-                    yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
+            replies[row["parent_id"]].append(row)
+    found, waiting = set(), list(replies[None])  # found: by id(), as two messages may share a message_id
+    while waiting:
+        message = waiting.pop()
+        if id(message) not in found:
+            found.add(id(message))
+            waiting += replies[message["message_id"]]
     for number, row in rows:
-        if id(row) not in told:
+        if not is_tree_message(row):
+            yield number, row if isinstance(row, InvalidRow) else invalid("row", "no message of a tree", row)
+        elif row["parent_id"] is None:
+            yield number, check_turns(best_path, row, lambda message: replies[message["message_id"]])
+        elif id(row) in found:
+            yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
+        else:
             yield number, SkippedRow("OpenAssistant: the message it answers is missing")
 
 
-# Fields of a row -> how to read it. The first that fits counts: Alpaca's rows have `text`, too, UltraChat's `prompt`.
+# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`, UltraChat's `prompt`.
 FORMATS = {
-    ("messages",): lambda row: listed(row, "messages"),
+    ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,
     ("conversation_a", "conversation_b", "winner"): arena,
-    ("message_tree_id", "prompt"): nested_tree,
+    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"], lambda message: message.get("replies") or []),
     ("instruction", "output"): instruction,
     ("dialogue", "summary"): summary,
     ("prompt", "completion"): completion,

@@ -1,12 +1,12 @@
-"""Preparing: sources encoded and split into a folder of Parquet files, with an account."""
+"""Preparing: sources are encoded and split into a folder of Parquet files, with an account of every row."""
 
-import bisect
 import itertools
 import json
 import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,68 +15,102 @@ import pyarrow.parquet as parquet
 
 from common import distributed
 from common.cli import UserError
-from common.data import encode, prepared, readers, sources
-from common.data.encoder import ChatEncoder
+from common.data import pipeline, prepared, readers, sources
+from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
 
-ROW_GROUP = 16  # batches in a row group of the files
+ROW_GROUP = 4096  # rows in a row group of the files
 
 
-def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None) -> dict:
-    """Write train.parquet and eval.parquet into the folder; returns the account, for `publish`.
+def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest=None):
+    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is prepared already.
 
-    Needs memory for one row group and about 100 bytes a chat, whatever the size of the sources.
+    The datasets have input_ids and labels. keep_unlearned: whether chats without a token in the loss are of use.
+    manifest: of the checkpoint to resume from, with the data it began with; if that changed, exit code 3.
     """
-    counts = Counter()
-    vocabulary = readers.read_vocabulary(vocab) if vocab else None
-    batches = encode.read_sources(settings["DATA"], "DATA", counts, vocabulary)
+    is_prepared = Path(settings["DATA"]).is_dir()
+    if is_prepared:
+        folder = Path(settings["DATA"])
+        if settings["EVAL_DATA"] and not manifest:
+            raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
+    elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
+        folder.mkdir(exist_ok=True)
+        # One process, whose tokenizer has threads: workers would import the script with all its libraries.
+        account = distributed.on_first(lambda: prepare(settings, encoder, folder, keep_unlearned, workers=1))
+        distributed.on_first(lambda: write_atomic(folder / "report.json", json.dumps(account, indent=1)))
+    try:
+        train, evaluation, account = prepared.load(folder, settings, encoder, keep_unlearned)
+        if manifest:
+            refuse_changes(account, {} if is_prepared else account["sources"], manifest)
+    except UserError as error:
+        if not manifest:
+            raise
+        raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
+    return train, evaluation, account
+
+
+def refuse_changes(account: dict, hashes: dict[str, str], manifest: dict) -> None:
+    """UserError when source files, or the prepared data, are not what a checkpoint was trained on."""
+    changed = [name for name, before in hashes.items() if hash_file(Path(name).expanduser()) != before]
+    if not changed and account["digest"] != manifest["data"]:
+        changed = ["the prepared data"]
+    if changed:
+        raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
+
+
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
+    """Write train.parquet and eval.parquet into the folder; returns the account.
+
+    Once the account is in report.json, the folder can be trained on. Memory: one row group and about 100 bytes a
+    chat, whatever the size of the sources.
+    """
+    # Every row once, encoded, to disk
+    parts = sources.parse(settings["DATA"])
     if settings["EVAL_DATA"]:
-        held = encode.read_sources(settings["EVAL_DATA"], "EVAL_DATA", counts, vocabulary)
-        batches = itertools.chain(batches, ((0, batch) for _, batch in held))
+        parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
+    counts = Counter()
+    batches = pipeline.read_batches(parts, counts, readers.read_vocabulary(vocab) if vocab else None)
+    arguments = (encoder, settings, keep_unlearned)
+    rows = pipeline.encode_all(batches, arguments, counts, workers or os.cpu_count())
     spool = folder / "spool.parquet"
-    encoded = encode.encode_all(batches, encoder, settings, keep_unlearned, counts, workers or os.cpu_count())
-    sizes, times = write_spool(spool, encoded)
+    sizes, times = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
-        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items() if reason != "rows")
-        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons or 'it had none'}).")
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
+        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons}).")
+    # Rows held out; a pass over the spool for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
-        times[hold_out(len(times), settings["EVAL_SIZE"], settings["SEED"])] = 0
-    # A pass over the spool for each repetition, so that the copies of a chat are far apart.
-    passes = [np.flatnonzero(times > i) for i in range(times.max())]
-    copy_rows(spool, passes, folder / "train.parquet")
+        size = settings["EVAL_SIZE"]
+        held_out = round(size * len(times)) if size < 1 else int(size)
+        if held_out >= len(times):
+            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats: none is left.")
+        times[random.Random(settings["SEED"]).sample(range(len(times)), held_out)] = 0
+    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
-    about = account(counts, sizes, times, settings["MAX_LENGTH"])
-    return about | {"prepared_with": prepared.prepared_with(settings, encoder), "sources": source_hashes(settings)}
+    account = account_for(counts, sizes, times, settings["MAX_LENGTH"])
+    account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
+    account["prepared_with"]["encoding"] = encoder.fingerprint
+    account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
+    return account
 
 
-def source_hashes(settings: dict) -> dict[str, str]:
-    """Hashes of the local files that DATA and EVAL_DATA name."""
-    names = [settings[name] for name in ("DATA", "EVAL_DATA") if settings[name]]
-    return {source.name: hash_file(source.file) for name in names for source in sources.parse(name) if source.file}
-
-
-def publish(folder: Path, about: dict) -> None:
-    """Write the account as report.json, which makes the folder one to train on."""
-    write_atomic(folder / "report.json", json.dumps(about, indent=1))
-
-
-def write_spool(file: Path, encoded: Iterator) -> tuple[np.ndarray, np.ndarray]:
-    """Write encoded tables to one file: (`lengths` of all rows, repetitions of each)."""
+def write_spool(file: Path, rows: Iterator[tuple[Encoded, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Write rows to a file; returns their tokens and tokens in the loss, (rows, 2), and repetitions, (rows,)."""
     sizes, times = [np.zeros((0, 2), dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
-    with parquet.ParquetWriter(file, encode.SCHEMA) as writer:
-        while group := list(itertools.islice(encoded, ROW_GROUP)):
-            writer.write_table(pa.concat_tables(table for table, _ in group))
-            for table, repetitions in group:
-                times.append(np.full(len(table), repetitions, dtype=np.int16))
-                sizes.append(prepared.lengths(table).astype(np.int32))
+    with parquet.ParquetWriter(file, prepared.SCHEMA) as writer:
+        while group := list(itertools.islice(rows, ROW_GROUP)):
+            ids = [row.ids for row, _ in group]
+            masks = [row.learned.astype(np.int8) for row, _ in group]
+            writer.write_table(pa.table([ids, masks], schema=prepared.SCHEMA))
+            sizes.append(np.array([(len(mask), mask.sum()) for mask in masks], dtype=np.int32))
+            times.append(np.array([repetitions for _, repetitions in group], dtype=np.int16))
     return np.concatenate(sizes), np.concatenate(times)
 
 
 def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
     """Copy rows of a file, ascending numbers in each pass, one row group at a time."""
-    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, encode.SCHEMA) as writer:
+    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, prepared.SCHEMA) as writer:
         for rows in passes:
             start = 0
             for group in range(file.num_row_groups):
@@ -87,24 +121,17 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
                 start = end
 
 
-def hold_out(rows: int, eval_size: float, seed: int) -> list[int]:
-    """Numbers of the rows to hold out."""
-    held_out = round(eval_size * rows) if eval_size < 1 else int(eval_size)
-    if not 0 <= held_out < rows:
-        raise UserError(f"EVAL_SIZE={eval_size} holds out {held_out} of {rows} chats; leave some to train on.")
-    return random.Random(seed).sample(range(rows), held_out)
-
-
-def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
+def account_for(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
     """What became of every row: rows = trained + held_out + all dropped.
 
-    sizes: (chats, 2), tokens and learned tokens. times: (chats,), repetitions in training, 0 where held out.
+    sizes: (chats, 2), tokens and tokens in the loss. times: (chats,), repetitions, 0 where held out.
     """
-    reasons = {
-        kind: {reason.partition(": ")[2]: n for reason, n in sorted(counts.items()) if reason.startswith(kind)}
-        for kind in ("dropped", "changed")
-    }
-    tokens, learned = np.repeat(sizes, times, axis=0).T
+    reasons = {"dropped": {}, "changed": {}}
+    for reason, n in sorted(counts.items()):
+        kind, _, what = reason.partition(": ")
+        if kind in reasons:
+            reasons[kind][what] = n
+    tokens, in_loss = np.repeat(sizes, times, axis=0).T
     return dict(
         rows=counts["rows"],
         trained=int((times > 0).sum()),
@@ -112,74 +139,8 @@ def account(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: i
         **reasons,
         sequences=len(tokens),
         tokens=int(tokens.sum()),
-        learned_tokens=int(learned.sum()),
+        tokens_in_loss=int(in_loss.sum()),
         held_out_tokens=int(sizes[times == 0, 0].sum()),
         length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
         length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
-        full=round(tokens.sum() / (best_fit(tokens, max_length) * max_length), 4),
     )
-
-
-def best_fit(row_lengths, capacity: int, batch: int = 1000) -> int:
-    """How many packed rows TRL makes of these rows: best-fit decreasing, a thousand rows at a time."""
-    packed = 0
-    for start in range(0, len(row_lengths), batch):
-        spaces = []  # left in each packed row, ascending
-        for length in sorted(row_lengths[start : start + batch], reverse=True):
-            i = bisect.bisect_left(spaces, length)
-            packed += i == len(spaces)
-            bisect.insort(spaces, (spaces.pop(i) if i < len(spaces) else capacity) - length)
-    return packed
-
-
-def describe(about: dict) -> str:
-    """The account in a few lines."""
-    trained, held_out, dropped = about["trained"], about["held_out"], sum(about["dropped"].values())
-    lines = [f"data: {about['rows']:,} rows = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"]
-    lines += [f"  {kind} {n:,}: {reason}" for kind in ("dropped", "changed") for reason, n in about[kind].items()]
-    repeated = f"{about['sequences']:,} with repetitions; " if about["sequences"] > trained else ""
-    lines.append(
-        f"  {repeated}{about['tokens']:,} tokens, {about['learned_tokens']:,} learned; "
-        f"{about['held_out_tokens']:,} held out"
-    )
-    shortest, median, longest = (about["length_percentiles"][p] for p in ("0", "50", "100"))
-    lines.append(
-        f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}"
-        + (f"; packed rows are full to {about['full']:.0%}" if "full" in about else "")  # earlier versions had none
-    )
-    return "\n".join(lines)
-
-
-def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, mark: dict | None = None):
-    """(train, evaluation or None, account) of DATA, which is prepared into the folder unless it is prepared already.
-
-    The datasets have input_ids and labels. keep_unlearned: whether chats without a learned token are of use. mark: of
-    the checkpoint from which the run goes on, with the data it began with; where that has changed, exit code 3.
-    """
-    if Path(settings["DATA"]).is_dir():
-        folder = Path(settings["DATA"])
-        if settings["EVAL_DATA"] and not mark:
-            held = f"EVAL_DATA={settings['EVAL_DATA']}"
-            raise UserError(f"{held}: DATA is a prepared folder, with chats of its own to hold.")
-    elif not mark or distributed.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
-        folder.mkdir(exist_ok=True)
-        # One process, whose tokenizer has threads: workers would import the training script with all its libraries.
-        distributed.on_first(lambda: publish(folder, prepare(settings, encoder, folder, keep_unlearned, workers=1)))
-    try:
-        loaded = prepared.load(folder, settings, encoder, keep_unlearned)
-        if mark:
-            refuse_changes(loaded[2], settings, mark)
-        return loaded
-    except UserError as error:
-        if not mark:
-            raise
-        raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
-
-
-def refuse_changes(about: dict, settings: dict, mark: dict) -> None:
-    """UserError when sources, or the prepared data, are not what a checkpoint was trained on."""
-    now = {} if Path(settings["DATA"]).is_dir() else source_hashes(settings)
-    if changed := [file for file in now if about["sources"].get(file) != now[file]]:
-        raise UserError(f"{', '.join(changed)} is not the file it began with. Set it back, or ALLOW_CHANGE=DATA.")
-    if about["digest"] != mark["data"]:
-        raise UserError("the prepared data is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")

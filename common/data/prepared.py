@@ -1,4 +1,4 @@
-"""Prepared data: sources encoded and split into a folder of Parquet files, with an account; and read to train on."""
+"""A folder of prepared data: its Parquet files, read as datasets, and its account of every row."""
 
 import json
 import random
@@ -6,89 +6,87 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.files import hash_file
 
-IGNORE_INDEX = -100  # label of a token that is not learned
-# Settings that decide what rows become; a folder of prepared data is good for their values only.
-SHAPING = ("MAX_LENGTH", "TRAIN_ON")
-
-
-def prepared_with(settings: dict, encoder: ChatEncoder) -> dict:
-    return {name: settings[name] for name in SHAPING} | {"encoding": encoder.fingerprint()}
+IGNORE_INDEX = -100  # label of a token that is not in the loss
+# assistant_masks: 1 where a token is in the loss.
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
+FILES = ("train.parquet", "eval.parquet")
 
 
 def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
-    """The datasets and the account of a prepared folder; UserError when it was prepared for something else."""
+    """(train, evaluation or None, account) of a folder; UserError when it was prepared for something else.
+
+    The datasets have input_ids and labels. keep_unlearned: as in `prepare.datasets_for`.
+    """
     if not (folder / "report.json").is_file():
-        raise UserError(f"DATA={folder}: no report.json of prepare_data.py in it. Name a file, or prepare again.")
+        raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
-        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        before, now = about["prepared_with"], prepared_with(settings, encoder)
-        train, evaluation = (parquet.read_table(folder / f"{name}.parquet") for name in ("train", "eval"))
+        account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        now = settings | {"encoding": encoder.fingerprint}
+        before = account["prepared_with"]
+        changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
+        train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
-    if changed := [f"{name}={before[name]}" for name in now if before[name] != now[name]]:
-        raise UserError(
-            f"DATA={folder} was prepared with {', '.join(changed)}; prepare it again, or set that back. "
-            "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
-        )
-    about["digest"] = digest(folder)
-    learned = lengths(train)[:, 1] > 0
-    if not learned.any():
-        raise UserError(f"DATA={settings['DATA']}: nothing is left to learn, every answer has weight 0.")
-    if not keep_unlearned and not learned.all():
-        train = keep(train, np.flatnonzero(learned), about, "left out of training, all their answers have weight 0")
-    if settings["MAX_SAMPLES"] and len(train) > settings["MAX_SAMPLES"]:
-        chosen = random.Random(settings["SEED"]).sample(range(len(train)), settings["MAX_SAMPLES"])
-        train = keep(train, chosen, about, "left out of training by MAX_SAMPLES")
-    use_evaluation = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
-    return as_dataset(train).shuffle(settings["SEED"]), as_dataset(evaluation) if use_evaluation else None, about
-
-
-def keep(train: pa.Table, rows, about: dict, reason: str) -> pa.Table:
-    """Some rows of the training data; the account tells why the others are not there."""
-    about["changed"][f"sequences {reason}"] = len(train) - len(rows)
-    train = train.take(rows)
-    about |= {"sequences": len(train), "tokens": int(lengths(train)[:, 0].sum())}
-    return train
-
-
-def digest(folder: Path) -> str:
-    """Tells prepared folders with other tokens apart."""
-    return "-".join(hash_file(folder / f"{name}.parquet")[:16] for name in ("train", "eval"))
-
-
-def sample(folder: Path, groups: int = 4):
-    """Rows from all over a prepared folder's training file, as a dataset."""
-    with parquet.ParquetFile(folder / "train.parquet") as file:
-        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, groups).round().astype(int))
-        return as_dataset(file.read_row_groups(list(chosen)))
+    if changed:
+        hint = "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
+        raise UserError(f"DATA={folder} was prepared with {', '.join(changed)}; set it back. {hint}")
+    masks = train["assistant_masks"].combine_chunks()
+    learned = np.unique(pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() == 1])
+    if not len(learned):
+        raise UserError(f"DATA={settings['DATA']}: no token is in the loss, every answer has weight 0.")
+    left_out = account["changed"]
+    if not keep_unlearned and len(learned) < len(train):
+        reason = "sequences left out of training, all their answers have weight 0"
+        left_out[reason] = len(train) - len(learned)
+        train = train.take(learned)
+    most = settings["MAX_SAMPLES"] or len(train)
+    if most < len(train):
+        left_out["sequences left out of training by MAX_SAMPLES"] = len(train) - most
+        train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), most))
+    account["sequences"] = len(train)
+    account["tokens"] = pc.sum(pc.list_value_length(train["input_ids"])).as_py()
+    account["digest"] = "-".join(hash_file(folder / name)[:16] for name in FILES)
+    train = as_dataset(train).shuffle(settings["SEED"])
+    evaluate = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
+    return train, as_dataset(evaluation) if evaluate else None, account
 
 
 def as_dataset(table: pa.Table):
-    """A dataset of input_ids and labels, IGNORE_INDEX where nothing is learned."""
+    """A dataset of input_ids and labels, IGNORE_INDEX where a token is not in the loss."""
     import datasets  # slow import
 
-    (offsets, ids), (_, masks) = flat(table, "input_ids"), flat(table, "assistant_masks")
-    labels = np.where(masks == 1, ids, IGNORE_INDEX).astype(np.int32)
-    columns = {"input_ids": ids, "labels": labels}
-    table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    ids, masks = (table.column(name).combine_chunks() for name in SCHEMA.names)
+    offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+    tokens = ids.flatten().to_numpy()
+    labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns, names=["input_ids", "labels"])))
 
 
-def flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as (offsets from 0, values)."""
-    column = table.column(name).combine_chunks()
-    offsets = column.offsets.to_numpy()
-    return offsets - offsets[0], column.flatten().to_numpy()
+def sample(folder: Path):
+    """A dataset of rows from all over the training file: four row groups at most."""
+    with parquet.ParquetFile(folder / "train.parquet") as file:
+        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
+        return as_dataset(file.read_row_groups(list(chosen)))
 
 
-def lengths(table: pa.Table) -> np.ndarray:
-    """(rows, 2): tokens and learned tokens of each row."""
-    offsets, masks = flat(table, "assistant_masks")
-    learned = np.concatenate([[0], masks.cumsum(dtype=np.int64)])
-    return np.stack([np.diff(offsets), np.diff(learned[offsets])], axis=1)
+def describe(account: dict) -> str:
+    """The account in a few lines."""
+    dropped = sum(account["dropped"].values())
+    rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
+    lines = [rows.format(dropped, **account)]
+    for kind in ("dropped", "changed"):
+        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
+    repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
+    tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
+    lines.append("  " + (repeated + tokens).format(**account))
+    shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))
+    lines.append(f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}")
+    return "\n".join(lines)

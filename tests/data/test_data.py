@@ -1,4 +1,4 @@
-"""Data: rows in = rows out with every reason counted, the doctor's faults, prepared folders, and our own chat set."""
+"""Data: rows in = rows out with every reason counted, what the checks find, prepared folders, our own chat set."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 from conftest import CHAT, ROOT, write_jsonl
 
 from common.cli import UserError
-from common.data import checks, encode, prepare, prepared, sources, templates
+from common.data import checks, pipeline, prepare, prepared, sources, templates
 from common.data.filters import matcher
 
 SETTINGS = dict(
@@ -89,7 +89,7 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     assert sum(text == whole.rstrip() for text in both) == 1  # the long chat, without the turn that did not fit
     again, _, more = make(settings, encoder, keep_unlearned=True)
     assert len(again) == 11 and sum(more["dropped"].values()) == 5
-    report = prepare.describe(about)
+    report = prepared.describe(about)
     assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
 
 
@@ -102,11 +102,27 @@ def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
     assert about["trained"] == 1 and about["dropped"] == {"longer than MAX_LENGTH": 1}
     with pytest.raises(UserError, match="chats.jsonl:2: .* tokens, more than MAX_LENGTH=128"):
         make(settings | {"TOO_LONG": "error"}, encoder)
-    with pytest.raises(UserError, match="none of its rows is left .2 dropped: longer than MAX_LENGTH"):
+    with pytest.raises(UserError, match="none of its rows is left .2 rows; 2 dropped: longer than MAX_LENGTH"):
         make(settings | {"MAX_LENGTH": 4}, encoder)
-    for name, value in (("TOO_LONG", "trim"), ("TRAIN_ON", "user"), ("DROP_PATTERN", "("), ("EVAL_SIZE", -1)):
-        with pytest.raises(UserError, match=name):
-            encode.check_settings(settings | {name: value})
+
+
+def test_a_resumed_run_must_find_the_data_it_began_with(encoder, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [qa(f"What is {i}?", "x") for i in range(4)])
+    settings = SETTINGS | {"DATA": str(file)}
+
+    def resume(manifest=None):
+        return prepare.datasets_for(settings, encoder, tmp_path / "data", True, manifest)[2]
+
+    manifest = {"data": resume()["digest"]}
+    assert resume(manifest)["rows"] == 4
+    for change, words in (
+        (lambda: manifest.update(data="x"), "prepared data"),
+        (lambda: file.write_text("{}"), "a.jsonl"),
+    ):
+        change()
+        with pytest.raises(UserError, match=f"{words} is not what it began with") as error:
+            resume(manifest)
+        assert error.value.code == 3
 
 
 def test_drop_pattern_ignores_case_and_spares_our_own_chats():
@@ -172,8 +188,8 @@ def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeyp
 
 
 def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "BATCH", 4)
-    monkeypatch.setattr(encode, "POOL_FROM", 2)
+    monkeypatch.setattr(pipeline, "BATCH", 4)
+    monkeypatch.setattr(pipeline, "POOL_FROM", 2)
     file = write_jsonl(
         tmp_path / "a.jsonl", [qa(f"What is {i}?", f"It is {i}.") for i in range(50)] + [qa("Who?", "I am GPT-4")]
     )
@@ -181,20 +197,11 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
 
     def encoded(processes):
         counts = Counter()
-        batches = encode.read_sources(str(file), "DATA", counts)
-        tables = [table for table, _ in encode.encode_all(batches, encoder, settings, True, counts, processes)]
-        return [table.to_pylist() for table in tables], counts
+        batches = pipeline.read_batches(sources.parse(str(file)), counts)
+        rows = pipeline.encode_all(batches, (encoder, settings, True), counts, processes)
+        return [(row.ids.tolist(), row.learned.tolist(), times) for row, times in rows], counts
 
-    assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 13
-
-
-def test_packing_is_counted_as_trl_packs():
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    lengths = np.random.default_rng(0).integers(1, 100, size=2500)
-    rows = Dataset.from_dict({"input_ids": [[1] * int(length) for length in lengths]})
-    assert prepare.best_fit(lengths, 128) == len(pack_dataset(rows, 128, "bfd"))
+    assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 50
 
 
 # --- prepare_data.py ---
@@ -286,7 +293,7 @@ def test_records_of_token_ids_become_chats_by_a_vocabulary(prepare_folder, tmp_p
     assert "user\nmoon<|im_end|>" in out and "[[far away<|im_end|>]]" in out
 
 
-# --- the doctor ---
+# --- checks: the doctor ---
 
 
 def examine(rows, tokenizer, encoder, **changes):
@@ -307,39 +314,39 @@ def test_the_doctor_shows_what_is_learned(tokenizer, encoder, capsys):
     examine([row_of(encoder)], tokenizer, encoder)
     out = capsys.readouterr().out
     assert (
-        "user\nHi<|im_end|>" in out and "assistant\n[[Hello!<|im_end|>]]" in out and "1 rows examined, no fault" in out
+        "user\nHi<|im_end|>" in out
+        and "assistant\n[[Hello!<|im_end|>]]" in out
+        and "1 rows checked, no problems" in out
     )
 
 
-def test_the_doctor_finds_each_fault(tokenizer, encoder, monkeypatch, capsys):
+def test_the_doctor_finds_each_problem(tokenizer, encoder, monkeypatch, capsys):
     good = row_of(encoder)
     ids, labels = good["input_ids"], good["labels"]
     end = max(i for i, label in enumerate(labels) if label >= 0)
-    ill = {
-        "nothing in it is learned": {"input_ids": ids, "labels": [-100] * len(ids)},
+    broken = {
+        "no token of it is in the loss": {"input_ids": ids, "labels": [-100] * len(ids)},
         "an answer is cut": {"input_ids": ids[:end], "labels": labels[:end]},
-        "its end token <|im_end|> is not learned": {
+        "its end token <|im_end|> is not in the loss": {
             "input_ids": ids,
             "labels": [*labels[:end], -100, *labels[end + 1 :]],
         },
         "it begins with two BOS": {"input_ids": [0, 0, *ids], "labels": [-100, -100, *labels]},
         "it is longer than MAX_LENGTH": {"input_ids": ids * 9, "labels": labels * 9},
     }
-    for words, row in ill.items():
+    for words, row in broken.items():
         with pytest.raises(UserError, match=f"1 of 2 rows: .*{re.escape(words)}"):
             examine([good, row], tokenizer, encoder)
-    examine([good, ill["nothing in it is learned"]], tokenizer, encoder, held=True)
+    examine([good, broken["no token of it is in the loss"]], tokenizer, encoder, held=True)
     capsys.readouterr()
-    examine([good, ill["an answer is cut"]], tokenizer, encoder, DOCTOR="warn")
+    examine([good, broken["an answer is cut"]], tokenizer, encoder, DOCTOR="warn")
     assert "doctor: 1 of 2 rows: an answer is cut" in capsys.readouterr().err
-    with pytest.raises(UserError, match="DOCTOR=wrn"):
-        examine([good], tokenizer, encoder, DOCTOR="wrn")
     # Tokens that the base has not seen, frozen
-    monkeypatch.setattr(encoder, "unseen", [1])
-    with pytest.raises(UserError, match=r"<\|im_start\|> .*embeddings are not trained"):
+    monkeypatch.setattr(encoder, "new_token_ids", [1])
+    with pytest.raises(UserError, match=r"<\|im_start\|>.* embeddings are not trained"):
         examine([good], tokenizer, encoder)
     examine([good], tokenizer, encoder, trained=[1])
-    monkeypatch.setattr(encoder, "unseen", [])
+    monkeypatch.setattr(encoder, "new_token_ids", [])
     # A collator that masks the pad token, which is the end token, as transformers' own does
     from transformers import DataCollatorForLanguageModeling
 
@@ -351,7 +358,7 @@ def test_the_doctor_finds_each_fault(tokenizer, encoder, monkeypatch, capsys):
             return super().__call__([{"input_ids": row["input_ids"]} for row in rows])
 
     monkeypatch.setattr("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", Masking)
-    with pytest.raises(UserError, match="padding hides learned tokens"):
+    with pytest.raises(UserError, match="padding hides tokens in the loss"):
         examine([row_of(encoder)], tokenizer, encoder, TRAIN_ON="all")
 
 

