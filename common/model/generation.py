@@ -17,7 +17,7 @@ from common.model import load, location
 
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
-    """A model in evaluation mode, its adapter merged in memory where the base is not quantised, and its tokenizer."""
+    """A model in evaluation mode, its adapter merged in memory unless the base is quantised, and its tokenizer."""
     source = location.locate(model_name)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
@@ -48,7 +48,7 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
     """Arguments for generate(): greedy at temperature 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
     return dict(
-        # What a model's own generation_config may ask for, and `Generator` does not do.
+        # A model's own generation_config may set these; `Generator` does not apply them.
         top_k=0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -68,7 +68,7 @@ def prompts(model, tokenizer, chats: list[list[dict]]):
 
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
-    """The tokenizer's encoder, made once for each of its templates."""
+    """The encoder of a tokenizer with this template, built once."""
     return ChatEncoder(tokenizer)
 
 
@@ -78,16 +78,16 @@ def context_of(model) -> int:
 
 
 def shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the longest common prefix of two token sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
 
 
 class Answer(NamedTuple):
-    """An answer and how it came about.
+    """An answer and how it was generated.
 
     stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
-    read: tokens of the prompt that had to be read; those of earlier turns need not be.
+    read: tokens of the prompt that had to be read; those of earlier turns are in the cache.
     """
 
     text: str
@@ -110,12 +110,31 @@ class Generator:
         self.ends = set(end_tokens(model, tokenizer))
         self.context = context_of(model)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        # Layers with a window forget what is outside of it, and could not go back; plain ones keep all. Layers with a
-        # running state cannot go back anyway: there each turn is read from the start.
+        # A layer with a sliding window drops what leaves the window and cannot be cropped after that, so such models
+        # get plain layers, which keep everything. A running state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
         self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.cache = None
         self.last: Answer | None = None
+
+    def fit_context(
+        self, messages: list[dict], max_new_tokens: int, context: int | None = None
+    ) -> tuple[list[dict], list[int]]:
+        """Leave out the oldest turns until prompt and answer fit: the messages that stay, and their token ids.
+
+        A quarter of the context is enough room for the answer. Raises UserError where the last prompt is too long.
+        """
+        context = min(context or self.context, self.context)
+        room = min(max_new_tokens, context // 4)
+        first = int(messages[0]["role"] == "system")
+        while len(ids := self.encoder.prompt(messages)) + room > context:
+            later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
+            if not later:
+                raise UserError(
+                    f"the prompt has {len(ids)} tokens, CONTEXT={context} leaves room for {context - room}. Shorten it."
+                )
+            messages = messages[:first] + messages[later[0] :]
+        return messages, ids
 
     @torch.no_grad()
     def stream(
@@ -134,7 +153,7 @@ class Generator:
         read = len(new)
         try:
             while True:
-                ids = torch.tensor([new], device=self.model.device)
+                ids = torch.tensor([new], device=self.model.device)  # (1, T)
                 output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.cache = output.past_key_values
                 self.seen += new
@@ -149,15 +168,15 @@ class Generator:
                 if tokens == max_new_tokens or len(self.seen) >= context:
                     stop = "length" if tokens == max_new_tokens else "context"
                     break
-        finally:  # also when the reader goes away: Ctrl-C, or it has had enough
+        finally:  # also when the reader stops early (Ctrl-C)
             self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
     def rewind(self, prompt: list[int]) -> None:
-        """Keep of the cache what the prompt begins with; but for its last token, whose prediction is wanted."""
+        """Crop the cache to what the prompt begins with, without its last token, whose prediction is needed."""
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
-                layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
+                layer.crop(same - layer.get_seq_length())
         else:
             same, self.cache = 0, DynamicCache() if self.can_rewind else None
         self.seen = self.seen[:same]
