@@ -8,6 +8,7 @@ prompt line and nothing else on standard output. PROMPTS=file.jsonl writes an an
 """
 
 from common.cli import UserError, nearest, run_main
+from common.model.location import check_models
 from common.settings import apply_overrides, current, declared, parse_value
 
 # Model
@@ -31,7 +32,8 @@ TOP_P = 0.95  # sample from the likeliest tokens that make up this share
 SEED = 0
 
 if __name__ == "__main__":
-    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    apply_overrides(globals())  # mistakes are answered here, before the slow imports
+    check_models(MODEL=MODEL, COMPARE=COMPARE)
 
 import contextlib
 import json

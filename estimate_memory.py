@@ -7,7 +7,8 @@ Prints a table, by what the memory is for; with FIT, what fits. Of a hub model o
 """
 
 from common.cli import UserError, run_main
-from common.settings import apply_overrides, check_choice
+from common.model.location import check_models
+from common.settings import apply_overrides
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
@@ -28,13 +29,13 @@ DEVICE = "cuda"  # cuda or cpu: kernels and autocast differ
 FIT: str | None = None  # "8GiB": print what fits in so much, the fastest first
 
 if __name__ == "__main__":
-    apply_overrides(globals())
+    apply_overrides(globals())  # mistakes are answered here, before the slow imports
+    check_models(MODEL=MODEL)
 
 import functools
 from dataclasses import replace
 
 import torch
-from transformers.training_args import OptimizerNames
 
 from common import hardware
 from common.files import GIB
@@ -48,14 +49,7 @@ METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore":
 
 
 def main():
-    check_choice("METHOD", METHOD, METHODS)
     check_quantization(METHODS[METHOD])
-    check_choice("DEVICE", DEVICE, ("cuda", "cpu"))
-    check_choice("DTYPE", DTYPE, load.DTYPES[1:])
-    check_choice("OPTIM", OPTIM, [name.value for name in OptimizerNames])
-    for name in ("PER_DEVICE_TRAIN_BATCH_SIZE", "MAX_LENGTH", "LORA_R", "GALORE_RANK"):
-        if globals()[name] < 1:
-            raise UserError(f"{name}={globals()[name]}: it must be at least 1.")
     size = hardware.read_size(FIT, setting="FIT") if FIT else None
     source = location.locate(MODEL)
     config = load.load_config(source)

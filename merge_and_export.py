@@ -9,7 +9,8 @@ renamed .rejected, and the exit code is 5.
 
 from common.cli import UserError, run_main
 from common.data.sources import check_files
-from common.settings import apply_overrides, check_choice, current
+from common.model.location import check_models
+from common.settings import apply_overrides, current
 
 # Model
 MODEL = "out/demo"  # run folder of ours, adapter, local folder, hub id or .gguf file
@@ -32,7 +33,8 @@ OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: merge_and_export-<time>
 
 if __name__ == "__main__":
-    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
+    apply_overrides(globals())  # mistakes are answered here, before the slow imports
+    check_models(MODEL=MODEL)
     check_files(CHATS=CHATS)
 
 import dataclasses
@@ -69,9 +71,6 @@ def main():
     # Settings: every mistake that can be found without the model is found here
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    check_choice("DTYPE", DTYPE, load.DTYPES[1:])
-    check_choice("PROOF_DTYPE", PROOF_DTYPE, load.DTYPES[1:])
-    check_choice("MERGE_INTO", MERGE_INTO, (None, *BASES))
     source = location.locate(MODEL)
     quantization = QUANTIZATION or location.trained_with(source)
     check_quantization(quantization)

@@ -9,6 +9,7 @@ settings.json. MODEL, CHAT_TEMPLATE, MAX_LENGTH and TRAIN_ON must be those of th
 
 from common.cli import UserError, run_main
 from common.data.sources import check_files
+from common.model.location import check_models
 from common.settings import apply_overrides, current
 
 # Model
@@ -31,8 +32,9 @@ OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: prepare_data-<time>
 
 if __name__ == "__main__":
-    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
-    check_files(VOCAB, DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
+    apply_overrides(globals())  # mistakes are answered here, before the slow imports
+    check_models(MODEL=MODEL)
+    check_files(VOCAB, DATA=DATA, EVAL_DATA=EVAL_DATA)
 
 
 def main():

@@ -9,6 +9,7 @@ checkpoint-N/ and final/ (adapter, tokenizer, template). Conversation to it: pyt
 
 from common.cli import UserError, run_main
 from common.data.sources import check_files
+from common.model.location import check_models
 from common.settings import apply_overrides, check_choice, current
 
 # Model
@@ -66,8 +67,9 @@ RESUME: str | None = "auto"  # the same command again goes on from the newest so
 ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LEARNING_RATE, SAVE_STEPS"
 
 if __name__ == "__main__":
-    apply_overrides(globals())  # a mistyped name stops here, before the slow imports
-    check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)  # and so does a broken row
+    apply_overrides(globals())  # mistakes are answered here, before the slow imports
+    check_models(MODEL=MODEL)
+    check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)
 
 from pathlib import Path
 

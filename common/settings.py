@@ -11,16 +11,11 @@ import sys
 import tokenize
 from pathlib import Path
 
+from common.bounds import check_choice, check_setting  # noqa: F401  (check_choice: until the rooms import it from bounds)
 from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, redact
 
+SECRET_ADVICE = "{name} holds a secret. Set it in the environment (HF_TOKEN), or use `hf auth login`."
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
-
-
-def check_choice(name: str, value, choices) -> None:
-    """Raise UserError unless the setting's value is one of `choices`."""
-    if value not in choices:
-        listed = ", ".join(str(c) for c in choices)
-        raise UserError(f"{name}={value} is not known.{nearest(value, choices)} Choose one of: {listed}.")
 
 
 def declared(script: str | Path) -> list[dict]:
@@ -74,19 +69,15 @@ def parse_value(name: str, text: str, types: tuple[type, ...]):
     raise UserError(f"{name}={text} has the wrong type: {name} takes {wanted}.")
 
 
-def has_type(value, types: tuple[type, ...]) -> bool:
-    """Whether a value written in the script fits; an int fits where a float is wanted, a bool is no number."""
-    return type(value) in types or (type(value) is int and float in types)
-
-
 def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     """Set a script's constants from NAME=value arguments and print each change; `--help` lists them and exits.
 
-    namespace: the script's globals(). Ends the program with exit code 2 on an unknown name or a wrong type.
+    namespace: the script's globals(). Ends the program with exit code 2 on an unknown name, a wrong type, or a value
+    outside of the setting's bounds (common/bounds.py).
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
-    if RANK:  # what the first process says is enough
+    if RANK:  # the first process prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if any(argument in ("--help", "-h", "help") for argument in argv):
         print(help_text(namespace, settings.values()))
@@ -94,33 +85,35 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "SAVE_STEPS" not in settings:
             raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only training uses several processes. Use python.")
-        for name, setting in settings.items():
-            if not has_type(namespace[name], setting["types"]):
-                raise UserError(f"{name} = {namespace[name]!r} in the script has the wrong type.")
-            refuse_secret(name, str(namespace[name]), "script")
         for argument in argv:
             name, equals, text = argument.partition("=")
-            refuse_secret(name, text, "command")
             if name not in settings and SECRET_NAME.search(name):
-                raise UserError(f"{name} is no setting. Secrets are read from the environment, or `hf auth login`.")
+                raise UserError(f"unknown setting {name}. Secrets are read from the environment, or `hf auth login`.")
             if name not in settings:
-                raise UserError(f"{name} is no setting of this script.{nearest(name, settings)} --help lists them all.")
+                raise UserError(f"unknown setting {name}.{nearest(name, settings)} --help lists all settings.")
             if not equals:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
+            if redact(text) != text:
+                raise UserError(SECRET_ADVICE.format(name=name))
             value = parse_value(name, text, settings[name]["types"])
             print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value
+        check_values(namespace, settings)
     except UserError as error:
         exit_with(error)
 
 
-def refuse_secret(name: str, value: str, source: str) -> None:
-    """Settings are printed and kept; a secret among them would be, too.
-
-    A default of the script is none for being what some variable of the environment happens to be.
-    """
-    if (redact(value) if source == "command" else SECRET.sub("", value)) != value:
-        raise UserError(f"{name} holds a secret. Set it in the environment (HF_TOKEN), or `hf auth login`.")
+def check_values(namespace: dict, settings: dict) -> None:
+    """Types and bounds of all settings; defaults edited in the script are checked like values from the shell."""
+    script = Path(namespace["__file__"]).stem
+    for name, setting in settings.items():
+        value, types = namespace[name], setting["types"]
+        if not (type(value) in types or (type(value) is int and float in types)):  # a bool is not a number
+            raise UserError(f"{name} = {value!r} in the script has the wrong type.")
+        # A default may happen to equal some environment variable; only a token's form makes it a secret.
+        if SECRET.search(str(value)):
+            raise UserError(SECRET_ADVICE.format(name=name))
+        check_setting(name, value, script)
 
 
 def help_text(namespace: dict, settings) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.cli import UserError
-from common.model import generation, location
+from common.model import generation
 
 # Mean KL divergence from the 16-bit model that a file may have, in nats a token. In f32, f16 and bf16 nothing but
 # rounding is allowed. The others leave room for small models, which lose most (SmolLM2-135M: runs.md); a wrong layout
@@ -98,6 +98,8 @@ def perplexity(predicted: torch.Tensor, rows: list[Row]) -> float:
 
 def load_gguf(file: Path, config, dtype: torch.dtype):
     """The model in a GGUF file as transformers reads it; what its reader leaves out comes from the original config."""
+    from transformers import GgufConfig  # not in older releases
+
     read, changed = load_gguf_checkpoint(str(file))["config"], config.to_dict()
     if "rope_theta" in read and changed.get("rope_parameters"):
         changed["rope_parameters"]["rope_theta"] = read.pop("rope_theta")
@@ -107,7 +109,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
     read = {name: value for name, value in read.items() if name in changed and name != "model_type"}
     config = type(config).from_dict(changed | read)
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=dtype, **location.dequantized()
+        file.parent, gguf_file=file.name, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
     )
     return model.to(PartialState().device).eval()
 

@@ -1,10 +1,13 @@
-"""Models and tokenizers: find what MODEL names, load it in the right form, refuse what cannot work."""
+"""Models and tokenizers loaded in the right form, and saved; what cannot work is refused."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -12,15 +15,14 @@ import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
 from common.cli import UserError
 from common.files import sync_files
-from common.model import location
+from common.model.location import Source
 from common.model.quantize import BITS, quantization_config, quantize_hqq
-from common.settings import check_choice
-
-DTYPES = (None, "bfloat16", "float16", "float32")
 
 
-def from_hub(load, source: location.Source, **kwargs):
+def from_hub(load, source: Source, **kwargs):
     """Call a from_pretrained on the source; what hub and file system raise becomes a UserError of one line."""
+    if source.gguf and not Path(source.path).is_dir():
+        convert_gguf(Path(source.gguf), Path(source.path))
     try:
         return load(source.path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
@@ -29,15 +31,33 @@ def from_hub(load, source: location.Source, **kwargs):
         raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error
 
 
-def load_config(source: location.Source):
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to a bf16 folder in Hugging Face format, in a cache beside the hub's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # others may start at the same time
+        if folder.is_dir():
+            return
+        from transformers import GgufConfig  # not in older releases, which are good for all but GGUF files
+
+        print(f"converting {file.name} once, to {folder}", file=sys.stderr)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        options = dict(gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole: a killed run leaves no half
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+
+
+def load_config(source: Source):
     """The base model's config: cheap, and the first thing to fail for a hub id without network."""
     return from_hub(AutoConfig.from_pretrained, source)
 
 
-def load_tokenizer(source: location.Source):
+def load_tokenizer(source: Source):
     """The tokenizer saved with the adapter, else the base model's, which is refused when larger than the embeddings."""
     folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, location.Source(source.name, folder or source.path))
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, Source(source.name, folder) if folder else source)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         templates = tokenizer.chat_template
         tokenizer.chat_template = templates.get("default", next(iter(templates.values())))
@@ -52,7 +72,6 @@ def load_tokenizer(source: location.Source):
 
 def choose_dtype(name: str | None) -> torch.dtype:
     """The dtype asked for; for None the one the device computes well: bf16, on older GPUs fp16, on older CPUs fp32."""
-    check_choice("DTYPE", name, DTYPES)
     if name is not None:
         return getattr(torch, name)
     device = distributed.device().type
@@ -76,7 +95,7 @@ def count_weights(config) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def check_length(source: location.Source, max_length: int) -> None:
+def check_length(source: Source, max_length: int) -> None:
     """Refuse sequences longer than the model has positions for."""
     positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
     if positions and max_length > positions:
@@ -86,7 +105,7 @@ def check_length(source: location.Source, max_length: int) -> None:
 
 
 def load_model(
-    source: location.Source,
+    source: Source,
     quantization: str | None,
     dtype: torch.dtype,
     attention: str,
@@ -138,7 +157,7 @@ def fingerprint(model) -> list[float]:
     return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
 
 
-def check_fingerprint(model, source: location.Source) -> None:
+def check_fingerprint(model, source: Source) -> None:
     """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
     file = Path(source.adapter) / "base_fingerprint.json"
     if file.is_file():

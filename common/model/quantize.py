@@ -1,8 +1,5 @@
 """Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq (mobiusml.github.io/hqq_blog)."""
 
-import importlib.metadata
-import importlib.util
-
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -11,11 +8,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
+from common.bounds import HQQ, check_package
 from common.cli import UserError
-from common.settings import check_choice
 
-BITS = {f"hqq-{bits}bit": bits for bits in (1, 2, 3, 4)}  # by the value of QUANTIZATION
-QUANTIZATIONS = (None, "nf4", "int8", *BITS)
+BITS = {name: int(name[4]) for name in HQQ}  # by the value of QUANTIZATION
 
 REQUIREMENT = "hqq==0.2.8.post1"
 
@@ -28,8 +24,9 @@ AXIS = 0
 
 
 def check_quantization(quantization: str | None) -> None:
-    check_choice("QUANTIZATION", quantization, QUANTIZATIONS)
-    check_hqq(quantization)
+    """Refuse hqq's widths where the package is not installed."""
+    if quantization in BITS:
+        check_package("QUANTIZATION", quantization, "hqq", REQUIREMENT)
 
 
 def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -44,12 +41,6 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
             bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,  # FSDP knows one dtype
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
-
-
-def check_hqq(quantization: str | None) -> None:
-    """Refuse hqq's widths where the package is not installed."""
-    if quantization in BITS and importlib.util.find_spec("hqq") is None:
-        raise UserError(f"QUANTIZATION={quantization} needs the package hqq: pip install {REQUIREMENT}")
 
 
 def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:

@@ -1,0 +1,167 @@
+"""Bounds and choices of every setting, by name: the same name takes the same values in every script.
+
+Evaluated by `settings.apply_overrides` before anything slow. This module imports nothing slow. What depends on several
+settings, on the model or on the machine is checked where it is used.
+"""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+from common.cli import UserError, nearest
+
+HQQ = ("hqq-4bit", "hqq-3bit", "hqq-2bit", "hqq-1bit")
+DTYPES = ("bfloat16", "float16", "float32")
+TRAINERS_OPTIMIZERS = (
+    *("adamw_torch_fused", "adamw_torch", "adamw_anyprecision", "adafactor", "sgd"),
+    *("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),  # with an NVIDIA GPU
+)
+OPTIMIZERS = {
+    "qlora_train": TRAINERS_OPTIMIZERS,
+    "estimate_memory": TRAINERS_OPTIMIZERS,
+    "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
+}
+ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
+TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
+CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
+GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO MAX_GRAD_NORM KL_WEIGHT NEFTUNE_NOISE_ALPHA
+GRADIENT_CHECKPOINTING ATTN_IMPLEMENTATION LORA_DROPOUT GALORE_SCALE GALORE_UPDATE_GAP DOCTOR LOGGING_STEPS EVAL_STEPS
+EVAL_FACTS EVAL_PROMPTS SAVE_STEPS SAVE_TOTAL_LIMIT REPORT_TO""".split()  # within a run, by ALLOW_CHANGE
+
+CHOICES = {
+    "QUANTIZATION": (None, "nf4", "int8", *HQQ),
+    "DTYPE": (None, *DTYPES),
+    "PROOF_DTYPE": DTYPES,
+    "MERGE_INTO": (None, "original", "dequantized"),
+    "TRAIN_ON": ("assistant", "all"),
+    "TOO_LONG": ("cut", "drop", "error"),
+    "DOCTOR": ("stop", "warn"),
+    "LR_SCHEDULER": ("constant", "linear", "cosine"),
+    "RESUME": (None, "auto"),
+    "METHOD": ("full", "lora", "qlora", "int8", "galore", *HQQ),
+    "DEVICE": ("cuda", "cpu"),
+    "JUDGE_MODE": ("single", "pair"),
+    "JUDGE_SCALE": ("1-10", "0-100"),
+}
+# Comma-separated values.
+LISTS = {
+    "GGUF": ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q4_k_m", "q5_k_m", "q6_k"),
+    "SUITES": ("loss", "facts", "health", "judge"),
+    "REPORT_TO": ("tensorboard", "wandb", "mlflow", "trackio"),
+    "ALLOW_CHANGE": CHANGEABLE,
+}
+# Intervals as in mathematics: [ and ] include the bound.
+INTERVALS = {
+    "LORA_R": "[1, 4096]",
+    "LORA_ALPHA": "(0, 65536]",
+    "LORA_DROPOUT": "[0, 1)",
+    "GALORE_RANK": "[1, 65536]",
+    "GALORE_UPDATE_GAP": "[1, inf)",
+    "GALORE_SCALE": "(0, 100]",
+    "MAX_LENGTH": "[1, inf)",
+    "MAX_SAMPLES": "[1, inf)",
+    "SEED": "[0, 4294967295]",
+    "NUM_TRAIN_EPOCHS": "(0, inf)",
+    "MAX_STEPS": "[1, inf)",
+    "BATCH_SIZE": "[1, inf)",
+    "PER_DEVICE_TRAIN_BATCH_SIZE": "[1, inf)",
+    "GRADIENT_ACCUMULATION_STEPS": "[1, inf)",
+    "LEARNING_RATE": "(0, 100]",
+    "MIN_LR": "[0, 100]",
+    "WARMUP_RATIO": "[0, 1]",
+    "WEIGHT_DECAY": "[0, 10]",
+    "MAX_GRAD_NORM": "[0, inf)",
+    "KL_WEIGHT": "[0, inf)",
+    "NEFTUNE_NOISE_ALPHA": "[0, 1000]",
+    "LOGGING_STEPS": "[1, inf)",
+    "SAVE_TOTAL_LIMIT": "[1, inf)",
+    "PROCESSES": "[1, 1024]",
+    "TEMPERATURE": "[0, 100]",
+    "TOP_P": "(0, 1]",
+    "CONTEXT": "[1, inf)",
+    "MAX_NEW_TOKENS": "[1, inf)",
+    "GENERATION_BATCH_SIZE": "[1, inf)",
+    "PROOF_TOKENS": "[1, inf)",
+    "MAX_CHATS": "[1, inf)",
+    "ANSWER_TOKENS": "[1, inf)",
+    "JUDGE_REPEATS": "[1, 1000]",
+    "JUDGE_IN_FLIGHT": "[1, 1000]",
+    "JUDGE_TIMEOUT": "(0, inf)",
+    "JUDGE_MAX_TOKENS": "[1, inf)",
+}
+WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
+FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
+SIZES = ("MEMORY_LIMIT", "FIT")
+SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
+
+
+def check_setting(name: str, value, script: str = "") -> None:
+    """Raise UserError, naming the setting, its value and the remedy, unless the value is possible.
+
+    script: name of the entry script, for OPTIM, whose choices belong to the method.
+    """
+    choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
+    if choices:
+        check_choice(name, value, choices)
+    if value is None or name in CHOICES or name == "OPTIM":
+        return
+    if name in LISTS:
+        for item in filter(None, value.replace(" ", "").split(",")):
+            check_choice(name, item, LISTS[name])
+    elif name in INTERVALS:
+        check_interval(name, value)
+    elif problem := find_problem(name, value):
+        raise UserError(f"{name}={value}: {problem}")
+
+
+def check_choice(name: str, value, choices) -> None:
+    """Raise UserError unless the setting's value is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"{name}={value} is not known.{nearest(value, choices)} Choose one of: {listed}.")
+
+
+def check_interval(name: str, value: float) -> None:
+    """Raise UserError unless the number lies in the setting's interval."""
+    low, high = (float(bound) for bound in INTERVALS[name][1:-1].split(","))
+    open_below, open_above = INTERVALS[name][0] == "(", INTERVALS[name][-1] == ")"
+    if value < low or value > high or (open_below and value == low) or (open_above and value == high):
+        text = f"{'above' if open_below else 'at least'} {low:g}"
+        if high < math.inf:
+            text += f" and {'below' if open_above else 'at most'} {high:g}"
+        raise UserError(f"{name}={value}: it must be {text}.")
+
+
+def find_problem(name: str, value) -> str | None:
+    """What is wrong with the value of a setting that is neither a choice nor a plain number."""
+    if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
+        return "it must be a whole number, or a share below 1; 0 means none."
+    if name in FILES and not Path(value).expanduser().is_file():
+        return "file not found."
+    if name in SIZES:
+        size = re.fullmatch(SIZE, value.strip())
+        if not size or float(size[1]) <= 0 or (not size[2] and float(size[1]) > 1):
+            return 'it must be a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
+    if name == "RUN_NAME" and (not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) or not value.strip(".")):
+        return "use 1 to 64 letters, digits, dots, dashes and underscores."
+    if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
+        check_choice(name, value, [*TEMPLATES, "a .jinja file"])
+    if name == "CHAT_TEMPLATE" and value not in TEMPLATES and not Path(value).is_file():
+        return "file not found."
+    if name == "ADAPTER" and value not in ADAPTERS and not Path(value).expanduser().is_dir():
+        check_choice(name, value, [None, *ADAPTERS, "a run folder"])
+    if name in ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES", "OUT_DIR", "MODEL", "DATA") and not value.strip():
+        return "it must not be empty."
+    if name == "DROP_PATTERN" and value != "auto":
+        try:
+            re.compile(value)
+        except re.error as error:
+            return f"not a regular expression: {error}."
+    return None
+
+
+def check_package(setting: str, value, package: str, requirement: str) -> None:
+    """Raise UserError where a package that a value needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{setting}={value}: the package is missing: pip install {requirement}.")
