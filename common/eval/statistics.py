@@ -1,20 +1,15 @@
-"""Scores with their error: shares, losses on answers, and the bootstrap."""
+"""95 % intervals of shares, of losses over chats, and of means over questions."""
 
 import math
 import statistics
 
 import numpy
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError
-from common.data.encoder import ChatEncoder
 
 RESAMPLES = 10_000
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, 1 to 8 degrees of freedom
-
-BATCH_TOKENS = 2048  # on a GPU, of padded rows; on a CPU one chat at a time is faster (604 tokens/s against 455)
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -23,37 +18,6 @@ def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, flo
     middle = (share + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # 0 of 40: middle - half = 7e-18
-
-
-@torch.no_grad()
-def answer_losses(
-    model, tokenizer, chats: list[list[dict]], max_length: int, batch_tokens: int | None = None
-) -> list[tuple[float, int]]:
-    """Per chat, the summed negative log-likelihood of the assistants' tokens (nats) and their number.
-
-    The model's own template is used, with no marks needed: an answer is what follows its generation prompt. Chats of
-    similar length are computed together, batch_tokens at a time.
-    """
-    batch_tokens = batch_tokens or (BATCH_TOKENS if model.device.type == "cuda" else 1)
-    encoded = ChatEncoder(tokenizer).encode(chats)
-    rows = [[values[:max_length] for values in (row.ids, row.learned, numpy.ones_like(row.ids))] for row in encoded]
-    losses: list = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    while order:
-        size = max(1, batch_tokens // max(1, len(rows[order[0]][0])))
-        batch, order = order[:size], order[size:]
-        columns = zip(*(rows[i] for i in batch), strict=True)
-        padded = [pad_sequence([torch.tensor(row, dtype=torch.long) for row in column], True) for column in columns]
-        ids, learned, there = (tensor.to(model.device) for tensor in padded)  # (B, T), right-padded with zeros
-        learned = learned[:, 1:].bool()
-        kept = learned.any(0).nonzero().flatten()  # positions that predict an answer's token in some row
-        mask = None if len(batch) == 1 else there
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        targets = ids[:, 1:].where(learned, -100)[:, kept]  # (B, K)
-        each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-        for i, loss, count in zip(batch, each.sum(1).tolist(), learned.sum(1).tolist(), strict=True):
-            losses[i] = loss, count
-    return losses
 
 
 def mean_loss(losses: list[tuple[float, int]]) -> float:
@@ -112,3 +76,8 @@ def percentiles(estimates: numpy.ndarray, units: int) -> tuple[float, float]:
     tail = statistics.NormalDist().cdf(-student * math.sqrt(units / freedom))
     low, high = numpy.quantile(estimates, (tail, 1 - tail))
     return float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """What the interval of a difference shows."""
+    return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
