@@ -55,7 +55,8 @@ def main():
         raise UserError(f"COMPARE={COMPARE} is for the terminal and for PROMPT=. Run the second model by itself.")
     settings = current(globals())
     opening = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
-    prompts = answers.read_prompts(PROMPTS, opening) if PROMPTS else []
+    prompts = answers.read_prompts(PROMPTS, reserved=answers.ADDED) if PROMPTS else []
+    prompts = [(row, chat if chat[0]["role"] == "system" else opening + chat) for row, chat in prompts]
 
     # Models
     names = [MODEL, COMPARE] if COMPARE else [MODEL]

@@ -57,7 +57,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common.data import sources
-from common.eval import facts, judge, scores, server, suites
+from common.eval import facts, judge, scores, suites
+from common.eval.answers import read_prompts
+from common.eval.server import Cache, Server
 from common.files import write_atomic
 from common.model import generation, load, location
 from common.run import report
@@ -67,18 +69,18 @@ def main():
     # Settings: every mistake that can be found without a model
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    chosen = SUITES.replace(" ", "").split(",")
-    names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
+    names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [MODEL])]
     located = {name: location.locate(name) for name in names}
     for source in located.values():
         load.load_config(source)
-    questions = facts.read_facts(FACTS) if FACTS and "facts" in chosen else []
-    prompts = facts.read_prompts(PROMPTS) if "health" in chosen else []
-    chats = read_chats(located.values()) if "loss" in chosen else {}
-    the_judge = open_judge(names) if "judge" in chosen else None
-    judged = judge.read_questions(QUESTIONS) if the_judge else []
+    suites_wanted = SUITES.replace(" ", "").split(",")
+    chats = read_chats(located.values()) if "loss" in suites_wanted else {}
+    questions = facts.read_facts(FACTS) if FACTS and "facts" in suites_wanted else []
+    prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in suites_wanted else []
+    judge_server = open_judge(names) if "judge" in suites_wanted else None
+    judged = judge.read_questions(QUESTIONS) if judge_server else []
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
-    cache = server.Cache(Path(OUT_DIR) / "answers.jsonl")
+    cache = Cache(Path(OUT_DIR) / "answers.jsonl")
 
     # Each model by itself
     results, answers = {}, {}
@@ -89,25 +91,19 @@ def main():
         if chats:
             suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         if questions:
-            suites.score_facts(result, model, tokenizer, questions, show_misses=SHOW_MISSES and name == names[-1])
+            suites.score_facts(result, model, tokenizer, questions, SHOW_MISSES and name == names[-1])
         if prompts:
             suites.score_health(result, model, tokenizer, prompts)
         if LM_EVAL_TASKS:
             suites.score_by_harness(result, model, tokenizer, LM_EVAL_TASKS)
         if judged:
-            who = f"{judge.identity(located[name])}-{QUANTIZATION}-{DTYPE}"
+            who = f"{generation.identify_weights(located[name])}-{QUANTIZATION}-{DTYPE}"
             answers[name] = judge.answer_questions(who, model, tokenizer, judged, ANSWER_TOKENS, cache)
         save(name, result)
         del model
 
     # Models against each other
-    if the_judge:
-        judgments = server.Cache(Path(OUT_DIR) / "judgments.jsonl")
-        judge.score_answers(results, the_judge, judgments, judged, answers, current(globals()))
-    for name in names[1:]:
-        scores.compare(names[0], name, results)
-    for name in names:
-        save(name, results[name])
+    compare(names, results, judge_server, judged, answers)
 
 
 def read_chats(models) -> dict[str, list]:
@@ -124,13 +120,24 @@ def read_chats(models) -> dict[str, list]:
     return chats
 
 
-def open_judge(names: list[str]) -> server.Server:
+def open_judge(names: list[str]) -> Server:
     """The judge's server, which answers already; UserError where a setting is missing."""
     if not JUDGE_MODEL:
         raise UserError("SUITES=judge needs JUDGE_MODEL, the judge's name on its server (JUDGE_URL).")
     if JUDGE_MODE == "pair" and len(names) < 2:
         raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
-    return server.Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
+    return Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
+
+
+def compare(names: list[str], results: dict, judge_server: Server | None, judged: list[dict], answers: dict) -> None:
+    """Score the answers by the judge, compare each model with the first, and save all scores."""
+    if judge_server:
+        judgments = Cache(Path(OUT_DIR) / "judgments.jsonl")
+        judge.score_answers(results, judge_server, judgments, judged, answers, current(globals()))
+    for name in names[1:]:
+        scores.compare(names[0], name, results)
+    for name in names:
+        save(name, results[name])
 
 
 def save(name: str, result: dict) -> None:

@@ -25,12 +25,7 @@ HELP = '''\
 """              begins and ends a prompt of several lines; pasted lines stay together anyway'''
 COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
 CHANGEABLE = {"TEMPERATURE": (float,), "TOP_P": (float,), "MAX_NEW_TOKENS": (int,), "CONTEXT": (int, type(None))}
-STOPS = {
-    "end": "ended",
-    "length": "stopped at MAX_NEW_TOKENS",
-    "context": "the context is full",
-    "stopped": "stopped",
-}
+STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
 QUOTES = '"' * 3
 
 
@@ -66,31 +61,26 @@ class Conversation:
                 print(f"[{name}]")
             if left_out := len(self.histories[name]) + 1 - len(messages):
                 print(f"(the context is full: the oldest {left_out} messages are left out)")
-            answer = self.stream(self.generators[name], ids)
+            answer = self.print_answer(self.generators[name], ids)
             if answer is None:
                 return False
             self.answers.append(answer)
             texts[name] = answer.text.strip()
             if show_stats:
+                used = f"context {answer.prompt_tokens + answer.tokens} of {self.generators[name].limit(context)}"
                 speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
-                limit = min(context or self.generators[name].context, self.generators[name].context)
-                used = f"context {answer.prompt_tokens + answer.tokens} of {limit}"
                 print(f"[{speed}, {used}, {STOPS[answer.stop]}]")
-        if not all(texts.values()):
-            return False
-        for name, history in self.histories.items():
-            history += [question, {"role": "assistant", "content": texts[name]}]
-        return True
+        if all(texts.values()):
+            for name, history in self.histories.items():
+                history += [question, {"role": "assistant", "content": texts[name]}]
+        return all(texts.values())
 
-    def stream(self, generator, ids: list[int]):
-        """Print an answer piece by piece until it ends or Ctrl-C stops it; None if that was before its first token."""
-        names = ("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "CONTEXT")
-        with contextlib.closing(generator.stream(ids, *(self.settings[name] for name in names))) as pieces:
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                pass
+    def print_answer(self, generator, ids: list[int]):
+        """Print an answer until it ends or Ctrl-C stops it; None where that was before its first token."""
+        how = [self.settings[name] for name in ("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "CONTEXT")]
+        with contextlib.closing(generator.stream(ids, *how)) as pieces, contextlib.suppress(KeyboardInterrupt):
+            for piece in pieces:
+                print(piece, end="", flush=True)
         print(flush=True)
         return generator.last
 
@@ -135,7 +125,7 @@ class Conversation:
             case "/load":
                 self.load(argument)
             case "/stats":
-                print(self.stats())
+                self.print_stats()
             case _:
                 raise UserError(f"unknown command {command}.{nearest(command, COMMANDS)} /help lists all commands.")
 
@@ -167,35 +157,40 @@ class Conversation:
         self.histories = {name: list(chats[-1]) for name in self.generators}
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
-    def stats(self) -> str:
+    def print_stats(self) -> None:
         tokens, seconds = sum(answer.tokens for answer in self.answers), sum(answer.seconds for answer in self.answers)
         vram = hardware.vram_gib()
         memory = f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM"
-        return f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}, {memory}"
+        print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}, {memory}")
 
 
 def run_terminal(conversation: Conversation, history_file: str | None) -> None:
     """Read prompts and commands from the terminal until /quit or Ctrl-D."""
     from prompt_toolkit import PromptSession  # slow import
+    from prompt_toolkit.history import FileHistory
 
-    session = PromptSession(history=open_history(history_file))
+    history = None
+    try:
+        if history_file:
+            open(Path(history_file).expanduser(), "ab").close()
+            history = FileHistory(Path(history_file).expanduser())
+    except OSError as error:
+        print(f"HISTORY={history_file} cannot be written ({error.strerror}): prompts are not kept")
+    session = PromptSession(history=history)
     print(f"{' and '.join(conversation.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
             prompt = read_prompt(session)
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
-        if prompt == "/quit":
-            return
-        try:
+            if prompt == "/quit":
+                return
             if prompt.startswith("/"):
                 conversation.run_command(prompt)
             elif prompt:
                 conversation.ask(prompt)
         except KeyboardInterrupt:
             print("(stopped)")
+        except EOFError:
+            return
         except (UserError, OSError) as error:
             print(f"({error})")
 
@@ -206,18 +201,3 @@ def read_prompt(session) -> str:
     while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
         prompt += "\n" + session.prompt(". ").rstrip()
     return prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()
-
-
-def open_history(file: str | None):
-    """Where the arrow keys find earlier prompts: the file HISTORY, or only this session's."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    if file is None:
-        return InMemoryHistory()
-    path = Path(file).expanduser()
-    try:
-        open(path, "ab").close()
-        return FileHistory(path)
-    except OSError as error:
-        print(f"HISTORY={file} cannot be written ({error.strerror}): prompts are not kept after this session")
-        return InMemoryHistory()

@@ -35,7 +35,7 @@ def test_table_and_picture(tmp_path, run_here):
 def test_what_is_no_run_is_refused(tmp_path, run_here):
     save_run(tmp_path / "a", 0.5)
     code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a, {tmp_path}/b")
-    assert code == 2 and f"{tmp_path}/b is no folder of a training run" in err
+    assert code == 2 and f"{tmp_path}/b is not the folder of a training run" in err
     code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a", "PICTURE=/no/such/folder/x.png")
     assert code == 2 and "PICTURE=/no/such/folder/x.png" in err
 

@@ -11,26 +11,25 @@ from common.cli import UserError
 from common.data import formats, readers
 from common.model import generation, location
 
-GENERATED_BY = (
-    *("MODEL", "QUANTIZATION", "DTYPE", "SYSTEM", "CONTEXT", "MAX_NEW_TOKENS"),
-    *("TEMPERATURE", "TOP_P", "GENERATION_BATCH_SIZE", "SEED"),
-)
-ADDED = {"answer", "tokens", "stop", "by"}  # fields that a row gets
+GENERATED_BY = "QUANTIZATION DTYPE SYSTEM CONTEXT MAX_NEW_TOKENS TEMPERATURE TOP_P GENERATION_BATCH_SIZE SEED".split()
+ADDED = frozenset({"answer", "tokens", "stop", "by"})  # fields that a row gets
 
 
-def read_prompts(file: str, opening: list[dict]) -> list[tuple[dict, list[dict]]]:
-    """The rows of PROMPTS, each with the chat up to the question that is to be answered.
+def read_prompts(
+    file: str, setting: str = "PROMPTS", reserved: frozenset[str] = frozenset()
+) -> list[tuple[dict, list[dict]]]:
+    """The rows of a file, each with the chat up to the question to be answered.
 
-    opening: the messages before a chat without a system message. Raises UserError for a row without a question.
+    Raises UserError for a row without a question, or with a field that is reserved.
     """
     prompts = []
-    for number, row in readers.read_rows(file, "PROMPTS"):
+    for number, row in readers.read_rows(file, setting):
         chat = question_of(row)
         if isinstance(chat, str):
             raise UserError(f"{file}:{number}: {chat}")
-        if taken := ADDED & set(row):
+        if taken := reserved & set(row):
             raise UserError(f"{file}:{number}: rows must not have a field {min(taken)}, which the answers get.")
-        prompts.append((row, chat if chat[0]["role"] == "system" else opening + chat))
+        prompts.append((row, chat))
     return prompts
 
 
@@ -58,10 +57,11 @@ def write_answers(
     settings: those of chat_pipe.py by name. Raises UserError (exit code 3) for a file with other content.
     """
     length, batch_size = settings["MAX_NEW_TOKENS"], settings["GENERATION_BATCH_SIZE"]
-    context = min(settings["CONTEXT"] or generator.context, generator.context)
+    limit = generator.limit(settings["CONTEXT"])
     rows = [row for row, _ in prompts]
-    views = [generator.fit_context(chat, length, context) for _, chat in prompts]
-    by = generated_by(settings)
+    views = [generator.fit_context(chat, length, limit) for _, chat in prompts]
+    weights = generation.identify_weights(location.locate(settings["MODEL"]))
+    by = {"MODEL": weights} | {name: settings[name] for name in GENERATED_BY}
     lines = answered_before(file, rows, by)
     done = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
     with open(file, "ab") as stream:
@@ -70,22 +70,15 @@ def write_answers(
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
             batch = slice(start, start + batch_size)
             chats, ids = zip(*views[batch], strict=True)
-            room = min(length, context - max(map(len, ids)))
-            sampling = dict(max_new_tokens=room, temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"])
+            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"])
+            how["max_new_tokens"] = min(length, limit - max(map(len, ids)))
             set_seed(settings["SEED"] + start)
-            answers = generation.answers(generator.model, generator.tokenizer, chats, batch_size, **sampling)
+            answers = generation.answers(generator.model, generator.tokenizer, chats, batch_size, **how)
             for row, answer in zip(rows[batch], answers, strict=True):
                 added = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
                 stream.write(to_line(row | added))
             stream.flush()
     print(f"{len(rows)} answers: {file}")
-
-
-def generated_by(settings: dict) -> dict:
-    """What identifies the answers of a model: its settings, and when its weights were written."""
-    source = location.locate(settings["MODEL"])
-    times = [weights.stat().st_mtime for weights in Path(source.adapter or source.path).glob("*.safetensors")]
-    return {name: settings[name] for name in GENERATED_BY} | {"weights": max(times, default=None)}
 
 
 def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:

@@ -4,6 +4,7 @@ import re
 
 from common.cli import UserError
 from common.data import readers
+from common.eval.answers import read_prompts
 from common.model import generation
 
 ANSWER_TOKENS = 64
@@ -21,27 +22,14 @@ def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
     return facts
 
 
-def read_prompts(file: str, setting: str = "PROMPTS") -> list[str]:
-    """The prompts of a file with rows of {"prompt": text}."""
-    rows = readers.read_rows(file, setting)
-    for number, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{setting}={file}:{number}: a row is {{"prompt": text}}.')
-    return [row["prompt"] for _, row in rows]
-
-
 def ask(model, tokenizer, facts: list[dict]) -> list[dict]:
     """The facts, each with the model's answer and whether it is right."""
-    answers = answer(model, tokenizer, [fact["question"] for fact in facts])
+    chats = [[{"role": "user", "content": fact["question"]}] for fact in facts]
+    answers = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
     return [
-        {**fact, "answer": text, "right": bool(re.search(fact["pattern"], text))}
-        for fact, text in zip(facts, answers, strict=True)
+        {**fact, "answer": answer.text, "right": bool(re.search(fact["pattern"], answer.text))}
+        for fact, answer in zip(facts, answers, strict=True)
     ]
-
-
-def answer(model, tokenizer, prompts: list[str]) -> list[str]:
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [given.text for given in generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)]
 
 
 def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
@@ -55,7 +43,7 @@ def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
 def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
     """What a trainer calls with its model at each evaluation: shares of right answers, and answers to read; or None."""
     facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
-    prompts = read_prompts(prompts_file, "EVAL_PROMPTS") if prompts_file else []
+    prompts = [chat for _, chat in read_prompts(prompts_file, "EVAL_PROMPTS")] if prompts_file else []
     if not facts and not prompts:
         return None
 
@@ -65,8 +53,9 @@ def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
             shares = counts(ask(model, tokenizer, facts))
             found["facts"] = {kind: right / count for kind, (right, count) in shares.items()}
         if prompts:
-            answers = answer(model, tokenizer, prompts)
-            found["samples"] = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+            answers = generation.answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+            pairs = zip(prompts, answers, strict=True)
+            found["samples"] = [{"prompt": chat[-1]["content"], "answer": answer.text} for chat, answer in pairs]
         return found
 
     return probe

@@ -17,8 +17,7 @@ from common.data import readers
 from common.eval.scores import put
 from common.eval.server import Cache, Server, ask_all, key_of
 from common.eval.statistics import bootstrap_mean, means_by_question, verdict
-from common.files import hash_file
-from common.model import generation, load, location
+from common.model import generation
 
 SCALES = {"1-10": (1, 10), "0-100": (0, 100)}
 
@@ -66,14 +65,6 @@ def read_questions(file: str) -> list[dict]:
 
 def are_texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def identity(source: location.Source) -> str:
-    """Distinguishes models by the hash of their weights, those of the hub by their commit."""
-    folders = filter(None, (source.path, source.adapter))
-    hashes = [hash_file(file) for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
-    commit = getattr(load.load_config(source), "_commit_hash", None)
-    return "-".join(hashes or [commit or source.name])
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from multiprocessing.pool import IMapIterator, ThreadPool
 from pathlib import Path
 
+import openai
+
 from common.cli import UserError
 
 TRIES = 6  # of a request; openai's client repeats it after dropped connections, time-outs, and status 429 and 5xx
@@ -30,12 +32,10 @@ class Server:
     """
 
     def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
-        import openai  # slow import
-
         key_name = key_name or (None if url else "OPENAI_API_KEY")
         if key_name and not os.environ.get(key_name):
             raise UserError(f"JUDGE_KEY={key_name}: this environment variable is not set. Put the key there.")
-        self.openai, self.url, self.model = openai, (url or "https://api.openai.com/v1").rstrip("/"), model
+        self.url, self.model = (url or "https://api.openai.com/v1").rstrip("/"), model
         options = {"base_url": self.url, "timeout": timeout, "max_retries": TRIES - 1}
         options["api_key"] = os.environ[key_name] if key_name else "none"  # local servers need no key
         if url:  # OpenAI's own variables must not reach other servers
@@ -67,7 +67,6 @@ class Server:
 
     def ask_once(self, messages: list[dict], seed: int) -> str:
         """The model's reply. Raises UserError for a wrong key or model, else openai's errors."""
-        openai = self.openai
         options = {name: value for name, value in (self.options | {"seed": seed}).items() if name not in self.refused}
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
@@ -154,7 +153,7 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
         for _ in requests:
             key, reply, error = next_of(done)
             if error is not None:
-                if not isinstance(error, (server.openai.OpenAIError, Unfinished, *MALFORMED)):
+                if not isinstance(error, (openai.OpenAIError, Unfinished, *MALFORMED)):
                     raise error
                 server.count("failed requests")
                 server.first_error = server.first_error or f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,14 @@ def shared(one: list[int], other: list[int]) -> int:
     return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
 
 
+def identify_weights(source: location.Source) -> str:
+    """Tells apart models of one name: when their weights were written, for those of the hub their commit."""
+    folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
+    times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
+    commit = getattr(load.load_config(source), "_commit_hash", None)
+    return f"{source.name}-{max(times, default=commit)}"
+
+
 class Answer(NamedTuple):
     """An answer and how it was generated.
 
@@ -117,6 +126,10 @@ class Generator:
         self.cache = None
         self.last: Answer | None = None
 
+    def limit(self, context: int | None) -> int:
+        """Tokens in view: the setting CONTEXT, but not more than the model takes."""
+        return min(context or self.context, self.context)
+
     def fit_context(
         self, messages: list[dict], max_new_tokens: int, context: int | None = None
     ) -> tuple[list[dict], list[int]]:
@@ -124,14 +137,13 @@ class Generator:
 
         A quarter of the context is enough room for the answer. Raises UserError where the last prompt is too long.
         """
-        context = min(context or self.context, self.context)
-        room = min(max_new_tokens, context // 4)
+        room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
         first = int(messages[0]["role"] == "system")
-        while len(ids := self.encoder.prompt(messages)) + room > context:
+        while len(ids := self.encoder.prompt(messages)) > room:
             later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
             if not later:
                 raise UserError(
-                    f"the prompt has {len(ids)} tokens, CONTEXT={context} leaves room for {context - room}. Shorten it."
+                    f"CONTEXT={self.limit(context)}: the prompt has {len(ids)} of {room} tokens. Shorten it."
                 )
             messages = messages[:first] + messages[later[0] :]
         return messages, ids
@@ -144,7 +156,6 @@ class Generator:
 
         context: tokens in view at most; None: as many as the model takes.
         """
-        context = min(context or self.context, self.context)
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
@@ -165,7 +176,7 @@ class Generator:
                 if piece := decoder.step(backend, new[0]):
                     text += piece
                     yield piece
-                if tokens == max_new_tokens or len(self.seen) >= context:
+                if tokens == max_new_tokens or len(self.seen) >= self.limit(context):
                     stop = "length" if tokens == max_new_tokens else "context"
                     break
         finally:  # also when the reader stops early (Ctrl-C)
