@@ -21,6 +21,12 @@ MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # broken JSON, 
 OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse
 
 
+REFUSED = "JUDGE_MODEL={model}: the server refuses the request"
+NO_ACCESS = "JUDGE_KEY: {url} refuses the key"
+UNKNOWN = "JUDGE_MODEL={model} or JUDGE_URL={url} is not known"
+PROBLEMS = {400: REFUSED, 401: NO_ACCESS, 403: NO_ACCESS, 404: UNKNOWN, 422: REFUSED}  # what the user can mend
+
+
 class Unfinished(Exception):
     """A reply that was cut off before its first word."""
 
@@ -35,25 +41,28 @@ class Server:
         key_name = key_name or (None if url else "OPENAI_API_KEY")
         if key_name and not os.environ.get(key_name):
             raise UserError(f"JUDGE_KEY={key_name}: this environment variable is not set. Put the key there.")
+        key = os.environ[key_name] if key_name else "none"  # local servers need no key
         self.url, self.model = (url or "https://api.openai.com/v1").rstrip("/"), model
-        options = {"base_url": self.url, "timeout": timeout, "max_retries": TRIES - 1}
-        options["api_key"] = os.environ[key_name] if key_name else "none"  # local servers need no key
-        if url:  # OpenAI's own variables must not reach other servers
-            options |= {"organization": "", "project": ""}
-        try:
-            self.client = openai.OpenAI(**options)
-            self.client.with_options(max_retries=0).models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
-        except openai.APIConnectionError as error:
-            raise UserError(f"JUDGE_URL={self.url}: no server answers there ({error}).") from error
-        except openai.APIStatusError:  # not every server lists its models
-            pass
-        except ValueError as error:  # not a URL, or a reply that is not JSON
-            raise UserError(f"JUDGE_URL={self.url}: {error}") from error
         self.options = {"temperature": 0.0, "max_tokens": max_tokens}
         self.refused: set[str] = set()
-        self.counts, self.lock, self.first_error = Counter(), threading.Lock(), None
+        self.counts, self.lock = Counter(), threading.Lock()
+        private = {"organization": "", "project": ""} if url else {}  # OpenAI's, which other servers must not see
+        try:
+            self.client = openai.OpenAI(
+                base_url=self.url, api_key=key, timeout=timeout, max_retries=TRIES - 1, **private
+            )
+            self.client.with_options(max_retries=0).models.list()
+        except openai.APIConnectionError as error:
+            raise UserError(f"JUDGE_URL={self.url}: no server answers there ({error}).") from error
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):  # not every server lists its models
+                raise self.explain(error) from error
+        except ValueError as error:  # not a URL, or a reply that is not JSON
+            raise UserError(f"JUDGE_URL={self.url}: {error}") from error
+
+    def explain(self, error: openai.APIStatusError) -> UserError:
+        problem = PROBLEMS[error.status_code].format(model=self.model, url=self.url)
+        return UserError(f"{problem}: {error}")
 
     def ask(self, messages: list[dict], seed: int) -> str:
         """The model's reply, requested again while it is malformed, which openai's client does not do."""
@@ -70,20 +79,18 @@ class Server:
         options = {name: value for name, value in (self.options | {"seed": seed}).items() if name not in self.refused}
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if named := [name for name in OPTIONAL if name in str(error) and name in options]:
+        except openai.APIStatusError as error:
+            wrong = error.status_code in (400, 422)
+            if wrong and (named := [name for name in OPTIONAL if name in str(error) and name in options]):
                 with self.lock:
                     self.refused.update(named)  # for all later requests
                     if "max_completion_tokens" in str(error):
                         self.options["max_completion_tokens"] = self.options["max_tokens"]
                 return self.ask_once(messages, seed)
-            if self.counts["requests"]:  # only this request: too long, or filtered
+            only_this = wrong and self.counts["requests"]  # too long, or filtered
+            if only_this or error.status_code not in PROBLEMS:
                 raise
-            raise UserError(f"JUDGE_MODEL={self.model}: the server refuses the request: {error}") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
-        except openai.NotFoundError as error:
-            raise UserError(f"JUDGE_MODEL={self.model} or JUDGE_URL={self.url} is not known: {error}") from error
+            raise self.explain(error) from error
         choice, usage = reply.choices[0], dict(reply.usage or {})
         text = choice.message.content or ""
         self.count("requests")
@@ -148,6 +155,7 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
         except BaseException as error:  # raised again in the main thread
             return key, None, error
 
+    failures: list[str] = []
     with ThreadPool(max(1, min(in_flight, len(requests)))) as pool:  # daemon threads: Ctrl-C waits for no reply
         done = pool.imap_unordered(ask, requests)
         for _ in requests:
@@ -156,12 +164,12 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
                 if not isinstance(error, (openai.OpenAIError, Unfinished, *MALFORMED)):
                     raise error
                 server.count("failed requests")
-                server.first_error = server.first_error or f"{type(error).__name__}: {error}"
+                failures.append(f"{type(error).__name__}: {error}")
             _, repeat, names = requests[key]
             for name in names:
                 yield name, repeat, reply
-    if requests and server.counts["failed requests"] == len(requests):
-        raise UserError(f"JUDGE_URL={server.url}: none of {len(requests)} requests was answered: {server.first_error}")
+    if failures and len(failures) == len(requests):
+        raise UserError(f"JUDGE_URL={server.url}: none of {len(requests)} requests was answered: {failures[0]}")
 
 
 def next_of(done: IMapIterator):
