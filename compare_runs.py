@@ -16,14 +16,6 @@ from common.settings import apply_overrides
 RUNS = "out/*"  # run folders, comma-separated; * stands for any name
 PICTURE = "compare.png"  # losses by tokens and by time
 
-# Figures of summary.json and how they are written; those of scores.json follow them.
-FIGURES = {
-    "train_loss": ".4f", "eval_loss": ".4f", "eval_perplexity": ".2f", "steps": ",", "tokens": ",",
-    "tokens_per_second": ",.0f", "train_seconds": ",.0f", "median_step_seconds": ".3f", "peak_vram_gib": ".2f",
-    "peak_rss_gib": ".2f", "predicted_peak_gib": ".2f", "mean_power_w": ".0f", "energy_wh": ".2f",
-    "tokens_per_joule": ".2f", "device": "", "commit": "", "verdict": "",
-}  # fmt: skip
-
 
 def main():
     if not Path(PICTURE).parent.is_dir():
@@ -35,7 +27,7 @@ def main():
 
 
 def find_runs() -> dict[str, dict]:
-    """By name: settings, metrics (a dict for each line), and the figures of summary and scores, as far as known."""
+    """By name: settings, metrics (a dict for each line), and the figures of summary.json and scores.json."""
     runs = {}
     for pattern in map(str.strip, RUNS.split(",")):
         files = sorted(glob.glob(f"{pattern}/metrics.jsonl"))
@@ -45,10 +37,12 @@ def find_runs() -> dict[str, dict]:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last is being written
             summary = read(file.with_name("summary.json")) or {"verdict": f"not finished, {len(metrics)} lines"}
-            scores = read(file.with_name("scores.json")).get("scores", {})
-            settings = read(file.with_name("settings.json")).get("settings", {})
             name = str(file.parent) if file.parent.name in runs else file.parent.name
-            runs[name] = dict(settings=settings, metrics=metrics, figures=summary | scores, scores=scores)
+            runs[name] = {
+                "settings": read(file.with_name("settings.json")).get("settings", {}),
+                "metrics": metrics,
+                "figures": summary | read(file.with_name("scores.json")).get("scores", {}),
+            }
     return runs
 
 
@@ -58,19 +52,29 @@ def read(file: Path) -> dict:
 
 def print_table(runs: dict[str, dict]) -> None:
     """A column for each run; settings only where they differ, figures only where some run has them."""
-    rows, columns = [["", *runs]], runs.values()
-    for name in dict.fromkeys(name for run in columns for name in run["settings"]):
-        cells = [str(run["settings"].get(name, "")) for run in columns]
-        if len(set(cells)) > 1 and name not in ("RUN_NAME", "OUT_DIR"):
-            rows.append([name, *cells])
-    forms = FIGURES | {name: ".4g" for run in columns for name in run["scores"]}
-    for name, form in forms.items():
-        values = [run["figures"].get(name) for run in columns]
-        if any(value is not None for value in values):
-            rows.append([name, *("" if value is None else format(value, form) for value in values)])
+    rows = [["", *runs]]
+    for name, values in rows_of(runs, "settings"):
+        if len(set(map(str, values))) > 1 and name not in ("RUN_NAME", "OUT_DIR"):
+            rows.append([name, *map(str, values)])
+    for name, values in rows_of(runs, "figures"):
+        if name not in ("command", "events") and any(value is not None for value in values):
+            rows.append([name, *map(show, values)])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
         print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def rows_of(runs: dict[str, dict], part: str):
+    """(name, values of the runs) for each name that some run has."""
+    for name in dict.fromkeys(name for run in runs.values() for name in run[part]):
+        yield name, [run[part].get(name) for run in runs.values()]
+
+
+def show(value) -> str:
+    """A figure with five digits before and after the point, or all that stand before it."""
+    if isinstance(value, float):
+        return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw(runs: dict[str, dict], file: Path) -> None:

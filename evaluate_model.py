@@ -18,7 +18,7 @@ MODELS: str | None = None  # several, comma-separated, in place of MODEL; each i
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
-SUITES = "loss,facts,health"  # of loss, facts, health, judge; comma-separated
+SUITES = "loss,facts,health"  # comma-separated: loss, facts, health, judge
 LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
 OUT_DIR = "out/evaluation"
 # Loss
@@ -38,13 +38,13 @@ JUDGE_SCALE = "1-10"  # or 0-100
 JUDGE_REPEATS = 1  # judgments of each, whose median counts; of no use where a server's replies never vary
 JUDGE_IN_FLIGHT = 4  # requests at the same time
 JUDGE_TIMEOUT = 120.0  # seconds for a reply
-JUDGE_MAX_TOKENS = 4096  # of a reply, with what a reasoning model thinks
+JUDGE_MAX_TOKENS = 4096  # for a reply, a reasoning model's thoughts included
 QUESTIONS = "data/questions.jsonl"  # MT-Bench's schema; its published file works, and its hub set
-ANSWER_TOKENS = 512  # of an answer to be judged
+ANSWER_TOKENS = 512  # at most, for an answer to be judged
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL, BASE=BASE)
+    check_models(MODEL=None if MODELS else MODEL, BASE=BASE)
     for name in MODELS.split(",") if MODELS else ():
         check_models(MODELS=name.strip())
     check_files(CHATS=CHATS)

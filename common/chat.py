@@ -188,7 +188,7 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
             elif prompt:
                 conversation.ask(prompt)
         except KeyboardInterrupt:
-            print("(stopped)")
+            continue
         except EOFError:
             return
         except (UserError, OSError) as error:

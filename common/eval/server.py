@@ -15,7 +15,7 @@ import openai
 
 from common.cli import UserError
 
-TRIES = 6  # of a request; openai's client repeats it after dropped connections, time-outs, and status 429 and 5xx
+TRIES = 6  # for a request; openai's client repeats it after dropped connections, time-outs, status 429 and 5xx
 PAUSE = 2  # seconds, after a malformed reply
 MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # broken JSON, or JSON without a choice
 OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse

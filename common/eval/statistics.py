@@ -8,7 +8,6 @@ import numpy
 from common.cli import UserError
 
 RESAMPLES = 10_000
-
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, 1 to 8 degrees of freedom
 
 

@@ -295,10 +295,10 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_answered(fake, chatty, tmp_path)
 
 @pytest.mark.slow
 def test_a_real_model_judges_our_questions_through_a_real_server(chatty, tmp_path, run_here):
-    """SmolLM2 in llama.cpp's server judges a tiny model's answers to four of our questions; all of it is counted."""
+    """SmolLM2 in llama.cpp's server judges a tiny model's answers to one of our questions; all of it is counted."""
 
     with open(ROOT / "data" / "questions.jsonl", encoding="utf-8") as lines:
-        questions = write_jsonl(tmp_path / "questions.jsonl", [json.loads(line) for line in lines][::6])
+        questions = write_jsonl(tmp_path / "questions.jsonl", [json.loads(line) for line in lines][:1])
     with verify.LlamaCpp(location.embedded_gguf("smollm2-135m-instruct"), 4096) as served:
         code, out, err = run_here(
             "evaluate_model.py", f"MODEL={chatty()}", "SUITES=judge", "JUDGE_MODEL=smollm2-135m-instruct",
@@ -306,10 +306,10 @@ def test_a_real_model_judges_our_questions_through_a_real_server(chatty, tmp_pat
             f"JUDGE_URL={served.server.listening_address}/v1", f"OUT_DIR={tmp_path}", "JUDGE_IN_FLIGHT=1",
             "JUDGE_MAX_TOKENS=24", "JUDGE_TIMEOUT=60", f"QUESTIONS={questions}",
         )  # fmt: skip
-    assert code == 0 and "requests 8" in out, err
-    failures = int(re.search(r"no verdict: (\d+) of 8", out)[1])
+    assert code == 0 and "requests 2" in out, err
+    failures = int(re.search(r"no verdict: (\d+) of 2", out)[1])
     replies = [json.loads(line)["reply"] for line in open(tmp_path / "judgments.jsonl")]
-    assert len(replies) == 8 and failures == sum(judge.grade(reply, "1-10") is None for reply in replies)
+    assert len(replies) == 2 and failures == sum(judge.grade(reply, "1-10") is None for reply in replies)
 
 
 def test_questions_come_from_a_hub_set_too(fake, evaluate, monkeypatch):

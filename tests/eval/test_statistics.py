@@ -26,7 +26,7 @@ def compare(difference, simulations, questions=80, answer_noise=1.0, judge_noise
 
 def test_equal_models_are_rarely_called_different_and_unequal_ones_are(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 2000)
-    assert numpy.mean([compare(0.0, 400, seed=seed) for seed in range(6)]) <= 0.05  # of 2,400: 4.8 %
+    assert numpy.mean([compare(0.0, 400, seed=seed) for seed in range(6)]) <= 0.05  # measured: 4.8 % of 2,400
     assert compare(0.5, 400) >= 0.8
     assert numpy.mean([compare(0.0, 400, questions=24, seed=seed) for seed in range(6)]) <= 0.055
 
