@@ -16,7 +16,7 @@ from common.cli import UserError
 from common.data import readers
 from common.eval.scores import put
 from common.eval.server import Cache, Server, ask_all, key_of
-from common.eval.statistics import bootstrap_mean, means_by_question, verdict
+from common.eval.statistics import mean_interval, means_by_question, verdict
 from common.model import generation
 
 TASK = """You grade the answers of an AI assistant. Judge how correct, helpful, clear and complete the answer is, and \
@@ -201,7 +201,7 @@ def score_grades(result: dict, questions: list[dict], given: dict) -> None:
         )
         if means:
             more = f", {len(means)} questions"
-            put(result, f"judge {column}", statistics.fmean(means), bootstrap_mean(means), ".2f", more)
+            put(result, f"judge {column}", statistics.fmean(means), mean_interval(means), ".2f", more)
 
 
 def score_pairs(result: dict, versus: str, given: dict) -> None:
@@ -212,7 +212,7 @@ def score_pairs(result: dict, versus: str, given: dict) -> None:
     both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
-        low, high = bootstrap_mean(shares)
+        low, high = mean_interval(shares)
         won, lost = shares.count(1), shares.count(0)
         counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
         put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", f", {counts}")

@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 
 from common.eval.statistics import (
-    bootstrap_change,
-    bootstrap_mean,
+    change_interval,
+    mean_interval,
     mean_loss,
     means_by_question,
     verdict,
@@ -32,7 +32,7 @@ def compare(first: str, name: str, results: dict) -> None:
     versus = f"{name} against {first}"
     for source, losses in after.get("losses", {}).items():
         earlier = before["losses"][source]
-        low, high = interval = bootstrap_change(earlier, losses)
+        low, high = interval = change_interval(earlier, losses)
         what = "change of that loss" if len(after["losses"]) == 1 else f"change of the loss on {source}"
         print(f"\n{versus}: {verdict(-high, -low)}")
         put(after, what, mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
@@ -42,7 +42,7 @@ def compare(first: str, name: str, results: dict) -> None:
     both = [(at.partition(",")[0], grades[at] - earlier[at]) for at in grades if at in earlier]
     if both:
         differences = means_by_question(both)
-        low, high = bootstrap_mean(differences)
+        low, high = mean_interval(differences)
         found = f"{statistics.fmean(differences):+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
         print(f"\n{versus}: grades {found}: {verdict(low, high)}")
 

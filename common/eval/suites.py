@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.eval.scores import put, put_share
-from common.eval.statistics import bootstrap_loss, mean_loss
+from common.eval.statistics import loss_interval, mean_loss
 from common.model import generation
 
 REPEATS = 0.3  # share of runs of four words that stood in the answer before
@@ -32,7 +32,7 @@ def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_len
         mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
         perplexity = math.exp(min(mean, 700))  # a float ends there
         more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity:.2f}"
-        put(result, name, mean, bootstrap_loss(losses), ".4f", more)
+        put(result, name, mean, loss_interval(losses), ".4f", more)
 
 
 @torch.no_grad()
