@@ -77,8 +77,8 @@ def main():
     chats = read_chats(located.values()) if "loss" in suites_wanted else {}
     questions = facts.read_facts(FACTS) if FACTS and "facts" in suites_wanted else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in suites_wanted else []
-    judge_server = open_judge(names) if "judge" in suites_wanted else None
-    judged = judge.read_questions(QUESTIONS) if judge_server else []
+    judged = judge.read_questions(QUESTIONS) if "judge" in suites_wanted else []
+    judge_server = open_judge(names) if judged else None
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     cache = Cache(Path(OUT_DIR) / "answers.jsonl")
 
