@@ -7,6 +7,7 @@ Writes OUT_DIR/RUN_NAME/: final/ (the merged model), <kind>.gguf, Modelfile and 
 renamed .rejected, and the exit code is 5.
 """
 
+from common.bounds import check_setting
 from common.cli import UserError, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
@@ -59,7 +60,7 @@ from common.data.encoder import ChatEncoder
 from common.export import gguf, verify
 from common.files import check_space, write_atomic
 from common.model import generation, load, location
-from common.model.quantize import BITS, check_quantization, dequantize_hqq
+from common.model.quantize import BITS, dequantize_hqq
 from common.run.folder import create_folder
 
 BASES = ["original", "dequantized"]
@@ -73,7 +74,7 @@ def main():
     logging.disable_progress_bar()
     source = location.locate(MODEL)
     quantization = QUANTIZATION or location.trained_with(source)
-    check_quantization(quantization)
+    check_setting("QUANTIZATION", quantization)  # as the run was trained: the package may be missing here
     if MERGE_INTO == "dequantized" and not (source.adapter and quantization):
         raise UserError("MERGE_INTO=dequantized: MODEL was not trained on a quantised base. Set MERGE_INTO=None.")
     config = load.load_config(source)
