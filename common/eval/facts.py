@@ -7,7 +7,7 @@ from common.data import readers
 from common.eval.answers import read_prompts
 from common.model import generation
 
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 64  # enough for a name or a fact
 
 
 def read_facts(file: str, setting: str = "FACTS") -> list[dict]:

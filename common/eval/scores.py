@@ -1,17 +1,10 @@
 """The scores of a model: kept with their intervals, printed, compared with another model's, and drawn."""
 
 import math
-import statistics
 from pathlib import Path
 
-from common.eval.statistics import (
-    change_interval,
-    mean_interval,
-    mean_loss,
-    means_by_question,
-    verdict,
-    wilson_interval,
-)
+from common.eval import statistics
+from common.eval.statistics import mean_loss, verdict
 
 
 def put(result: dict, name: str, value: float, interval: tuple[float, float], form: str, more: str = "") -> None:
@@ -23,7 +16,7 @@ def put(result: dict, name: str, value: float, interval: tuple[float, float], fo
 
 
 def put_share(result: dict, name: str, hits: int, trials: int) -> None:
-    put(result, name, hits / trials, wilson_interval(hits, trials), ".0%", f", {hits} of {trials}")
+    put(result, name, hits / trials, statistics.wilson_interval(hits, trials), ".0%", f", {hits} of {trials}")
 
 
 def compare(first: str, name: str, results: dict) -> None:
@@ -32,7 +25,7 @@ def compare(first: str, name: str, results: dict) -> None:
     versus = f"{name} against {first}"
     for source, losses in after.get("losses", {}).items():
         earlier = before["losses"][source]
-        low, high = interval = change_interval(earlier, losses)
+        low, high = interval = statistics.change_interval(earlier, losses)
         what = "change of that loss" if len(after["losses"]) == 1 else f"change of the loss on {source}"
         print(f"\n{versus}: {verdict(-high, -low)}")
         put(after, what, mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
@@ -41,9 +34,9 @@ def compare(first: str, name: str, results: dict) -> None:
     grades, earlier = after.get("judged", {}), before.get("judged", {})
     both = [(at.partition(",")[0], grades[at] - earlier[at]) for at in grades if at in earlier]
     if both:
-        differences = means_by_question(both)
-        low, high = mean_interval(differences)
-        found = f"{statistics.fmean(differences):+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
+        differences = statistics.means_by_question(both)
+        low, high = statistics.mean_interval(differences)
+        found = f"{sum(differences) / len(differences):+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
         print(f"\n{versus}: grades {found}: {verdict(low, high)}")
 
 

@@ -21,13 +21,15 @@ def test_losses_are_those_of_transformers(architecture, chatty, chats_file):
     chats = [json.loads(line)["messages"] for line in open(chats_file)]
     chats = [*chats, chats[0] + chats[1] + chats[2]]
     encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
-    for limit in (512, 100):
+    for limit in (512, 100, 3):
         found = answer_losses(model, tokenizer, chats, limit)
         for row, (loss, count) in zip(encoder.encode(chats), found, strict=True):
             ids = torch.tensor(row.ids[:limit], dtype=torch.long)[None]
             labels = ids.where(torch.tensor(row.learned[:limit]), -100)
             assert count == int((labels[:, 1:] != -100).sum())
-            if count:
+            if count == 0:  # no answer begins before the limit
+                assert loss == 0
+            else:
                 with torch.no_grad():
                     expected = model(input_ids=ids, labels=labels).loss.item()
                 assert loss / count == pytest.approx(expected, abs=1e-5)
