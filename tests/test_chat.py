@@ -131,7 +131,7 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.text, self.at = "", 0
         self.process = subprocess.Popen(
-            [sys.executable, "chat_pipe.py", *settings, "HISTORY=None"],
+            [sys.executable, "chat_pipe.py", *settings, "DTYPE=float32", "HISTORY=None"],
             cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)),
             env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **environment},
@@ -227,7 +227,7 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(chatty, tmp_path, run_he
     rows[4] = {"id": 7, "messages": CHAT}  # its last answer is made anew
     rows[5] = {"messages": CHAT[:2]}
     prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    settings = [f"MODEL={chatty}", f"PROMPTS={prompts}", "GENERATION_BATCH_SIZE=2", "MAX_NEW_TOKENS=6"]
+    settings = [f"MODEL={chatty}", f"PROMPTS={prompts}", "GENERATION_BATCH_SIZE=2", "MAX_NEW_TOKENS=6", "DTYPE=float32"]
     code, _, error = run_here("chat_pipe.py", *settings, f"ANSWERS={tmp_path / 'whole.jsonl'}")
     assert code == 0, error
     whole = (tmp_path / "whole.jsonl").read_bytes()

@@ -130,7 +130,7 @@ def evaluate(chatty, tmp_path, run_here):
         return run_here(
             "evaluate_model.py", f"MODELS={chatty()}, {chatty('mistral')}", "SUITES=judge", "JUDGE_MODEL=judge-1",
             f"JUDGE_URL={server.url if server else None}", f"QUESTIONS={questions}", f"OUT_DIR={tmp_path / folder}",
-            "ANSWER_TOKENS=8", "JUDGE_TIMEOUT=1.0", "JUDGE_REPEATS=2", *more,
+            "DTYPE=float32", "ANSWER_TOKENS=8", "JUDGE_TIMEOUT=1.0", "JUDGE_REPEATS=2", *more,
         )  # fmt: skip
 
     return call
