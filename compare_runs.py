@@ -3,7 +3,7 @@
     python compare_runs.py RUNS="out/first, out/second"
     python compare_runs.py RUNS="out/*" PICTURE=out/compare.png
 
-Reads the run folders of qlora_train.py and galore_train.py, finished or not; prints a table and writes the picture.
+Reads the run folders of the training scripts, finished or not; prints a table and writes the picture.
 """
 
 import glob
@@ -16,18 +16,10 @@ from common.settings import apply_overrides
 RUNS = "out/*"  # run folders, comma-separated; * stands for any name
 PICTURE = "compare.png"  # losses by tokens and by time
 
-# Of summary.json, beside scores.json: name, form.
-FIGURES = {
-    "train_loss": ".4f", "eval_loss": ".4f", "eval_perplexity": ".2f", "steps": ",", "tokens": ",",
-    "tokens_per_second": ",.0f", "train_seconds": ",.0f", "median_step_seconds": ".3f", "peak_vram_gib": ".2f",
-    "peak_rss_gib": ".2f", "predicted_peak_gib": ".2f", "mean_power_w": ".0f", "energy_wh": ".2f",
-    "tokens_per_joule": ".2f", "device": "", "commit": "", "verdict": "",
-}  # fmt: skip
-
 
 def main():
     if not Path(PICTURE).parent.is_dir():
-        raise UserError(f"PICTURE={PICTURE}: there is no such folder.")
+        raise UserError(f"PICTURE={PICTURE}: the folder {Path(PICTURE).parent} does not exist.")
     runs = find_runs()
     print_table(runs)
     draw(runs, Path(PICTURE))
@@ -35,21 +27,22 @@ def main():
 
 
 def find_runs() -> dict[str, dict]:
-    """By name: settings (all), metrics (list of lines), summary and scores ({} where a run has none yet)."""
+    """By name: settings, metrics (a dict for each line), and the figures of summary.json and scores.json."""
     runs = {}
     for pattern in map(str.strip, RUNS.split(",")):
-        found = [Path(folder) for folder in sorted(glob.glob(pattern)) if (Path(folder) / "metrics.jsonl").is_file()]
-        if not found:
-            raise UserError(f"RUNS={RUNS}: {pattern} is no folder of a training run (it has no metrics.jsonl).")
-        for folder in found:
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        files = sorted(glob.glob(f"{pattern}/metrics.jsonl"))
+        if not files:
+            raise UserError(f"RUNS={RUNS}: {pattern} is not the folder of a training run (metrics.jsonl not found).")
+        for file in map(Path, files):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last is being written
-            runs[folder.name if folder.name not in runs else str(folder)] = dict(
-                settings=read(folder / "settings.json").get("settings", {}),
-                metrics=metrics,
-                summary=read(folder / "summary.json") or {"verdict": f"not finished, {len(metrics)} lines"},
-                scores=read(folder / "scores.json").get("scores", {}),
-            )
+            summary = read(file.with_name("summary.json")) or {"verdict": f"not finished, {len(metrics)} lines"}
+            name = str(file.parent) if file.parent.name in runs else file.parent.name
+            runs[name] = {
+                "settings": read(file.with_name("settings.json")).get("settings", {}),
+                "metrics": metrics,
+                "figures": summary | read(file.with_name("scores.json")).get("scores", {}),
+            }
     return runs
 
 
@@ -59,21 +52,29 @@ def read(file: Path) -> dict:
 
 def print_table(runs: dict[str, dict]) -> None:
     """A column for each run; settings only where they differ, figures only where some run has them."""
-    settings = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
-    rows = [(name, [str(run["settings"].get(name, "")) for run in runs.values()]) for name in settings]
-    rows = [(name, cells) for name, cells in rows if len(set(cells)) > 1 and name not in ("RUN_NAME", "OUT_DIR")]
-    for name, form in FIGURES.items():
-        values = [run["summary"].get(name) for run in runs.values()]
-        if any(value is not None for value in values):
-            rows.append((name, ["" if value is None else format(value, form) for value in values]))
-    for name in dict.fromkeys(name for run in runs.values() for name in run["scores"]):
-        scores = [run["scores"].get(name, "") for run in runs.values()]
-        rows.append((name, [f"{score:.4g}" if isinstance(score, float) else str(score) for score in scores]))
-    table = [("", list(runs)), *rows]
-    widths = [max(len(row[1][i]) for row in table) for i in range(len(runs))]
-    first = max(len(name) for name, _ in table)
-    for name, cells in table:
+    rows = [["", *runs]]
+    for name, values in rows_of(runs, "settings"):
+        if len(set(map(str, values))) > 1 and name not in ("RUN_NAME", "OUT_DIR"):
+            rows.append([name, *map(str, values)])
+    for name, values in rows_of(runs, "figures"):
+        if name not in ("command", "events") and any(value is not None for value in values):
+            rows.append([name, *map(show, values)])
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *cells in rows:
         print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def rows_of(runs: dict[str, dict], part: str):
+    """(name, values of the runs) for each name that some run has."""
+    for name in dict.fromkeys(name for run in runs.values() for name in run[part]):
+        yield name, [run[part].get(name) for run in runs.values()]
+
+
+def show(value) -> str:
+    """A figure with five digits before and after the point, or all that stand before it."""
+    if isinstance(value, float):
+        return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw(runs: dict[str, dict], file: Path) -> None:

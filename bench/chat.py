@@ -1,10 +1,10 @@
-"""Answering speed: our loop against transformers' generate() on the same model, prompts and tokens, in turn.
+"""Answering speed: chat_pipe.py's loop against transformers' generate() on the same model, prompt and tokens, in turn.
 
     python bench/chat.py
     python bench/chat.py MODEL=out/first TOKENS=200 ROUNDS=5
 
 Greedy, the end token ignored; where MODEL has an adapter, generate() with the adapter not merged as well. The last line
-says how much of a second turn our loop has to read.
+says how much of a second turn the loop has to read.
 """
 
 import sys
@@ -17,8 +17,8 @@ from common.model import generation, load, location
 from common.settings import apply_overrides
 
 MODEL = "smollm2-135m-instruct"  # as in chat_pipe.py
-TOKENS = 100  # of each answer
-ROUNDS = 5  # of each, in turn; the median counts
+TOKENS = 100  # tokens of each answer
+ROUNDS = 5  # answers of each side, in turn; the median counts
 PROMPT = "Explain how a bicycle stays upright, and what happens when it slows down."
 
 if __name__ == "__main__":
@@ -38,19 +38,19 @@ def main():
     generator.ends = set()
     ids = generator.encoder.prompt(CHAT)
 
-    def ours():
+    def loop():
         generator.seen = []  # nothing read before
         for _ in generator.stream(ids, TOKENS, temperature=0, top_p=1):
             pass
 
-    sides = {"ours": ours, "generate": lambda: generate(model, tokenizer, ids)}
+    sides = {"loop": loop, "generate": lambda: generate(model, tokenizer, ids)}
     if location.locate(MODEL).adapter:
         dtype, rows = load.choose_dtype(None), len(tokenizer)
         whole = load.load_model(location.locate(MODEL), None, dtype, "sdpa", vocabulary=rows).eval()
         sides["generate, adapter not merged"] = lambda: generate(whole, tokenizer, ids)
     for name, seconds in measure(sides).items():
         print(f"{name:<30}{TOKENS / statistics.median(seconds):>8.1f} tokens/s")
-    ours()
+    loop()
     second = generator.encoder.prompt([*CHAT, {"role": "assistant", "content": generator.last.text}, *CHAT])
     for _ in generator.stream(second, 1, temperature=0, top_p=1):
         pass

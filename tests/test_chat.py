@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,10 +13,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jsonl
 
+from common.chat import Conversation
 from common.cli import UserError
-from common.model import generation
-
-CHAT_PIPE = runpy.run_path(str(ROOT / "chat_pipe.py"))
+from common.model import generation, load, location
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +57,13 @@ def test_answers_are_those_of_generate_and_turns_read_only_what_is_new(architect
     assert last.read < len(ids)
 
 
-def test_an_interrupted_forward_pass_leaves_the_cache_sound(chatty):
-    expected, _ = answer(generator_of(chatty), CHAT[:4])
-    generator = generator_of(chatty)
+@pytest.mark.parametrize("window", [None, 16])
+def test_an_interrupted_forward_pass_leaves_the_cache_sound(window, tokenizer, tmp_path):
+    """Ctrl-C between two layers leaves the first one's cache longer, also beyond a sliding window."""
+    save_tiny("mistral", tmp_path, tokenizer.name_or_path, initializer_range=0.2, sliding_window=window)
+    tokenizer.save_pretrained(tmp_path)
+    expected, _ = answer(generator_of(tmp_path), CHAT[:4])
+    generator = generator_of(tmp_path)
     answer(generator, CHAT[:2], tokens=4)
     hook = generator.model.model.layers[1].register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -69,25 +71,53 @@ def test_an_interrupted_forward_pass_leaves_the_cache_sound(chatty):
     with pytest.raises(KeyboardInterrupt):
         answer(generator, CHAT[:4])
     assert generator.last.stop == "stopped"
+    first, second = (layer.get_seq_length() for layer in generator.cache.layers)
+    assert first > second > 16
     hook.remove()
-    assert answer(generator, CHAT[:4])[0] == expected
+    text, last = answer(generator, CHAT[:4])
+    assert text == expected and last.read < last.prompt_tokens
 
 
-def test_the_oldest_turns_leave_a_full_context(chatty, monkeypatch):
-    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "MAX_NEW_TOKENS", 10)
+def test_the_oldest_turns_leave_a_full_context(chatty):
     generator = generator_of(chatty)
-    whole = len(generator.encoder.prompt(CHAT[:4]))
-    for context, kept in ((whole + 10, CHAT[:4]), (whole + 9, [CHAT[0], CHAT[3]])):
-        monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", context)
-        assert CHAT_PIPE["window"](generator, CHAT[:4]) == (kept, generator.encoder.prompt(kept))
-    list(CHAT_PIPE["stream"](generator, generator.encoder.prompt(CHAT[:4])))
+    ids = generator.encoder.prompt(CHAT[:4])
+    for context, kept in ((len(ids) + 10, CHAT[:4]), (len(ids) + 9, [CHAT[0], CHAT[3]])):
+        assert generator.fit_context(CHAT[:4], 10, context) == (kept, generator.encoder.prompt(kept))
+    list(generator.stream(ids, 10, 0, 1, len(ids) + 10))
     assert generator.last.stop == "length" and generator.last.tokens == 10
-    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", whole + 4)
-    list(CHAT_PIPE["stream"](generator, generator.encoder.prompt(CHAT[:4])))
-    assert generator.last.stop == "context" and len(generator.seen) == whole + 4
-    monkeypatch.setitem(CHAT_PIPE["window"].__globals__, "CONTEXT", 20)
+    list(generator.stream(ids, 10, 0, 1, len(ids) + 4))
+    assert generator.last.stop == "context" and len(generator.seen) == len(ids) + 4
     with pytest.raises(UserError, match="CONTEXT=20"):
-        CHAT_PIPE["window"](generator, CHAT[:4])
+        generator.fit_context(CHAT[:4], 10, 20)
+
+
+def test_commands_change_the_conversation(chatty, tmp_path, capsys):
+    settings = {"TEMPERATURE": 0.0, "TOP_P": 1.0, "MAX_NEW_TOKENS": 4, "CONTEXT": None}
+    talk = Conversation({"one": generator_of(chatty)}, settings, opening=[])
+    assert talk.ask("Hi")
+    first = list(talk.histories["one"])
+    talk.run_command("/retry")
+    assert talk.histories["one"] == first  # greedy
+    talk.generators["one"].ends = set(range(640))
+    talk.run_command("/retry")  # now the answer is empty
+    assert talk.histories["one"] == first and len(talk.answers) == 3
+    talk.run_command("/system Be kind.")
+    talk.run_command(f"/save {tmp_path}/chat.jsonl")
+    talk.run_command("/system Be brief.")
+    assert [m["content"] for m in talk.histories["one"] if m["role"] == "system"] == ["Be brief."]
+    talk.run_command("/system")
+    assert talk.histories["one"] == first
+    talk.run_command(f"/load {tmp_path}/chat.jsonl")
+    assert talk.histories["one"] == [{"role": "system", "content": "Be kind."}, *first]
+    for line in ("/set TEMPERATURE=-1", "/set TOP_P=0", "/set MAX_NEW_TOKENS=few", "/set CONTEXT=0", "/set SEED=1"):
+        with pytest.raises(UserError, match=line[5:].partition("=")[0] if "SEED" not in line else "/set takes"):
+            talk.run_command(line)
+    assert talk.settings == settings
+    talk.run_command("/set context=None")
+    talk.run_command("/set top_p = 0.5")
+    assert talk.settings == settings | {"TOP_P": 0.5} and settings["TOP_P"] == 1.0
+    with pytest.raises(UserError, match="Did you mean /retry"):
+        talk.run_command("/retri")
 
 
 class Terminal:
@@ -101,7 +131,7 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.text, self.at = "", 0
         self.process = subprocess.Popen(
-            [sys.executable, "chat_pipe.py", *settings, "HISTORY=None"],
+            [sys.executable, "chat_pipe.py", *settings, "DTYPE=float32", "HISTORY=None"],
             cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)),
             env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **environment},
@@ -163,11 +193,11 @@ def test_a_conversation_in_a_terminal(environment, chatty, tmp_path):
     terminal.type(f"/load {saved}", "loaded: 4 messages")
     terminal.type("/system Be kind.", "")
     assert "system: Be kind." in terminal.type("/show", "second line")
-    terminal.type("/set TEMPERATURE=-1", "temperature is 0 or more")
-    terminal.type(f"/load {tmp_path}/none.jsonl", "no such file")
+    terminal.type("/set TEMPERATURE=-1", "TEMPERATURE=-1.0: ")
+    terminal.type(f"/load {tmp_path}/none.jsonl", "file not found")
     terminal.type("/save chat.txt", "/save FILE.jsonl")
     terminal.type("/set max_new_tokens = 5000", "was 5")
-    terminal.type("/what", "no command.* /help")
+    terminal.type("/what", "/what.* /help")
     terminal.type("Go on and on", r"and on *\n+[^\s>]")  # the answer has begun
     os.write(terminal.ours, b"\x03")
     stopped = terminal.expect(r"\[(\d+) tokens, .* stopped\]")
@@ -184,8 +214,8 @@ def test_two_models_side_by_side(chatty, tiny, run_here):
     asked = [f"MODEL={chatty}", f"COMPARE={tiny()}", "TEMPERATURE=0", "MAX_NEW_TOKENS=4"]
     result = run_script("chat_pipe.py", *asked, stdin="Hi\n")
     assert result.returncode == 2 and "COMPARE=" in result.stderr
-    tokenizer = generation.models.load_tokenizer(generation.models.locate(str(tiny())))
-    assert not tokenizer.chat_template  # the second has none, and that is said
+    tokenizer = load.load_tokenizer(location.locate(str(tiny())))
+    assert not tokenizer.chat_template  # and a base model is refused
     assert run_here("chat_pipe.py", *asked, "PROMPT=Hi")[0] == 2
     code, out, _ = run_here("chat_pipe.py", f"MODEL={chatty}", f"COMPARE={chatty}/.", *asked[2:], "PROMPT=Hi")
     assert code == 0 and f"[{chatty}]\n" in out and f"[{chatty}/.]\n" in out
@@ -197,7 +227,7 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(chatty, tmp_path, run_he
     rows[4] = {"id": 7, "messages": CHAT}  # its last answer is made anew
     rows[5] = {"messages": CHAT[:2]}
     prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    settings = [f"MODEL={chatty}", f"PROMPTS={prompts}", "BATCH_SIZE=2", "MAX_NEW_TOKENS=6"]
+    settings = [f"MODEL={chatty}", f"PROMPTS={prompts}", "GENERATION_BATCH_SIZE=2", "MAX_NEW_TOKENS=6", "DTYPE=float32"]
     code, _, error = run_here("chat_pipe.py", *settings, f"ANSWERS={tmp_path / 'whole.jsonl'}")
     assert code == 0, error
     whole = (tmp_path / "whole.jsonl").read_bytes()

@@ -27,7 +27,7 @@ def test_table_and_picture(tmp_path, run_here):
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert code == 0, err
     assert rows["a"] == ["b", "c"] and rows["LEARNING_RATE"] == ["0.5", "0.25", "0.125"]
-    assert rows["eval_loss"] == ["1.5000", "1.2500"] and rows["name"] == ["0.975"] and rows["facts"] == ["23"]
+    assert rows["eval_loss"] == ["1.5000", "1.2500"] and rows["name"] == ["0.9750"] and rows["facts"] == ["23"]
     assert "LORA_R" not in out and "energy_wh" not in out and "not finished, 9 lines" in out
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
@@ -35,7 +35,7 @@ def test_table_and_picture(tmp_path, run_here):
 def test_what_is_no_run_is_refused(tmp_path, run_here):
     save_run(tmp_path / "a", 0.5)
     code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a, {tmp_path}/b")
-    assert code == 2 and f"{tmp_path}/b is no folder of a training run" in err
+    assert code == 2 and f"{tmp_path}/b is not the folder of a training run" in err
     code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a", "PICTURE=/no/such/folder/x.png")
     assert code == 2 and "PICTURE=/no/such/folder/x.png" in err
 

@@ -4,16 +4,10 @@ import re
 
 from common.cli import UserError
 from common.data import readers
+from common.eval.answers import read_prompts
 from common.model import generation
 
-SMALL_TALK = [
-    {"role": "user", "content": "Hi! How are you today?"},
-    {"role": "assistant", "content": "I'm fine, thank you. How can I help you?"},
-    {"role": "user", "content": "I was just thinking about what to cook tonight."},
-    {"role": "assistant", "content": "A soup is quick, and good in any season."},
-]
-
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 64  # enough for a name or a fact
 
 
 def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
@@ -28,13 +22,13 @@ def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
     return facts
 
 
-def ask(model, tokenizer, facts: list[dict], before: tuple | list = (), temperature: float = 0.0) -> list[dict]:
-    """The facts, each with the model's answer and whether it is right. before: messages of a chat that is going on."""
-    chats = [[*before, {"role": "user", "content": fact["question"]}] for fact in facts]
-    given = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS, temperature=temperature)
+def ask(model, tokenizer, facts: list[dict]) -> list[dict]:
+    """The facts, each with the model's answer and whether it is right."""
+    chats = [[{"role": "user", "content": fact["question"]}] for fact in facts]
+    answers = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
     return [
         {**fact, "answer": answer.text, "right": bool(re.search(fact["pattern"], answer.text))}
-        for fact, answer in zip(facts, given, strict=True)
+        for fact, answer in zip(facts, answers, strict=True)
     ]
 
 
@@ -46,26 +40,22 @@ def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
     return {kind: (sum(right), len(right)) for kind, right in rights.items()}
 
 
-def read_prompts(file: str, setting: str = "PROMPTS") -> list[str]:
-    """The prompts of a file with rows of {"prompt": text}."""
-    rows = readers.read_rows(file, setting)
-    if faulty := [n for n, row in rows if not isinstance(row, dict) or not isinstance(row.get("prompt"), str)]:
-        raise UserError(f'{setting}={file}:{faulty[0]}: a row is {{"prompt": text}}.')
-    return [row["prompt"] for _, row in rows]
-
-
 def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
     """What a trainer calls with its model at each evaluation: shares of right answers, and answers to read; or None."""
     facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
-    prompts = read_prompts(prompts_file, "EVAL_PROMPTS") if prompts_file else []
+    prompts = [chat for _, chat in read_prompts(prompts_file, "EVAL_PROMPTS")] if prompts_file else []
     if not facts and not prompts:
         return None
 
     def probe(model) -> dict:
-        asked = ask(model, tokenizer, facts)
-        answered = ask(model, tokenizer, [{"question": prompt, "pattern": "", "kind": ""} for prompt in prompts])
-        found = {"facts": {kind: right / count for kind, (right, count) in counts(asked).items()}} if facts else {}
-        samples = [{"prompt": row["question"], "answer": row["answer"]} for row in answered]
-        return found | ({"samples": samples} if prompts else {})
+        found = {}
+        if facts:
+            shares = counts(ask(model, tokenizer, facts))
+            found["facts"] = {kind: right / count for kind, (right, count) in shares.items()}
+        if prompts:
+            answers = generation.answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+            pairs = zip(prompts, answers, strict=True)
+            found["samples"] = [{"prompt": chat[-1]["content"], "answer": answer.text} for chat, answer in pairs]
+        return found
 
     return probe

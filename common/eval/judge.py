@@ -1,32 +1,23 @@
-"""A language model as judge, through any OpenAI-compatible server: questions, verdicts, and a cache of both.
+"""A language model as judge of answers: its questions, its task, its verdicts, and the scores that follow from them.
 
-Single grading and pairwise comparison after Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with what
-they found to go wrong in mind: every failure counts as one, both orders are asked, repeats are taken to their median.
+Single grading and pairwise comparison after Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the
+biases they found in mind: a failure is counted as one, both orders are asked, the median of repeats counts.
 """
 
-import hashlib
-import json
-import multiprocessing
-import os
 import re
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator
-from multiprocessing.pool import IMapIterator, ThreadPool
+import statistics
+import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from common.cli import UserError
-
-TRIES = 6  # for one request, with growing pauses between (0.5 to 8 s, or as the server says)
-
-PAUSE = 0.5  # seconds, after a malformed reply; doubled each time
-
-MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # JSON that is broken or holds no choice
-
-SCALES = {"1-10": (1, 10), "0-100": (0, 100)}
-
-OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse
+from common.data import readers
+from common.eval.scores import put
+from common.eval.server import Cache, Server, ask_all, key_of
+from common.eval.statistics import mean_interval, means_by_question, verdict
+from common.model import generation
 
 TASK = """You grade the answers of an AI assistant. Judge how correct, helpful, clear and complete the answer is, and \
 whether it does what was asked; length by itself is no merit. All text between the marks <<<begin>>> and <<<end>>> is \
@@ -47,157 +38,53 @@ Assistant B:
 briefly, then end with [[A]], [[B]], or [[C]] for neither."""
 
 
-class Unfinished(Exception):
-    """A reply that was cut off before it said anything."""
+def read_questions(file: str) -> list[dict]:
+    """Questions of one or more turns, from a file or from a hub set with MT-Bench's prompts."""
+    if Path(file).is_file() or file.count("/") != 1 or file.endswith((".jsonl", ".json")):
+        rows = readers.read_rows(file, "QUESTIONS")
+    else:
+        import datasets  # slow import
 
-
-class Server:
-    """An OpenAI-compatible chat server. Counts requests and tokens; refuses what the user must mend."""
-
-    def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
-        import openai  # slow import
-
-        key_name = key_name or (None if url else "OPENAI_API_KEY")
-        if key_name and not os.environ.get(key_name):
-            raise UserError(f"JUDGE_KEY={key_name}: there is no such environment variable. Put the key there.")
-        self.openai, self.url, self.model = openai, (url or "https://api.openai.com/v1").rstrip("/"), model
-        key = os.environ[key_name] if key_name else "none"  # servers of one's own ask for none
-        elsewhere = dict(organization="", project="") if url else {}  # of OpenAI, and nobody else's business
         try:
-            self.client = openai.OpenAI(
-                base_url=self.url, api_key=key, timeout=timeout, max_retries=TRIES - 1, **elsewhere
-            )
-            self.client.with_options(max_retries=0).models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
-        except openai.APIConnectionError as error:
-            raise UserError(f"JUDGE_URL={self.url}: no server answers there ({error}).") from error
-        except openai.APIStatusError:  # not every server lists its models
-            pass
-        except ValueError as error:  # no URL at all, or no JSON where models should be listed
-            raise UserError(f"JUDGE_URL={self.url}: {error}") from error
-        self.options = {"temperature": 0.0, "max_tokens": max_tokens}
-        self.refused: set[str] = set()
-        self.counts, self.lock, self.first_error = Counter(), threading.Lock(), None
-
-    def ask(self, messages: list[dict], seed: int) -> str:
-        """The model's reply, asked for again while it is no chat completion; errors as of `ask_once`."""
-        for attempt in range(TRIES - 1):
-            try:
-                return self.ask_once(messages, seed)
-            except MALFORMED:
-                self.count("malformed replies")
-                time.sleep(PAUSE * 2**attempt)
-        return self.ask_once(messages, seed)
-
-    def ask_once(self, messages: list[dict], seed: int) -> str:
-        """The model's reply. Raises UserError for a wrong key or model, openai's errors for what may pass."""
-        openai = self.openai
-        options = {name: value for name, value in (self.options | {"seed": seed}).items() if name not in self.refused}
-        try:
-            reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            named = [name for name in OPTIONAL if name in str(error) and name in options]
-            if named:
-                with self.lock:
-                    self.refused.update(named)  # for all requests to come
-                    if "max_completion_tokens" in str(error):
-                        self.options["max_completion_tokens"] = self.options["max_tokens"]
-                return self.ask_once(messages, seed)
-            if self.counts["requests"]:  # this request only: too long, or filtered
-                raise
-            raise UserError(f"JUDGE_MODEL={self.model}: the server refuses the request: {error}") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"JUDGE_KEY: {self.url} refuses the key: {error}") from error
-        except openai.NotFoundError as error:
-            raise UserError(f"JUDGE_MODEL={self.model} or JUDGE_URL={self.url} is not known: {error}") from error
-        choice = reply.choices[0]
-        text = choice.message.content or ""
-        self.count("requests")
-        for name in ("prompt_tokens", "completion_tokens"):
-            self.count(name.replace("_", " "), getattr(reply.usage, name, 0) or 0)
-        if choice.finish_reason == "length" and not text.strip():
-            raise Unfinished("cut off before its first word: raise JUDGE_MAX_TOKENS")
-        return text
-
-    def count(self, what: str, number: int = 1) -> None:
-        with self.lock:
-            self.counts[what] += number
+            hub_rows = next(iter(datasets.load_dataset(file).values()))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"QUESTIONS={file} cannot be loaded from the hub: {reason}") from error
+        # HuggingFaceH4/mt_bench_prompts names the turns `prompt`.
+        rows = list(enumerate(({**row, "turns": row.get("turns") or row.get("prompt")} for row in hub_rows), 1))
+    for number, row in rows:
+        turns, reference = (row.get(name) if isinstance(row, dict) else None for name in ("turns", "reference"))
+        if not turns or not are_texts(turns) or not all(turns):
+            raise UserError(f"QUESTIONS={file}:{number}: `turns` must be a list of texts that are not empty.")
+        if reference is not None and not are_texts(reference):
+            raise UserError(f"QUESTIONS={file}:{number}: `reference` must be a list of texts.")
+    return [{"question_id": number, "category": "all", **row} for number, row in rows]
 
 
-class Cache:
-    """Results by the hash of what they were asked with, one JSON line each; a line torn by a crash is left out."""
-
-    def __init__(self, file: Path):
-        self.file, self.known, self.lock = file, {}, threading.Lock()
-        data = file.read_bytes() if file.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.split(b"\n")[:-1]:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # two processes wrote at once: asked for again
-                continue
-            self.known[entry["key"]] = entry
-        if whole != data:
-            file.write_bytes(whole)
-
-    def add(self, key: str, **entry) -> dict:
-        with self.lock:
-            self.known[key] = {"key": key, **entry}
-            with open(self.file, "ab") as stream:
-                stream.write(json.dumps(self.known[key]).encode() + b"\n")
-            return self.known[key]
+def are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def key_of(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:
+    """A model's answers of at most so many tokens, for each question those of its turns; the cache keeps them.
 
-
-def judge_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: int) -> Iterator:
-    """Ask for every task (name: messages) `repeats` times; yields (name, repeat, reply, None on failure) as they come.
-
-    Equal messages are asked once. Replies are cached; failures to get one are not, so that the same command tries them
-    again. Raises UserError where the user must mend something, or where no request at all was answered.
+    who: identifies the model in the cache.
     """
-    wanted: dict[str, tuple] = {}  # by key: messages, repeat, and the names that ask so
-    for name, messages in tasks.items():
-        for repeat in range(repeats):
-            key = key_of(server.url, server.model, messages, server.options, repeat)
-            if key in cache.known:
-                yield name, repeat, cache.known[key]["reply"]
-            else:
-                wanted.setdefault(key, (messages, repeat, []))[2].append(name)
-
-    def ask(key: str):
-        try:
-            reply = server.ask(*wanted[key][:2])
-            return key, cache.add(key, judge=server.model, reply=reply)["reply"], None
-        except BaseException as error:  # handed to the main thread, which waits for something
-            return key, None, error
-
-    with ThreadPool(max(1, min(in_flight, len(wanted)))) as pool:  # of daemons: Ctrl-C does not wait for a reply
-        done = pool.imap_unordered(ask, wanted)
-        for _ in wanted:
-            key, reply, error = next_of(done)
-            if error is not None:
-                if not isinstance(error, (server.openai.OpenAIError, Unfinished, *MALFORMED)):
-                    raise error
-                server.count("failed requests")
-                server.first_error = server.first_error or f"{type(error).__name__}: {error}"
-            _, repeat, names = wanted[key]
-            for name in names:
-                yield name, repeat, reply
-    if wanted and server.counts["failed requests"] == len(wanted):
-        raise UserError(f"JUDGE_URL={server.url}: none of {len(wanted)} requests was answered: {server.first_error}")
-
-
-def next_of(done: IMapIterator):
-    """The next result, waited for so that Ctrl-C is heard, on Windows too."""
-    while True:
-        try:
-            return done.next(timeout=0.5)
-        except multiprocessing.TimeoutError:
-            continue
+    chats: list[list[dict]] = [[] for _ in questions]
+    encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        keys = {}
+        for i, question in enumerate(questions):
+            if turn < len(question["turns"]):
+                chats[i].append({"role": "user", "content": question["turns"][turn]})
+                keys[i] = key_of(who, encoder.prompt(chats[i]), ends, tokens)
+        new = [i for i in keys if keys[i] not in cache.known]
+        made = generation.answers(model, tokenizer, [chats[i] for i in new], max_new_tokens=tokens)
+        for i, answer in zip(new, made, strict=True):
+            cache.add(keys[i], question=questions[i]["question_id"], turn=turn + 1, answer=answer.text)
+        for i, key in keys.items():
+            chats[i].append({"role": "assistant", "content": cache.known[key]["answer"]})
+    return [[message["content"] for message in chat[1::2]] for chat in chats]
 
 
 def as_data(text: str) -> str:
@@ -210,43 +97,46 @@ def framed(role: str, text: str) -> str:
 
 
 def dialogue(turns: list[str], answers: list[str]) -> str:
-    pairs = [framed("User", turn) + "\n" + framed("Assistant", a) for turn, a in zip(turns, answers, strict=False)]
-    return "\n".join(pairs)
+    pairs = zip(turns, answers, strict=False)
+    return "\n".join(framed("User", turn) + "\n" + framed("Assistant", answer) for turn, answer in pairs)
 
 
 def reference_of(question: dict, turns: int) -> str:
-    references = (question.get("reference") or [])[:turns]
-    return "".join(framed(f"A good answer to message {i}", r) + "\n\n" for i, r in enumerate(references, 1) if r)
+    references = enumerate((question.get("reference") or [])[:turns], 1)
+    return "".join(framed(f"A good answer to message {i}", text) + "\n\n" for i, text in references if text)
 
 
 def single_messages(question: dict, answers: list[str], turn: int, scale: str) -> list[dict]:
     """To grade the answer of a turn (from 0), with the conversation up to it."""
-    low, high = SCALES[scale]
+    low, high = map(int, scale.split("-"))
     text = SINGLE.format(
         dialogue=dialogue(question["turns"][: turn + 1], answers),
-        reference=reference_of(question, turn + 1), which=("first", "second", "last")[min(turn, 2)],
-        low=low, high=high, example=(low + high) // 2,
-    )  # fmt: skip
-    return [{"role": "system", "content": TASK}, {"role": "user", "content": text}]
-
-
-def pair_messages(question: dict, first: list[str], second: list[str]) -> list[dict]:
-    turns = question["turns"]
-    text = PAIR.format(
-        first=dialogue(turns, first), second=dialogue(turns, second), reference=reference_of(question, len(turns))
+        reference=reference_of(question, turn + 1),
+        which=("first", "second", "last")[min(turn, 2)],
+        low=low,
+        high=high,
+        example=(low + high) // 2,
     )
     return [{"role": "system", "content": TASK}, {"role": "user", "content": text}]
 
 
+def pair_messages(question: dict, first: list[str], second: list[str]) -> list[dict]:
+    """To compare the answers of two models to a question."""
+    turns = question["turns"]
+    reference = reference_of(question, len(turns))
+    text = PAIR.format(first=dialogue(turns, first), second=dialogue(turns, second), reference=reference)
+    return [{"role": "system", "content": TASK}, {"role": "user", "content": text}]
+
+
 def grade(reply: str | None, scale: str) -> float | None:
-    """The last grade in double brackets that lies on the scale; None where there is none."""
-    low, high = SCALES[scale]
+    """The last grade in double brackets that lies on the scale; None without one."""
+    low, high = map(int, scale.split("-"))
     found = [float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", without_thoughts(reply))]
     return next((number for number in reversed(found) if low <= number <= high), None)
 
 
 def preference(reply: str | None) -> str | None:
-    """The last of [[A]], [[B]], [[C]]; None where there is none."""
+    """The last of [[A]], [[B]], [[C]]; None without one."""
     found = re.findall(r"\[\[([ABC])\]\]", without_thoughts(reply))
     return found[-1] if found else None
 
@@ -257,7 +147,73 @@ def without_thoughts(reply: str | None) -> str:
     return "" if text.startswith("<think>") else text
 
 
-def is_family(judge: str, candidate: str) -> bool:
-    """Whether the names begin alike (gpt, llama, smollm ...): judges favour their own family's answers."""
-    stems = [re.match(r"[a-z]*", name.lower().rsplit("/", 1)[-1])[0] for name in (judge, candidate)]
-    return len(stems[0]) > 2 and stems[0] == stems[1]
+def score_answers(
+    results: dict, server: Server, cache: Cache, questions: list[dict], answers: dict, settings: dict
+) -> None:
+    """Let the judge compare or grade the answers (by name of the model), and score each model by that.
+
+    settings: those of evaluate_model.py by name.
+    """
+    pairs, scale, repeats = settings["JUDGE_MODE"] == "pair", settings["JUDGE_SCALE"], settings["JUDGE_REPEATS"]
+    first, *others = answers
+    tasks = {}  # by name, number of the question, and turn, or place in the pair
+    for name in others if pairs else answers:
+        for i, (question, given) in enumerate(zip(questions, answers[name], strict=True)):
+            if pairs:
+                tasks[name, i, "A"] = pair_messages(question, given, answers[first][i])
+                tasks[name, i, "B"] = pair_messages(question, answers[first][i], given)
+            else:
+                for turn in range(len(given)):
+                    tasks[name, i, turn] = single_messages(question, given, turn, scale)
+    verdicts: dict[str, dict] = {name: {} for name, *_ in tasks}
+    replies = ask_all(server, cache, tasks, repeats, settings["JUDGE_IN_FLIGHT"])
+    screen = dict(console=Console(stderr=True), disable=not sys.stderr.isatty())
+    for (name, *at), _, reply in track(replies, "judgments", len(tasks) * repeats, **screen):
+        found = preference(reply) if pairs else grade(reply, scale)
+        verdicts[name].setdefault(tuple(at), []).append(found)
+    how = "each question in both orders" if pairs else f"scale {scale}"
+    print(f"\n{settings['JUDGE_MODE']}, {len(questions)} questions, {how}, {repeats} judgments of each")
+    for name, given in verdicts.items():
+        result = results[name]
+        if pairs:
+            score_pairs(result, f"{name} against {first}", given)
+        else:
+            print(name)
+            score_grades(result, questions, given)
+        missing = result["judge failures"] = sum(found.count(None) for found in given.values())
+        print(f"  no verdict: {missing} of {len(given) * repeats} judgments")
+    counts = ", ".join(f"{what} {count:,}" for what, count in server.counts.items())
+    print(f"judge: {counts or f'all from {cache.file.name}'}")
+
+
+def score_grades(result: dict, questions: list[dict], given: dict) -> None:
+    """Means of the grades by turn and by category, with intervals over questions."""
+    valid = {at: [number for number in grades if number is not None] for at, grades in given.items()}
+    grades = {at: statistics.median(found) for at, found in valid.items() if found}
+    result["judged"] = {f"{i}, turn {turn + 1}": number for (i, turn), number in grades.items()}
+    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in given})]
+    categories = list(dict.fromkeys(question["category"] for question in questions))
+    for column in [*turns, "average", *(categories if len(categories) > 1 else ())]:
+        means = means_by_question(
+            (i, number)
+            for (i, turn), number in grades.items()
+            if column in (f"turn {turn + 1}", "average", questions[i]["category"])
+        )
+        if means:
+            more = f", {len(means)} questions"
+            put(result, f"judge {column}", statistics.fmean(means), mean_interval(means), ".2f", more)
+
+
+def score_pairs(result: dict, versus: str, given: dict) -> None:
+    """The share of points over questions; a win in one order only is a tie."""
+    points = {at: [0.5 if v == "C" else float(v == at[1]) for v in found if v] for at, found in given.items()}
+    medians = {at: statistics.median(found) for at, found in points.items() if found}
+    # For each question, the model's points where it stands as A, and as B.
+    both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
+    shares = [one if one == other else 0.5 for one, other in both]
+    if shares:
+        low, high = mean_interval(shares)
+        won, lost = shares.count(1), shares.count(0)
+        counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
+        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", f", {counts}")
+        print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")

@@ -4,6 +4,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from common.model import load, location
 
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
-    """A model in evaluation mode, its adapter merged in memory where the base is not quantised, and its tokenizer."""
+    """A model in evaluation mode, its adapter merged in memory unless the base is quantised, and its tokenizer."""
     source = location.locate(model_name)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
@@ -48,7 +49,7 @@ def generation_settings(model, tokenizer, max_new_tokens: int, temperature: floa
     """Arguments for generate(): greedy at temperature 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
     return dict(
-        # What a model's own generation_config may ask for, and `Generator` does not do.
+        # A model's own generation_config may set these; `Generator` does not apply them.
         top_k=0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -68,7 +69,7 @@ def prompts(model, tokenizer, chats: list[list[dict]]):
 
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
-    """The tokenizer's encoder, made once for each of its templates."""
+    """The encoder of a tokenizer with this template, built once."""
     return ChatEncoder(tokenizer)
 
 
@@ -78,16 +79,24 @@ def context_of(model) -> int:
 
 
 def shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the longest common prefix of two token sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
 
 
+def identify_weights(source: location.Source) -> str:
+    """Tells apart models of one name: when their weights were written, for those of the hub their commit."""
+    folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
+    times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
+    commit = getattr(load.load_config(source), "_commit_hash", None)
+    return f"{source.name}-{max(times, default=commit)}"
+
+
 class Answer(NamedTuple):
-    """An answer and how it came about.
+    """An answer and how it was generated.
 
     stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
-    read: tokens of the prompt that had to be read; those of earlier turns need not be.
+    read: tokens of the prompt that had to be read; those of earlier turns are in the cache.
     """
 
     text: str
@@ -110,12 +119,34 @@ class Generator:
         self.ends = set(end_tokens(model, tokenizer))
         self.context = context_of(model)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        # Layers with a window forget what is outside of it, and could not go back; plain ones keep all. Layers with a
-        # running state cannot go back anyway: there each turn is read from the start.
+        # A layer with a sliding window drops what leaves the window and cannot be cropped after that, so such models
+        # get plain layers, which keep everything. A running state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
         self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.cache = None
         self.last: Answer | None = None
+
+    def limit(self, context: int | None) -> int:
+        """Tokens in view: the setting CONTEXT, but not more than the model takes."""
+        return min(context or self.context, self.context)
+
+    def fit_context(
+        self, messages: list[dict], max_new_tokens: int, context: int | None = None
+    ) -> tuple[list[dict], list[int]]:
+        """Leave out the oldest turns until prompt and answer fit: the messages that stay, and their token ids.
+
+        A quarter of the context is enough room for the answer. Raises UserError where the last prompt is too long.
+        """
+        room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
+        first = int(messages[0]["role"] == "system")
+        while len(ids := self.encoder.prompt(messages)) > room:
+            later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
+            if not later:
+                raise UserError(
+                    f"CONTEXT={self.limit(context)}: the prompt has {len(ids)} of {room} tokens. Shorten it."
+                )
+            messages = messages[:first] + messages[later[0] :]
+        return messages, ids
 
     @torch.no_grad()
     def stream(
@@ -125,7 +156,6 @@ class Generator:
 
         context: tokens in view at most; None: as many as the model takes.
         """
-        context = min(context or self.context, self.context)
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
@@ -134,7 +164,7 @@ class Generator:
         read = len(new)
         try:
             while True:
-                ids = torch.tensor([new], device=self.model.device)
+                ids = torch.tensor([new], device=self.model.device)  # (1, T)
                 output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.cache = output.past_key_values
                 self.seen += new
@@ -146,18 +176,18 @@ class Generator:
                 if piece := decoder.step(backend, new[0]):
                     text += piece
                     yield piece
-                if tokens == max_new_tokens or len(self.seen) >= context:
+                if tokens == max_new_tokens or len(self.seen) >= self.limit(context):
                     stop = "length" if tokens == max_new_tokens else "context"
                     break
-        finally:  # also when the reader goes away: Ctrl-C, or it has had enough
+        finally:  # also when the reader stops early (Ctrl-C)
             self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
     def rewind(self, prompt: list[int]) -> None:
-        """Keep of the cache what the prompt begins with; but for its last token, whose prediction is wanted."""
+        """Crop the cache to what the prompt begins with, without its last token, whose prediction is needed."""
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
-                layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
+                layer.crop(same - layer.get_seq_length())
         else:
             same, self.cache = 0, DynamicCache() if self.can_rewind else None
         self.seen = self.seen[:same]

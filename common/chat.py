@@ -1,0 +1,203 @@
+"""A conversation in the terminal, with one model or two side by side, and its /commands."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+from common import hardware
+from common.bounds import check_setting
+from common.cli import UserError, nearest
+from common.data import sources
+from common.settings import parse_value
+
+HELP = '''\
+/reset           forget the conversation
+/system TEXT     set the system message; without a text, remove it
+/set NAME=VALUE  change TEMPERATURE, TOP_P, MAX_NEW_TOKENS or CONTEXT
+/show            the settings and the conversation
+/retry           answer the last prompt again
+/undo            take the last prompt and its answer back
+/save FILE       add the conversation to a .jsonl file, as a row to train on
+/load FILE       continue the last conversation of such a file
+/stats           tokens and time so far
+/quit            leave (or Ctrl-D)
+"""              begins and ends a prompt of several lines; pasted lines stay together anyway'''
+COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
+CHANGEABLE = {"TEMPERATURE": (float,), "TOP_P": (float,), "MAX_NEW_TOKENS": (int,), "CONTEXT": (int, type(None))}
+STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
+QUOTES = '"' * 3
+
+
+class Conversation:
+    """A conversation with one model, or with two side by side.
+
+    generators: generation.Generator by name of the model. settings: those of chat_pipe.py by name, which /set changes.
+    histories: the messages exchanged with each model.
+    """
+
+    def __init__(self, generators: dict, settings: dict, opening: list[dict]):
+        self.generators, self.settings, self.opening = generators, dict(settings), opening
+        self.answers = []  # each a generation.Answer
+        self.reset()
+
+    def reset(self) -> None:
+        self.histories = {name: list(self.opening) for name in self.generators}
+
+    def ask(self, prompt: str, show_stats: bool = True) -> bool:
+        """Print the answer while it is generated; whether the turn was added to the conversation.
+
+        An answer that Ctrl-C cuts short counts, unless it is empty.
+        """
+        question = {"role": "user", "content": prompt}
+        length, context = self.settings["MAX_NEW_TOKENS"], self.settings["CONTEXT"]
+        views = {
+            name: generator.fit_context([*self.histories[name], question], length, context)
+            for name, generator in self.generators.items()
+        }
+        texts = {}
+        for name, (messages, ids) in views.items():
+            if len(views) > 1:
+                print(f"[{name}]")
+            if left_out := len(self.histories[name]) + 1 - len(messages):
+                print(f"(the context is full: the oldest {left_out} messages are left out)")
+            answer = self.print_answer(self.generators[name], ids)
+            if answer is None:
+                return False
+            self.answers.append(answer)
+            texts[name] = answer.text.strip()
+            if show_stats:
+                used = f"context {answer.prompt_tokens + answer.tokens} of {self.generators[name].limit(context)}"
+                speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
+                print(f"[{speed}, {used}, {STOPS[answer.stop]}]")
+        if all(texts.values()):
+            for name, history in self.histories.items():
+                history += [question, {"role": "assistant", "content": texts[name]}]
+        return all(texts.values())
+
+    def print_answer(self, generator, ids: list[int]):
+        """Print an answer until it ends or Ctrl-C stops it; None where that was before its first token."""
+        how = [self.settings[name] for name in ("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "CONTEXT")]
+        with contextlib.closing(generator.stream(ids, *how)) as pieces, contextlib.suppress(KeyboardInterrupt):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print(flush=True)
+        return generator.last
+
+    def undo(self) -> str:
+        """Take the last prompt and its answers back; returns the prompt."""
+        for history in self.histories.values():
+            asked = [i for i, message in enumerate(history) if message["role"] == "user"]
+            if not asked:
+                raise UserError("there is no prompt yet.")
+            prompt = history[asked[-1]]["content"]
+            del history[asked[-1] :]
+        return prompt
+
+    def run_command(self, line: str) -> None:
+        """Execute a command of HELP; raises UserError for an unknown one, or where it is not possible."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        match command:
+            case "/help":
+                print(HELP)
+            case "/reset":
+                self.reset()
+                print("(forgotten)")
+            case "/system":
+                for history in self.histories.values():
+                    history[:] = [message for message in history if message["role"] != "system"]
+                    history[:0] = [{"role": "system", "content": argument}] if argument else []
+            case "/set":
+                self.change_setting(argument)
+            case "/show":
+                print(", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None))
+                for name, history in self.histories.items():
+                    print(f"[{name}]", *(f"{message['role']}: {message['content']}" for message in history), sep="\n")
+            case "/retry":
+                before = {name: list(history) for name, history in self.histories.items()}
+                if not self.ask(self.undo()):
+                    self.histories = before  # the earlier answer stays
+            case "/undo":
+                print(f"(taken back: {self.undo()})")
+            case "/save":
+                self.save(argument)
+            case "/load":
+                self.load(argument)
+            case "/stats":
+                self.print_stats()
+            case _:
+                raise UserError(f"unknown command {command}.{nearest(command, COMMANDS)} /help lists all commands.")
+
+    def change_setting(self, text: str) -> None:
+        """Set one of CHANGEABLE from "NAME=VALUE"."""
+        name, equals, value = text.partition("=")
+        name = name.strip().upper()
+        if name not in CHANGEABLE or not equals:
+            raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
+        value = parse_value(name, value.strip(), CHANGEABLE[name])
+        check_setting(name, value)
+        print(f"({name}={value}, was {self.settings[name]})")
+        self.settings[name] = value
+
+    def save(self, file: str) -> None:
+        """Add the conversation with the first model to a file of chats."""
+        history = next(iter(self.histories.values()))
+        if not any(message["role"] == "assistant" for message in history) or not file.endswith(".jsonl"):
+            raise UserError("/save FILE.jsonl, when there is an answer to save.")
+        with open(Path(file).expanduser(), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"messages": history}, ensure_ascii=False) + "\n")
+        print(f"(saved as a row of {file})")
+
+    def load(self, file: str) -> None:
+        """Continue the last chat of a file."""
+        chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
+        if not chats:
+            raise UserError(f"/load {file}: file not found, or no chat in it.")
+        self.histories = {name: list(chats[-1]) for name in self.generators}
+        print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
+
+    def print_stats(self) -> None:
+        tokens, seconds = sum(answer.tokens for answer in self.answers), sum(answer.seconds for answer in self.answers)
+        vram = hardware.vram_gib()
+        memory = f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM"
+        print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}, {memory}")
+
+
+def run_terminal(conversation: Conversation, history_file: str | None) -> None:
+    """Read prompts and commands from the terminal until /quit or Ctrl-D."""
+    from prompt_toolkit import PromptSession  # slow import
+    from prompt_toolkit.history import FileHistory
+
+    history = None
+    try:
+        if history_file:
+            open(Path(history_file).expanduser(), "ab").close()
+            history = FileHistory(Path(history_file).expanduser())
+    except OSError as error:
+        print(f"HISTORY={history_file} cannot be written ({error.strerror}): prompts are not kept")
+    session = PromptSession(history=history)
+    print(f"{' and '.join(conversation.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    while True:
+        try:
+            prompt = read_prompt(session)
+            if prompt == "/quit":
+                return
+            if prompt.startswith("/"):
+                conversation.run_command(prompt)
+            elif prompt:
+                conversation.ask(prompt)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        except (UserError, OSError) as error:
+            print(f"({error})")
+
+
+def read_prompt(session) -> str:
+    """A line, or the lines between two QUOTES."""
+    prompt = session.prompt("\n> ").strip()
+    while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
+        prompt += "\n" + session.prompt(". ").rstrip()
+    return prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()

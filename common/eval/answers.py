@@ -1,0 +1,96 @@
+"""A file of prompts becomes a file of answers; the same command continues after an interruption."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from transformers import set_seed
+
+from common.cli import UserError
+from common.data import formats, readers
+from common.model import generation, location
+
+GENERATED_BY = "QUANTIZATION DTYPE SYSTEM CONTEXT MAX_NEW_TOKENS TEMPERATURE TOP_P GENERATION_BATCH_SIZE SEED".split()
+ADDED = frozenset({"answer", "tokens", "stop", "by"})  # fields that a row gets
+
+
+def read_prompts(
+    file: str, setting: str = "PROMPTS", reserved: frozenset[str] = frozenset()
+) -> list[tuple[dict, list[dict]]]:
+    """The rows of a file, each with the chat up to the question to be answered.
+
+    Raises UserError for a row without a question, or with a field that is reserved.
+    """
+    prompts = []
+    for number, row in readers.read_rows(file, setting):
+        chat = question_of(row)
+        if isinstance(chat, str):
+            raise UserError(f"{file}:{number}: {chat}")
+        if taken := reserved & set(row):
+            raise UserError(f"{file}:{number}: rows must not have a field {min(taken)}, which the answers get.")
+        prompts.append((row, chat))
+    return prompts
+
+
+def question_of(row) -> list[dict] | str:
+    """The chat up to the last question of a row; or what is wrong with the row."""
+    answer = "to be answered"  # chats must end with an answer to be valid
+    match row:
+        case {"prompt": str(prompt)} if prompt.strip():
+            row = {"prompt": prompt, "completion": answer}
+        case {"messages": [*turns, {"role": "user"} as last]}:
+            row = row | {"messages": [*turns, last, {"role": "assistant", "content": answer}]}
+    chat = formats.to_chat(row)
+    if isinstance(chat, str):
+        return chat
+    if chat[0]["role"] == "text":
+        return "row: a text without a question"
+    return chat[:-1] if chat[-1]["role"] == "assistant" else chat
+
+
+def write_answers(
+    generator: generation.Generator, prompts: list[tuple[dict, list[dict]]], file: Path, settings: dict
+) -> None:
+    """Write each row of `read_prompts` with its answer, in whole batches, so that a continued file is the same.
+
+    settings: those of chat_pipe.py by name. Raises UserError (exit code 3) for a file with other content.
+    """
+    length, batch_size = settings["MAX_NEW_TOKENS"], settings["GENERATION_BATCH_SIZE"]
+    limit = generator.limit(settings["CONTEXT"])
+    rows = [row for row, _ in prompts]
+    views = [generator.fit_context(chat, length, limit) for _, chat in prompts]
+    weights = generation.identify_weights(location.locate(settings["MODEL"]))
+    by = {"MODEL": weights} | {name: settings[name] for name in GENERATED_BY}
+    lines = answered_before(file, rows, by)
+    done = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
+    with open(file, "ab") as stream:
+        stream.truncate(sum(map(len, lines[:done])))
+        starts = range(done, len(rows), batch_size)
+        for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
+            batch = slice(start, start + batch_size)
+            chats, ids = zip(*views[batch], strict=True)
+            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"])
+            how["max_new_tokens"] = min(length, limit - max(map(len, ids)))
+            set_seed(settings["SEED"] + start)
+            answers = generation.answers(generator.model, generator.tokenizer, chats, batch_size, **how)
+            for row, answer in zip(rows[batch], answers, strict=True):
+                added = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
+                stream.write(to_line(row | added))
+            stream.flush()
+    print(f"{len(rows)} answers: {file}")
+
+
+def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:
+    """The whole lines of an interrupted file of answers; its last line may be torn."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    beginnings, end = [to_line(row)[:-2] for row in rows], to_line({"by": by})[1:]
+    same = all(line[: len(begin)] == begin[: len(line)] for line, begin in zip(lines, beginnings, strict=False))
+    if not same or len(lines) > len(rows) or not all(line.endswith(end) for line in whole):
+        raise UserError(f"ANSWERS={file} holds other content, or answers by other settings: name another file.", code=3)
+    return whole
+
+
+def to_line(row: dict) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
