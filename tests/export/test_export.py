@@ -1,4 +1,4 @@
-"""Merging and GGUF files: right, or refused; every fault planted here must be found by the proof."""
+"""Merging and GGUF files: right, or refused; verification must find every fault planted here."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, verify
+from common.export import gguf, gguf_tokenizer, verify, verify_gguf
+from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
 LLAMA3_ROPE = dict(
@@ -79,19 +80,19 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     folder = chat_model(architecture, **changes)
     code, out, text = export(folder, "GGUF=f16,q8_0")
     assert code == 0, text
-    told = json.loads((out / "export.json").read_text())
-    assert [file["kl"] < bound for file, bound in zip(told["files"], (1e-6, 1e-2), strict=True)] == [True] * 2
+    report = json.loads((out / "export.json").read_text())
+    assert [file["kl"] < bound for file, bound in zip(report["files"], (1e-6, 1e-2), strict=True)] == [True] * 2
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
-        read = verify.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
+        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
-    with verify.LlamaCpp(out / "chat-model-f16.gguf", 512) as llama:
-        given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
+    llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
+    given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
     for entry in given["completion_probabilities"][0]["top_logprobs"]:
         assert entry["logprob"] == pytest.approx(expected[-1].log_softmax(-1)[entry["id"]].item(), abs=0.05)
-    assert told["files"][0]["llama_cpp_kl"] < 0.01
+    assert report["files"][0]["llama_cpp_kl"] < 0.01
 
 
 # --- faults planted on purpose ---
@@ -120,7 +121,7 @@ def dropped_head(monkeypatch):
 
 
 def not_interleaved(monkeypatch):
-    monkeypatch.setattr(gguf, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf, "interleave", lambda weight, heads: weight)
 
 
 def double_bos(monkeypatch):
@@ -154,7 +155,8 @@ def test_a_planted_fault_is_found(plant, chat_model, export, monkeypatch):
 
 
 def test_answers_that_do_not_end_are_found(chat_model, export, monkeypatch):
-    monkeypatch.setattr(verify, "Reference", lambda *a, honest=verify.Reference: vars_set(honest(*a), ended=4))
+    honest = verify.Reference
+    monkeypatch.setattr(verify, "Reference", lambda *a: vars_set(honest(*a), ended=4))
     code, _, text = export(chat_model(), "GGUF=f16")
     assert code == 5 and "answers do not end: 0 of 4, the model's 4" in text
 
@@ -203,8 +205,8 @@ def test_a_merged_model_predicts_what_the_trained_one_does(
     with torch.no_grad():
         expected = live(torch.tensor([ids])).logits[0]
     assert torch.allclose(logits(out / "final", ids), expected, atol=2e-4)
-    told = json.loads((out / "export.json").read_text())
-    assert told["merges"][0]["kl"] < 1e-6 and told["files"][0]["kl"] < 1e-4
+    report = json.loads((out / "export.json").read_text())
+    assert report["merges"][0]["kl"] < 1e-6 and report["files"][0]["kl"] < 1e-4
     template = (out / "final" / "chat_template.jinja").read_text()
     assert "generation %}" not in template and "generation -%}" not in template
     merged_tokenizer = AutoTokenizer.from_pretrained(out / "final")
@@ -224,11 +226,11 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     run = trained(run_here, tiny(), chats_file, tmp_path, f"QUANTIZATION={quantization}")
     code, out, text = export(run)
     assert code == 0, text
-    told = json.loads((out / "export.json").read_text())
-    assert [merge["into"] for merge in told["merges"]] == ["original", "dequantized"]
-    original, dequantized = told["merges"]
+    report = json.loads((out / "export.json").read_text())
+    assert [merge["into"] for merge in report["merges"]] == ["original", "dequantized"]
+    original, dequantized = report["merges"]
     kept = original if original["perplexity"] < 1.01 * dequantized["perplexity"] else dequantized
-    assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-4) and dequantized["kl"] < 1e-3
+    assert report["saved_kl"] == pytest.approx(kept["kl"], abs=1e-4) and dequantized["kl"] < 1e-3
     assert text.count("merged into the") == 2
 
 
@@ -265,7 +267,7 @@ def test_a_merge_that_is_not_the_trained_model_is_rejected(
 
     monkeypatch.setattr(load, "save_final", broken)
     code, out, text = export(run)
-    assert code == 5 and "not the one that was trained" in text
+    assert code == 5 and "not the model that was trained" in text
     assert not (out / "final").exists() and (out / "final.rejected").is_dir()
 
 
@@ -343,7 +345,7 @@ def sentence_piece(prefix: str):
     )
 
 
-LLAMA3, QWEN = gguf.SPLIT, gguf.SPLIT.replace("{1,3}", "")
+LLAMA3, QWEN = gguf_tokenizer.PATTERN, gguf_tokenizer.PATTERN.replace("{1,3}", "")
 TOKENIZERS = {
     "gpt-2": ("gpt2", lambda: byte_level()),
     "smollm": ("llama", lambda: byte_level(digits=True)),
@@ -375,8 +377,8 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "final")
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
-    with verify.LlamaCpp(tmp_path / "model.gguf", 256) as llama:
-        assert list(verify.token_faults(llama, tokenizer)) == []
+    llama = LlamaCpp(tmp_path / "model.gguf", 256)
+    assert list(verify_gguf.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -403,7 +405,7 @@ def test_an_unknown_pre_tokenizer_is_refused(change, chat_model, export):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     code, out, text = export(folder, "GGUF=f16")
     assert code == 2 and "PRE_TOKENIZER=" in text and not list(out.glob("*.gguf"))
-    if change == "lowercase":  # and a wrong name is found by the proof
+    if change == "lowercase":  # and verification finds a wrong name
         shutil.rmtree(out)
         code, out, text = export(folder, "GGUF=f16", "PRE_TOKENIZER=gpt-2")
         assert code == 5 and "tokens of a chat differ" in text
@@ -417,7 +419,7 @@ def test_the_modelfile_says_what_the_template_says(template, tokenizer_folder):
     """Go's template language, put into Jinja's word by word, gives the same text."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     templates.set_template(tokenizer, template)
-    text = gguf.modelfile("model.gguf", tokenizer)
+    text = gguf_tokenizer.modelfile("model.gguf", tokenizer)
     assert text.startswith('FROM ./model.gguf\nPARAMETER stop "<') and f'stop "{tokenizer.eos_token}"' in text
     go = re.search(r'TEMPLATE """(.*)"""\n', text, re.DOTALL)[1]
     for old, new in (
@@ -483,15 +485,15 @@ def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export)
         assert code == 2 and word in text and "LLAMA_CPP" in text
 
 
-@pytest.mark.parametrize("moment", ["merge", "gguf", "proof"])
+@pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
 def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "models.sync_files", "gguf": "gguf.quantized", "proof": "proof.token_faults"}[moment]
+    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}[moment]
     code = f"""
 import os, sys
 sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
-from common.export import gguf, verify
-from common.model import load as models
+from common.export import gguf, verify_gguf
+from common.model import load
 {place} = lambda *a: os._exit(9)
 import runpy
 runpy.run_path("merge_and_export.py", run_name="__main__")
@@ -569,9 +571,10 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(tmp_path, export):
     prompt = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "Name three colours of the rainbow."}])
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
     question = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "What is the capital of France?"}])
-    with verify.LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512) as llama:
-        assert llama.answer(prompt, 20)["tokens"] == expected
-        answer = llama.answer(question)
+    llama = LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512)
+    options = dict(temperature=0, top_k=1, return_tokens=True)
+    assert llama.ask("/completion", prompt=prompt, n_predict=20, **options)["tokens"] == expected
+    answer = llama.ask("/completion", prompt=question, n_predict=128, **options)
     assert "Paris" in answer["content"] and answer["stop_type"] == "eos"
 
 
@@ -603,12 +606,12 @@ def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, expor
 
 def test_answers_that_begin_with_part_of_a_character_are_no_fault(chat_model, export, monkeypatch):
     """llama.cpp then gives no probabilities; everything else is still asked."""
-    honest = verify.LlamaCpp.ask
+    honest = LlamaCpp.ask
 
     def ask(self, path, **body):
         return {k: v for k, v in honest(self, path, **body).items() if k != "completion_probabilities"}
 
-    monkeypatch.setattr(verify.LlamaCpp, "ask", ask)
+    monkeypatch.setattr(LlamaCpp, "ask", ask)
     code, out, text = export(chat_model(), "GGUF=f16")
     assert code == 0, text
     assert json.loads((out / "export.json").read_text())["files"][0]["llama_cpp_kl"] is None

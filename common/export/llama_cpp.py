@@ -1,0 +1,59 @@
+"""llama.cpp: the converter and quantizer of a checkout, and its server inside this process."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from common.cli import UserError
+
+
+def convert(checkout: Path, file: Path, folder: Path, kind: str) -> None:
+    """Write the model in a folder as a GGUF file, with a checkout's converter and quantizer.
+
+    Raises UserError where the checkout lacks llama-quantize, or a program fails.
+    """
+    converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
+    whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
+    converter = checkout / "convert_hf_to_gguf.py"
+    run(sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
+    if kind == converted:
+        return
+    found = [path for path in checkout.rglob("llama-quantize*") if path.stem == "llama-quantize"]
+    if not found:
+        raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. Build it, GGUF={kind} needs it.")
+    run(found[0], whole, file, kind.upper())
+    whole.unlink()
+
+
+def run(*command) -> None:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
+        name = Path(command[0]).name
+        raise UserError(f"LLAMA_CPP: {name} failed: {last}. Update the checkout, or set LLAMA_CPP=None.")
+
+
+class LlamaCpp:
+    """A GGUF file in the server of the package xllamacpp, which stops when this object is deleted."""
+
+    def __init__(self, file: Path, context: int):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
+        self.server = xllamacpp.Server(params)  # raises RuntimeError for a file it cannot load
+
+    def ask(self, path: str, **body) -> dict:
+        data = json.dumps(body).encode() if body else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.listening_address + path, data, headers)
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            return json.load(reply)
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Token ids of a chat up to its next answer, by the file's own template and tokenizer."""
+        text = self.ask("/apply-template", messages=messages)["prompt"]
+        return self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
