@@ -20,68 +20,57 @@ from common.cli import UserError
 from common.export.gguf_tokenizer import add_tokenizer
 
 # model_type of a config -> architecture of llama.cpp
-ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")}
+ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")}
+ARCHITECTURES["mistral"] = "llama"
 
 # Kind -> types of most weights, of the most important, and of GPT-2's joint q, k and v. K-quants as
 # llama.cpp mixes them; q4_0 and q5_0 have embeddings and head in 8 bits.
-KINDS = {kind: (Type[kind.upper()],) * 3 for kind in ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q6_k")} | {
-    "q4_k_m": (Type.Q4_K, Type.Q6_K, Type.Q5_K),
-    "q5_k_m": (Type.Q5_K, Type.Q6_K, Type.Q6_K),
-}
+UNMIXED = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q6_k")
+KINDS = {kind: (Type[kind.upper()],) * 3 for kind in UNMIXED}
+KINDS["q4_k_m"] = (Type.Q4_K, Type.Q6_K, Type.Q5_K)
+KINDS["q5_k_m"] = (Type.Q5_K, Type.Q6_K, Type.Q6_K)
 # K-quants -> what is taken for rows that are not a multiple of 256.
 K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
-# Features of a config that GGUF files can only have with these values.
-FIXED = {
-    "qk_layernorm": False,
-    "use_sliding_window": False,
-    "mlp_bias": False,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-}
+# Features of a config, of which GGUF files know nothing.
+UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inverse_layer_idx")
 
 
 def check(config, kinds: list[str], llama_cpp: str | None) -> None:
-    """Raise UserError where a package is missing, or the model has features that cannot be written.
-
-    llama_cpp: folder of a checkout, whose converter is used instead.
-    """
+    """Raise UserError where packages, a checkout's converter, or the means to write this model are missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
-        raise UserError(f"LLAMA_CPP={llama_cpp}: convert_hf_to_gguf.py not found. Name a checkout of llama.cpp.")
+        raise UserError(f"LLAMA_CPP={llama_cpp}: convert_hf_to_gguf.py not found. Name a checkout.")
     if llama_cpp or not kinds:
         return
     if any(KINDS[kind][0] in K_QUANTS for kind in kinds):
         check_package("GGUF", ",".join(kinds), "libgguf", "libgguf")
     if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"GGUF: cannot write {config.model_type} models, only {', '.join(ARCHITECTURES)}. "
-            "Set LLAMA_CPP to a checkout of llama.cpp, whose converter knows more."
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"GGUF: cannot write {config.model_type} models, only {known}. Set LLAMA_CPP.")
     values = config.to_dict()
-    odd = [name for name, value in FIXED.items() if bool(values.get(name, value)) != value]
-    activation = config.activation_function if config.model_type == "gpt2" else config.hidden_act
-    if activation not in ("silu", "gelu_new"):
-        odd.append(f"activation {activation}")
+    odd = [name for name in UNKNOWN if values.get(name)]
+    odd += [] if values.get("scale_attn_weights", True) else ["unscaled attention"]
+    activation = values.get("activation_function") or values["hidden_act"]
+    odd += [] if activation in ("silu", "gelu_new") else [f"activation {activation}"]
     rope = values.get("rope_parameters") or {}
     known = rope.get("rope_type", "default") in ("default", "linear", "yarn", "llama3")
     if not known or rope.keys() & {"attention_factor", "beta_fast", "beta_slow", "mscale"}:
         odd.append(f"rope {rope}")
     if odd:
-        raise UserError(f"GGUF: cannot write the model's {', '.join(odd)}. Set LLAMA_CPP to a checkout of llama.cpp.")
+        raise UserError(f"GGUF: cannot write the model's {', '.join(odd)}. Set LLAMA_CPP.")
 
 
-def bytes_per_weight(kind: str) -> float:
-    """At most, of a dtype or a kind of GGUF file."""
-    return 4 if "32" in kind else 2 if "16" in kind else 9 / 8
+def bytes_per_weight(*kinds: str) -> float:
+    """At most, of files of these dtypes or kinds together."""
+    return sum(4 if "32" in kind else 2 if "16" in kind else 9 / 8 for kind in kinds)
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
-    """Write the model in a folder (safetensors, Hugging Face names) as a GGUF file; returns a note on its tensors.
+    """Write the model in a folder (safetensors) as a GGUF file; returns a note on its tensors.
 
-    pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None: looked up.
-    Raises UserError where that is not known, or weights do not fit into float16.
+    Raises UserError for an unknown pre-tokenizer, or weights that do not fit into float16.
     """
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     writer.add_name(folder.parent.name)
@@ -92,8 +81,9 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
     types = {}
     for name, tensor in tensors(folder, config):
         types[name] = tensor_type(name, tensor.shape, kind, config)
-        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(tensor.shape, types[name])))
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=types[name])
+        shape = tensor.shape
+        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, types[name])))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -167,7 +157,7 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in the order of llama.cpp's rotary embedding, which rotates neighbours, not halves."""
+    """Rows of each head in the order of llama.cpp, whose rotary embedding pairs neighbours, not halves."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -181,17 +171,15 @@ def tensor_type(name: str, shape, kind: str, config) -> Type:
     elif "attn_qkv" in name:
         chosen = joint
     elif re.search(r"attn_v|ffn_down", name):
-        layer = int(name.split(".")[1])
-        chosen = important if needs_more_bits(layer, config.num_hidden_layers) else chosen
+        # Layers that suffer most: the first and the last eighth, and every third between.
+        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
+        last = layer >= 7 * config.num_hidden_layers // 8
+        if layer < eighth or last or (layer - eighth) % 3 == 2:
+            chosen = important
     if chosen in K_QUANTS and shape[-1] % 256:
         chosen = K_QUANTS[chosen]
     floats = (Type.F32, Type.F16, Type.BF16)
     return Type.F16 if chosen not in floats and shape[-1] % 32 else chosen
-
-
-def needs_more_bits(layer: int, layers: int) -> bool:
-    """Whether a layer suffers most from quantization: the first and last eighth, and every third between."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def quantize(name: str, tensor: torch.Tensor, type: Type) -> np.ndarray:

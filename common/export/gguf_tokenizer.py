@@ -1,4 +1,4 @@
-"""A tokenizer with its chat template, in the forms of llama.cpp (GGUF metadata) and Ollama (Modelfile)."""
+"""A tokenizer and its chat template for llama.cpp (GGUF metadata) and Ollama (Modelfile)."""
 
 import json
 import re
@@ -25,6 +25,14 @@ PRE_TOKENIZERS = {
     "qwen2": [ONE_DIGIT, BYTES_ONLY],
 }
 
+# What stands before each message, by its role and place, then the message; at last the prompt.
+GO_TEMPLATE = (
+    '{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}%s'
+    '{{ else if eq $m.Role "assistant" }}%s{{ else if eq $i 0 }}%s'
+    '{{ else if eq (index $.Messages 0).Role "system" | and (eq $i 1) }}%s'
+    "{{ else }}%s{{ end }}{{ $m.Content }}{{ end }}%s"
+)
+
 
 def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
     """Add vocabulary, merges, types of tokens, the tokens that begin and end, and the template.
@@ -35,38 +43,35 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     model, encoder = spec["model"], ChatEncoder(tokenizer)
     if model["type"] != "BPE":
         raise UserError(f"GGUF: cannot write a tokenizer of type {model['type']}. Set LLAMA_CPP.")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     texts = {id: token for token, id in tokenizer.get_vocab().items()}
     added, ids = tokenizer.added_tokens_decoder, range(config.vocab_size)
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in ids])
-    writer.add_token_types([token_type(texts.get(i), added.get(i), tokenizer.unk_token) for i in ids])
+    unknown = tokenizer.unk_token
+    writer.add_token_types([token_type(texts.get(i), added.get(i), unknown) for i in ids])
     if model.get("byte_fallback"):  # SentencePiece, which merges by score
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre(pre_tokenizer or "default")
-        ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
-        writer.add_token_scores([ranks.get(texts.get(i), -1e6) for i in ids])
-        writer.add_add_space_prefix("Prepend" in str(spec["normalizer"]) or "'always'" in str(spec["pre_tokenizer"]))
+        ranked = reversed(list(enumerate(model["merges"])))
+        scores = {"".join(merge): -float(rank) for rank, merge in ranked}
+        writer.add_token_scores([scores.get(texts.get(i), -1e6) for i in ids])
+        writer.add_add_space_prefix(bool(encoder.prefix and encoder.prefix.everywhere))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer or pre_tokenizer_name(spec, config))
-        writer.add_token_merges(merges)
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
-    writer.add_eos_token_id(end)
-    writer.add_eot_token_id(end)
-    for add, id in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-    ):
+    special = {"bos": tokenizer.bos_token_id, "eos": end, "eot": end}
+    special |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
+    for name, id in special.items():
         if id is not None:
-            add(id)
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
     writer.add_chat_template(tokenizer.chat_template)
 
 
 def adds_bos(encoder: ChatEncoder) -> bool:
-    """Whether a file asks for a BOS before every text; llama.cpp then removes one that the template wrote.
+    """Whether llama.cpp should put a BOS before every text, in place of the one that the template writes.
 
     Where the template writes none, training saw none, though the tokenizer adds it to plain text.
     """
@@ -86,7 +91,7 @@ def token_type(text: str | None, added, unknown: str | None) -> TokenType:
 
 
 def pre_tokenizer_name(spec: dict, config) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits text; UserError where none is known."""
+    """llama.cpp's name for how a tokenizer splits text; UserError where none is known."""
     part, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {}
     steps = [dict(step) for step in part.get("pretokenizers", [part])]
     for step in steps:
@@ -96,18 +101,17 @@ def pre_tokenizer_name(spec: dict, config) -> str:
     whole_words = spec["model"].get("ignore_merges", False)
     if not name or normalizer.get("type", "NFC") != "NFC" or whole_words != (name == "llama-bpe"):
         raise UserError(
-            "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does. "
-            f"Name one with PRE_TOKENIZER=; verification shows whether it fits. ({json.dumps(part)[:300]})"
+            "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does: "
+            f"{json.dumps(part)[:300]}. Try PRE_TOKENIZER=name; verification shows if it fits."
         )
     return "stablelm2" if (name, config.model_type) == ("qwen2", "stablelm") else name
 
 
 def modelfile(gguf_name: str, tokenizer) -> str:
-    """A Modelfile for Ollama: the GGUF file, the token to stop at, and the template in Go's language."""
+    """A Modelfile for Ollama: the GGUF file, the token to stop at, and the template for Go."""
     encoder = ChatEncoder(tokenizer)
-    template = go_template(encoder)
     text = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
-    if template is not None:
+    if (template := go_template(encoder)) is not None:
         text = f'TEMPLATE """{template}"""'
     return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{text}\n'
 
@@ -115,25 +119,19 @@ def modelfile(gguf_name: str, tokenizer) -> str:
 def go_template(encoder: ChatEncoder) -> str | None:
     """The chat template as Go text; None where it is more than fixed texts around the messages."""
     bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
-    system, user, answer = ({"role": role, "content": f"\0{role}\0"} for role in ("system", "user", "assistant"))
 
-    def texts(*messages: dict) -> list[str]:
+    def split(*roles: str) -> list[str]:
         """The texts before, between and after messages, without a BOS, which is added anyway."""
-        text = encoder.render(list(messages), add_generation_prompt=True)[0].removeprefix(bos)
-        return re.split("\0[a-z]*\0", text)
+        messages = [{"role": role, "content": "\0"} for role in roles]
+        text = encoder.render(messages, add_generation_prompt=True)[0]
+        return text.removeprefix(bos).split("\0")
 
+    turns = ("user", "assistant", "user")
     try:
-        first_system, system_user, user_answer, answer_user, prompt = texts(system, user, answer, user)
-        first_user, *following = texts(user, answer, user)
+        first_system, system_user, user_answer, answer_user, prompt = split("system", *turns)
+        first_user, *following = split(*turns)
     except (UserError, ValueError):  # the template refuses system messages, or leaves a message out
         return None
     if prompt != user_answer or following != [user_answer, answer_user, prompt]:
         return None
-    return (
-        "{{ range $i, $m := .Messages }}"
-        f'{{{{ if eq $m.Role "system" }}}}{first_system}'
-        f'{{{{ else if eq $m.Role "assistant" }}}}{user_answer}'
-        f"{{{{ else if eq $i 0 }}}}{first_user}"
-        f'{{{{ else if eq (index $.Messages 0).Role "system" | and (eq $i 1) }}}}{system_user}'
-        f"{{{{ else }}}}{answer_user}{{{{ end }}}}{{{{ $m.Content }}}}{{{{ end }}}}{prompt}"
-    )
+    return GO_TEMPLATE % (first_system, user_answer, first_user, system_user, answer_user, prompt)

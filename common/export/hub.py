@@ -9,53 +9,41 @@ from common.cli import UserError
 def model_card(model: str, base: str, run: Path | None) -> str:
     """The README.md of a model: its base, and its run's settings, summary and scores.
 
-    model: as MODEL names it. run: the folder of the run that made it.
     A checkpoint gets the settings only: summary and scores belong to the run's final model.
     """
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
-    if run is None:
-        return text
-    text += table(("Setting", "Value"), items(read(run / "settings.json")["settings"]))
-    if Path(model).expanduser() not in (run, run / "final"):
-        return text
-    text += table(("Result", "Value"), items(read(run / "summary.json")))
-    if scores := read(run / "scores.json"):
-        rows = []
-        for name, value in scores["scores"].items():
-            interval = scores["intervals"][name]  # None: too few answers
-            rows.append((name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*interval) if interval else ""))
-        quantization = scores["settings"]["QUANTIZATION"]
-        text += f"\nScores by evaluate_model.py before merging, with QUANTIZATION={quantization}:\n"
-        text += table(("Score", "Value", "95 % interval"), rows)
+    files = ("settings", "summary", "scores")
+    if run and Path(model).expanduser() not in (run, run / "final"):
+        files = ("settings",)
+    for name in files if run else ():
+        file = run / f"{name}.json"
+        if file.is_file():
+            text += table(name, json.loads(file.read_text(encoding="utf-8")))
     return text
 
 
-def read(file: Path) -> dict:
-    """Contents of a JSON file; empty where it does not exist."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def items(values: dict) -> list[tuple]:
-    return [(name, value) for name, value in values.items() if not isinstance(value, (list, dict))]
-
-
-def table(head: tuple, rows: list[tuple]) -> str:
-    """A Markdown table; cells may contain |, as regular expressions do."""
-    cells = [head, ("---",) * len(head)]
-    cells += [tuple(str(cell).replace("|", "\\|") for cell in row) for row in rows]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+def table(name: str, contents: dict) -> str:
+    """A Markdown table of one of a run's files: a row for each plain value."""
+    values = contents["settings"] if name == "settings" else contents
+    if name == "scores":  # as evaluate_model.py writes them
+        name, values = "score of the model before merging, 95 % interval", {}
+        for score, value in contents["scores"].items():
+            interval = contents["intervals"][score]  # None: too few answers
+            values[score] = f"{value:.4g}"
+            if interval:
+                values[score] += " ({:.4g} to {:.4g})".format(*interval)
+    plain = [item for item in values.items() if not isinstance(item[1], (list, dict))]
+    rows = "".join(f"| {key} | {value} |\n" for key, value in plain)
+    return f"\n| {name} | |\n|---|---|\n{rows}"
 
 
 def upload(folder: Path, files: list[str], hub_id: str, private: bool) -> None:
-    """Upload the merged model and the verified files of an export, with the token of the environment.
-
-    Raises UserError where the repository exists and is public, against HUB_PRIVATE.
-    """
+    """Upload an export with the environment's token; UserError where it would become public unasked."""
     from huggingface_hub import HfApi
 
-    paths = [*sorted((folder / "final").iterdir()), *(folder / name for name in (*files, "Modelfile", "export.json"))]
-    paths = [path for path in paths if path.is_file()]
+    others = (folder / name for name in (*files, "Modelfile", "export.json"))
+    paths = [path for path in (*sorted((folder / "final").iterdir()), *others) if path.is_file()]
     print(f"uploading to {hub_id}, {'private' if private else 'PUBLIC'}:")
     for path in paths:
         print(f"  {path.relative_to(folder)}  {path.stat().st_size / 2**20:.1f} MiB")

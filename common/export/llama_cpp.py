@@ -9,22 +9,20 @@ from pathlib import Path
 from common.cli import UserError
 
 
-def convert(checkout: Path, file: Path, folder: Path, kind: str) -> None:
-    """Write the model in a folder as a GGUF file, with a checkout's converter and quantizer.
-
-    Raises UserError where the checkout lacks llama-quantize, or a program fails.
-    """
+def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
+    """Write a folder's model as a GGUF file by a checkout's programs; UserError where they are missing or fail."""
     converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
     whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
     converter = checkout / "convert_hf_to_gguf.py"
     run(sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
-    if kind == converted:
-        return
-    found = [path for path in checkout.rglob("llama-quantize*") if path.stem == "llama-quantize"]
-    if not found:
-        raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. Build it, GGUF={kind} needs it.")
-    run(found[0], whole, file, kind.upper())
-    whole.unlink()
+    if kind != converted:
+        paths = checkout.rglob("llama-quantize*")
+        found = [path for path in paths if path.stem == "llama-quantize"]
+        if not found:
+            raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. GGUF={kind} needs it.")
+        run(found[0], whole, file, kind.upper())
+        whole.unlink()
+    return "by llama.cpp"
 
 
 def run(*command) -> None:
@@ -36,7 +34,7 @@ def run(*command) -> None:
 
 
 class LlamaCpp:
-    """A GGUF file in the server of the package xllamacpp, which stops when this object is deleted."""
+    """A GGUF file in a server of the package xllamacpp, which ends with this object."""
 
     def __init__(self, file: Path, context: int):
         import xllamacpp
@@ -52,8 +50,3 @@ class LlamaCpp:
         request = urllib.request.Request(self.server.listening_address + path, data, headers)
         with urllib.request.urlopen(request, timeout=600) as reply:
             return json.load(reply)
-
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """Token ids of a chat up to its next answer, by the file's own template and tokenizer."""
-        text = self.ask("/apply-template", messages=messages)["prompt"]
-        return self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]

@@ -14,7 +14,7 @@ from common.export.verify import Reference, predict
 from common.files import write_atomic
 from common.model import generation, load
 from common.model.location import Source
-from common.model.quantize import BITS, dequantize_hqq
+from common.model.quantize import BITS, check_quantization, dequantize_hqq
 
 BASES = ("original", "dequantized")
 TIE = 1.01  # ratio of perplexities up to which the original base wins
@@ -23,16 +23,14 @@ TIE = 1.01  # ratio of perplexities up to which the original base wins
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
-def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None) -> tuple[str, ...]:
-    """The bases to merge into: the one of MERGE_INTO, or all that the training allows.
-
-    Raises UserError where MERGE_INTO does not fit the model, or its weights are quantized.
-    """
+def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
+    """The bases to merge into; UserError where MERGE_INTO does not fit or MODEL is quantized."""
+    check_quantization(quantization)
     if config.to_dict().get("quantization_config"):
-        raise UserError(f"MODEL={source.name} is quantized, and cannot be merged into. Take the 16-bit model.")
+        raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
     both = source.adapter and quantization
     if merge_into == "dequantized" and not both:
-        raise UserError("MERGE_INTO=dequantized: MODEL was not trained on a quantized base. Set MERGE_INTO=None.")
+        raise UserError("MERGE_INTO=dequantized: MODEL has no quantized base. Set MERGE_INTO=None.")
     if merge_into:
         return (merge_into,)
     return BASES if both else BASES[:1]
@@ -42,23 +40,20 @@ def load_chat_tokenizer(source: Source):
     """The model's tokenizer, with its template as other libraries can read it."""
     tokenizer, name = load.load_tokenizer(source), source.adapter or source.name
     if not tokenizer.chat_template:
-        raise UserError(f"MODEL={name} has no chat template: it is a base model. Fine-tune it first.")
+        raise UserError(f"MODEL={name} has no chat template. Fine-tune it first.")
     # A comment in place of a mark keeps the white space around it.
     tokenizer.chat_template = MARK.sub(r"{#\1 \2#}", tokenizer.chat_template)
     tokenizer.eos_token = ChatEncoder(tokenizer).end_token
     if tokenizer.eos_token is None:
-        raise UserError(
-            f"MODEL={name}: its chat template writes no end token after an answer, so answers "
-            "would not end. Train with another CHAT_TEMPLATE."
-        )
+        problem = "its chat template writes no end token, so answers would not end"
+        raise UserError(f"MODEL={name}: {problem}. Train with another CHAT_TEMPLATE.")
     return tokenizer
 
 
 def merge_adapter(source: Source, base: str, quantization: str | None, dtype: torch.dtype, vocabulary: int):
     """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
 
-    base: "original", or "dequantized" for the weights as `quantization` rounds them.
-    vocabulary: tokens of the tokenizer.
+    base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
     """
     options = dict(attention="sdpa", vocabulary=vocabulary)
     if base == "original":
@@ -76,7 +71,7 @@ def merge_adapter(source: Source, base: str, quantization: str | None, dtype: to
     return model.to(dtype).eval()
 
 
-def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference) -> tuple:
+def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference):
     """Merge into each base; returns the best model, its result, and the results of all.
 
     The best has the lowest perplexity on held-out answers. Within TIE the original base wins: it
@@ -90,7 +85,8 @@ def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dty
         results.append({"into": base} | reference.compare(predictions))
         line = "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}"
         print(line.format(**results[-1]))
-    kept = min(results, key=lambda result: result["perplexity"] / (TIE if result["into"] == "original" else 1))
+    ties = {"original": TIE, "dequantized": 1}
+    kept = min(results, key=lambda result: result["perplexity"] / ties[result["into"]])
     was_rounded = torch.promote_types(dtype, reference.dtype) != reference.dtype
     if kept["into"] != base or was_rounded:
         model = None
@@ -99,8 +95,8 @@ def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dty
 
 
 def save_merged(folder: Path, model, tokenizer, card: str) -> None:
-    """Write the model, its tokenizer, the tokens that end answers, and the model card."""
+    """Write the model with its tokenizer and card into the folder's `unverified`."""
     ends, pad = generation.end_tokens(model, tokenizer), tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    load.save_final(folder, model, tokenizer)
-    write_atomic(folder / "README.md", card)
+    load.save_final(folder / "unverified", model, tokenizer)
+    write_atomic(folder / "unverified" / "README.md", card)

@@ -1,18 +1,39 @@
-"""Verify a merged model: its predictions on chats that training did not see, and its tokenizer."""
+"""Verify an export: its predictions on held-out chats, its tokens, and that its answers end.
 
-import math
+A GGUF file is read by two other programs: transformers for predictions, llama.cpp for answers.
+"""
+
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as parquet
 import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.cli import UserError
 from common.data import sources
 from common.data.encoder import ChatEncoder
+from common.export.llama_cpp import LlamaCpp
 from common.model import generation, load, location
 
-MERGE_BOUND = 0.05  # mean KL divergence of the merged model from the trained one, in nats a token
+# Highest mean KL divergence, in nats a token.
+MERGE_BOUND = 0.05  # of the merged model from the trained one
+# Of GGUF files from the merged model: f32, f16 and bf16 may differ by rounding only, the others leave
+# room for small models, which lose most (docs/benchmarks.md). A wrong layout gives several nats.
+KL_BOUNDS = {
+    "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
+    "q4_0": 0.6,
+}  # fmt: skip
+NOISE = 1e-3  # between two computations of one model in 16 bits
+LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values in 16 bits
+
+MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
 PROMPTS = 4  # that are answered
 
@@ -33,19 +54,19 @@ class Row(NamedTuple):
     answers: list[int]  # positions whose next token is part of an answer
 
 
-def held_out_rows(chats: str | None, run: Path | None, encoder: ChatEncoder, max_length: int, count: int) -> list[Row]:
-    """Chats that training did not see, up to `count` tokens of answers in all.
+def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: int, count: int) -> list[Row]:
+    """Chats that training did not see, with up to `count` tokens of answers; UserError for none.
 
     chats: the setting CHATS; None: what the run held out, or else data/brief.jsonl.
-    Raises UserError where no chat has an answer.
     """
     file = run / "data" / "eval.parquet" if run and not chats else None
     if file and file.is_file() and parquet.read_metadata(file).num_rows:
         table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
         pairs = (row.values() for row in table.to_pylist())
     else:
-        encoded = (encoder.encode([chat])[0] for chat in sources.sound_chats(chats or "data/brief.jsonl", "CHATS"))
-        pairs = ((row.ids.tolist(), row.learned.tolist()) for row in encoded)
+        sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
+        encoded = map(ChatEncoder(tokenizer).encode, ([chat] for chat in sound))
+        pairs = ((row.ids.tolist(), row.learned.tolist()) for [row] in encoded)
     rows = []
     for ids, mask in pairs:
         answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
@@ -53,7 +74,7 @@ def held_out_rows(chats: str | None, run: Path | None, encoder: ChatEncoder, max
             rows.append(Row(ids[: answers[-1] + 2], answers))
             count -= len(answers)
     if not rows:
-        raise UserError(f"CHATS={chats}: no answers to compare predictions on. Name a file with some.")
+        raise UserError(f"CHATS={chats}: no answers to compare on. Name a file with some.")
     return rows
 
 
@@ -61,29 +82,35 @@ class Reference:
     """A model's predictions on held-out chats, with which those of models made from it are compared.
 
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
-    ended: to how many of the prompts the answer ends by itself; None without `answers`.
+    ended: how many prompts get an answer that ends; counted if `answers`.
     """
 
-    def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows: list[Row], answers=False):
+    def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows, answers=False):
         model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer)).eval()
-        self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
+        self.tokenizer, self.rows = tokenizer, rows
+        self.dtype, self.config = dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             raise UserError(f"MODEL={source.name}: predictions are not finite. Take an earlier checkpoint.", code=4)
-        self.perplexity = perplexity(self.predictions, rows)
+        self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
-        self.ended = count_ended(model, tokenizer, self.prompts) if answers else None
+        self.ended, generator = 0, generation.Generator(model, tokenizer)
+        for prompt in self.prompts if answers else ():
+            list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))
+            self.ended += generator.last.stop == "end"
 
     def compare(self, predictions: torch.Tensor) -> dict:
-        """The perplexity of other predictions (N, vocabulary), and their mean KL divergence in nats a token."""
-        kl = (self.predictions.exp() * (self.predictions - predictions)).sum(-1).mean().item()
-        kl = max(0.0, kl) if math.isfinite(kl) else math.inf
-        return {"kl": kl, "perplexity": perplexity(predictions, self.rows)}
+        """Perplexity of other predictions (N, vocabulary), and their mean KL divergence in nats a token."""
+        kl = (self.predictions.exp() * (self.predictions - predictions)).sum(-1).mean()
+        tokens = torch.tensor([row.ids[t + 1] for row in self.rows for t in row.answers])
+        loss = -predictions.gather(1, tokens[:, None]).mean()
+        kl, loss = (value.nan_to_num(MAX_LOSS).clamp(0, MAX_LOSS) for value in (kl, loss))
+        return {"kl": kl.item(), "perplexity": loss.double().exp().item()}
 
 
 @torch.no_grad()
 def predict(model, rows: list[Row]) -> torch.Tensor:
-    """Log-probabilities (N, vocabulary) of the tokens after the rows' answer positions: float32, on the CPU."""
+    """Log-probabilities (N, vocabulary) of the tokens after the answer positions: float32, on the CPU."""
     parts = []
     for row in rows:
         ids, keep = (torch.tensor(values, device=model.device) for values in row)
@@ -92,35 +119,116 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def perplexity(predictions: torch.Tensor, rows: list[Row]) -> float:
-    tokens = torch.tensor([row.ids[t + 1] for row in rows for t in row.answers])
-    loss = -predictions.gather(1, tokens[:, None]).mean().item()
-    return math.exp(min(700, loss))
-
-
-def count_ended(model, tokenizer, prompts: list[list[int]]) -> int:
-    """How many greedy answers end within ANSWER_TOKENS."""
-    generator, ended = generation.Generator(model, tokenizer), 0
-    for prompt in prompts:
-        list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))
-        ended += generator.last.stop == "end"
-    return ended
-
-
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
-    """Load a saved model; returns its own reference, and its KL divergence from the trained one.
+    """Load the model that was saved; returns its own reference, and its KL divergence from the trained one.
 
-    Raises UserError (code 5) where that is above the bound or the saved tokenizer differs, after
-    renaming the folder to final.rejected.
+    Names it final, or final.rejected and raises UserError (5) where that exceeds the bound or tokens differ.
     """
-    source = location.locate(str(folder))
+    unverified = folder / "unverified"
+    source = location.locate(str(unverified))
     saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
     kl = reference.compare(saved.predictions)["kl"]
-    encoders = ChatEncoder(reference.tokenizer), ChatEncoder(load.load_tokenizer(source))
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
-    expected, actual = (list(map(encoder.prompt, chats)) for encoder in encoders)
+    tokenizers = reference.tokenizer, load.load_tokenizer(source)
+    expected, actual = (list(map(ChatEncoder(tokenizer).prompt, chats)) for tokenizer in tokenizers)
     if kl <= bound and actual == expected:
+        unverified.rename(folder / "final")
         return saved, kl
-    fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}" if actual == expected else "other tokens"
-    rejected = folder.rename(folder.with_name("final.rejected"))
+    fault = "its tokenizer gives other tokens"
+    if not kl <= bound:
+        fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
+    rejected = unverified.rename(folder / "final.rejected")
     raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+
+
+def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
+    """What was measured of a GGUF file made from the reference's model, and a list of its `faults`.
+
+    kl and perplexity are None where transformers cannot read the file; then llama.cpp alone decides.
+    """
+    faults, prompts = [], len(reference.prompts)
+    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None}
+    try:
+        model = load_gguf(file, reference.config, reference.dtype)
+        result |= reference.compare(predict(model, reference.rows))
+    except (ValueError, NotImplementedError) as error:
+        print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
+    except (RuntimeError, KeyError) as error:
+        faults.append(f"transformers finds its tensors wrong: {error}")
+    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
+    try:
+        longest = max(map(len, reference.prompts)) + ANSWER_TOKENS
+        llama = LlamaCpp(file, min(reference.config.max_position_embeddings, longest))
+        result |= measure_in_llama_cpp(llama, reference)
+        faults += token_faults(llama, reference.tokenizer)
+        if not result["ended"] and reference.ended > prompts / 2:
+            faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
+    except (RuntimeError, OSError, KeyError) as error:
+        faults.append(f"llama.cpp refuses it: {error}")
+    bound, noise = KL_BOUNDS[kind], 0 if reference.dtype == torch.float32 else NOISE
+    bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
+    for name, bound in bounds.items():
+        if result[name] is not None and not result[name] <= bound:
+            detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
+            faults.append(f"it predicts something else: {detail}")
+    return result | {"faults": faults}
+
+
+def load_gguf(file: Path, config, dtype: torch.dtype):
+    """The model in a GGUF file as transformers reads it; what its reader omits comes from the config."""
+    from transformers import GgufConfig  # not in older releases
+
+    read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
+    if "rope_theta" in read and values.get("rope_parameters"):
+        values["rope_parameters"]["rope_theta"] = read.pop("rope_theta")
+    if config.model_type == "mistral":  # the reader takes it for a Llama; only the window differs
+        config = AutoConfig.for_model("llama")
+    values = {name: read.get(name, value) for name, value in values.items() if name != "model_type"}
+    options = dict(config=type(config).from_dict(values), quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
+    return model.to(PartialState().device).eval()
+
+
+def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
+    """llama.cpp's greedy answers to the prompts, and its divergence in the 64 tokens it finds likeliest."""
+    divergences, answers = [], []
+    starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
+    for prompt, start in zip(reference.prompts, starts, strict=False):
+        reply = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
+        # Absent where the next token is only a part of a character.
+        if entries := reply.get("completion_probabilities"):
+            top = entries[0]["top_logprobs"]
+            log_p = torch.tensor([token["logprob"] for token in top])  # (64,)
+            log_q = reference.predictions[start, [token["id"] for token in top]]
+            divergences.append((log_p.exp() * (log_p - log_q)).sum().item())
+        options = dict(n_predict=ANSWER_TOKENS, temperature=0, top_k=1)
+        answers.append(llama.ask("/completion", prompt=prompt, **options))
+    tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
+    seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
+    return {
+        "llama_cpp_kl": abs(statistics.fmean(divergences)) if divergences else None,
+        "ended": sum(answer["stop_type"] == "eos" for answer in answers),
+        "tokens_per_second": tokens / max(seconds, 1e-6),
+    }
+
+
+def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
+    """Where a file's tokens differ from those that the model was trained on."""
+    encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
+    if end != encoder.end_token:
+        yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    for text in TEXTS:
+        chat = [*earlier, {"role": "user", "content": text}]
+        rendered = llama.ask("/apply-template", messages=chat)["prompt"]
+        options = dict(content=rendered, add_special=True, parse_special=True)
+        actual, expected = llama.ask("/tokenize", **options)["tokens"], encoder.prompt(chat)
+        if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
+            yield "a chat begins with two BOS tokens"
+            return
+        if actual != expected:
+            at = generation.shared(actual, expected)
+            there, trained = (ids[at : at + 3] for ids in (actual, expected))
+            name = tokenizer.convert_ids_to_tokens
+            yield f"its tokens of a chat differ: {name(there)} where training had {name(trained)}"
+            return

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, gguf_tokenizer, verify, verify_gguf
+from common.export import gguf, gguf_tokenizer, hub, verify
 from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
@@ -85,7 +85,7 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
-        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
+        read = verify.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
     llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
@@ -110,8 +110,11 @@ def without_end_token(monkeypatch):
 
 
 def wrong_end_id(monkeypatch):
+    honest = gguf.GGUFWriter.add_uint32
     monkeypatch.setattr(
-        gguf.GGUFWriter, "add_eos_token_id", lambda self, id: self.add_uint32("tokenizer.ggml.eos_token_id", 1)
+        gguf.GGUFWriter,
+        "add_uint32",
+        lambda self, key, value: honest(self, key, 1 if key == "tokenizer.ggml.eos_token_id" else value),
     )
 
 
@@ -217,6 +220,53 @@ def test_a_merged_model_predicts_what_the_trained_one_does(
     about = json.loads((out / "final" / "generation_config.json").read_text())
     assert merged_tokenizer.eos_token_id in about["eos_token_id"]
     assert "LEARNING_RATE | 0.01" in (out / "final" / "README.md").read_text()
+
+
+def test_the_card_lists_the_scores_that_evaluation_wrote(tmp_path):
+    """Each with its interval; those of a run belong to its final model, not to its checkpoints."""
+    contents = {
+        "settings": {"settings": {"LEARNING_RATE": 0.01}},
+        "summary": {"eval_loss": 1.25, "verdict": None},
+        "scores": {
+            "scores": {"name": 0.875, "judge average": 6.5},
+            "intervals": {"name": [0.5294, 0.9776], "judge average": None},
+            "settings": {"QUANTIZATION": None},
+        },
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for model in (tmp_path, tmp_path / "final"):
+        card = hub.model_card(str(model), "org/base", tmp_path)
+        assert card.startswith("---\nbase_model: org/base\n") and "| eval_loss | 1.25 |" in card
+        assert "| name | 0.875 (0.5294 to 0.9776) |" in card and "| judge average | 6.5 |" in card
+    card = hub.model_card(str(tmp_path / "checkpoint-5"), "org/base", tmp_path)
+    assert "| LEARNING_RATE | 0.01 |" in card and "eval_loss" not in card and "0.875" not in card
+    assert "fine-tuned from org/base" in hub.model_card("org/base", "org/base", None).lower()
+
+
+def test_an_evaluated_run_is_exported_with_its_scores(tiny, chats_file, tmp_path, run_here, export):
+    run = trained(run_here, tiny(), chats_file, tmp_path)
+    code, _, error = run_here("evaluate_model.py", f"MODEL={run}", f"OUT_DIR={tmp_path}/scores", "SUITES=health")
+    assert code == 0, error
+    scores = json.loads((run / "scores.json").read_text())
+    code, out, text = export(run)
+    assert code == 0, text
+    card = (out / "final" / "README.md").read_text()
+    for name, value in scores["scores"].items():
+        low, high = scores["intervals"][name]
+        assert f"| {name} | {value:.4g} ({low:.4g} to {high:.4g}) |" in card
+
+
+def test_verification_in_16_bits_does_not_round_the_saved_weights(chat_model, tmp_path, export):
+    folder = chat_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1 + 1e-4)
+    model.save_pretrained(folder)
+    code, out, text = export(folder, "DTYPE=float32", "PROOF_DTYPE=bfloat16")
+    assert code == 0, text
+    saved, original = (load_file(path / "model.safetensors") for path in (out / "final", folder))
+    assert all(torch.equal(saved[name], weight) for name, weight in original.items())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "hqq-2bit"])
@@ -378,7 +428,7 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
     llama = LlamaCpp(tmp_path / "model.gguf", 256)
-    assert list(verify_gguf.token_faults(llama, tokenizer)) == []
+    assert list(verify.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -488,11 +538,11 @@ def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export)
 @pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
 def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}[moment]
+    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify.token_faults"}[moment]
     code = f"""
 import os, sys
 sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
-from common.export import gguf, verify_gguf
+from common.export import gguf, verify
 from common.model import load
 {place} = lambda *a: os._exit(9)
 import runpy
@@ -592,7 +642,7 @@ def test_a_wrong_rotary_base_is_found_by_llama_cpp(chat_model, export, monkeypat
     honest = gguf.GGUFWriter.add_rope_dimension_count
     monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda self, count: honest(self, count // 2))
     code, _, text = export(chat_model("stablelm", initializer_range=0.3, partial_rotary_factor=1.0), "GGUF=f16")
-    assert code == 5 and "llama.cpp predicts something else" in text
+    assert code == 5 and "llama_cpp_kl is" in text
 
 
 def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, export):
