@@ -14,16 +14,16 @@ from common.settings import apply_overrides, current
 
 # Model
 MODEL = "out/demo"  # run folder, adapter, local folder, hub id or .gguf file
-QUANTIZATION: str | None = None  # of the base: nf4, int8, hqq-4bit ...; None: as in training
+QUANTIZATION: str | None = None  # base: nf4, int8, hqq-4bit ...; None: as in training
 MERGE_INTO: str | None = None  # original or dequantized base, after quantized training; None: the better
-DTYPE = "bfloat16"  # of the merged weights
+DTYPE = "bfloat16"  # merged weights
 # GGUF
 GGUF: str | None = None  # "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q6_k; None: merge only
-PRE_TOKENIZER: str | None = None  # llama.cpp's name for it; None: look it up
+PRE_TOKENIZER: str | None = None  # llama.cpp's name of the pre-tokenizer; None: look it up
 LLAMA_CPP: str | None = None  # checkout, whose converter and quantizer to use
 # Verification
 CHATS: str | None = None  # to compare on, as DATA; None: what the run held out, or data/brief.jsonl
-PROOF_DTYPE = "float32"  # of the computations; bfloat16 takes half the memory, and adds noise
+PROOF_DTYPE = "float32"  # computations; bfloat16 takes half the memory, and adds noise
 PROOF_TOKENS = 1000  # tokens of answers to compare; 4 bytes each for every token of the vocabulary
 MAX_LENGTH = 1024  # tokens of each of these chats
 # Output
@@ -76,7 +76,8 @@ def main():
     model, kept, merges = merge.merge_best(source, bases, quantization, dtype, reference)
     merge.save_merged(folder, model, tokenizer, hub.model_card(MODEL, source.name, run))
     del model
-    other_base = quantization and kept["into"] == "original"  # another model, by the KL measured
+    # Another base than in training makes another model, whose divergence was measured.
+    other_base = quantization and kept["into"] == "original"
     bound = verify.MERGE_BOUND + (kept["kl"] if other_base else 0)
     saved, saved_kl = verify.verify_merged(folder, reference, bound, bool(kinds))
 
@@ -87,7 +88,7 @@ def main():
     write_atomic(folder / "export.json", json.dumps(report, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
     if rejected := [file["file"] for file in files if file["faults"]]:
-        remedy = "The faults are in export.json. Take more bits, or set LLAMA_CPP."
+        remedy = "The faults are in export.json. Choose a kind with more bits, or set LLAMA_CPP."
         raise UserError(f"GGUF: {', '.join(rejected)} failed verification. {remedy}", code=5)
     if HUB_ID:
         hub.upload(folder, [file["file"] for file in files], HUB_ID, HUB_PRIVATE)

@@ -32,7 +32,7 @@ KINDS["q5_k_m"] = (Type.Q5_K, Type.Q6_K, Type.Q6_K)
 # K-quants -> what is taken for rows that are not a multiple of 256.
 K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
-# Features of a config, of which GGUF files know nothing.
+# Features that GGUF files cannot express.
 UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inverse_layer_idx")
 
 
@@ -191,5 +191,5 @@ def quantize(name: str, tensor: torch.Tensor, type: Type) -> np.ndarray:
     with np.errstate(over="ignore"):
         packed = quants.quantize(data, type)
     if type == Type.F16 and not np.isfinite(packed).all():
-        raise UserError(f"GGUF: {name} has weights beyond float16's range. Take bf16.")
+        raise UserError(f"GGUF: {name} has weights beyond float16's range. Take GGUF=bf16.")
     return packed

@@ -13,13 +13,11 @@ def model_card(model: str, base: str, run: Path | None) -> str:
     """
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
-    files = ("settings", "summary", "scores")
-    if run and Path(model).expanduser() not in (run, run / "final"):
-        files = ("settings",)
-    for name in files if run else ():
-        file = run / f"{name}.json"
+    is_final = run and Path(model).expanduser() in (run, run / "final")
+    names = ("settings", "summary", "scores") if is_final else ("settings",)
+    for file in [run / f"{name}.json" for name in names] if run else ():
         if file.is_file():
-            text += table(name, json.loads(file.read_text(encoding="utf-8")))
+            text += table(file.stem, json.loads(file.read_text(encoding="utf-8")))
     return text
 
 
@@ -27,15 +25,19 @@ def table(name: str, contents: dict) -> str:
     """A Markdown table of one of a run's files: a row for each plain value."""
     values = contents["settings"] if name == "settings" else contents
     if name == "scores":  # as evaluate_model.py writes them
-        name, values = "score of the model before merging, 95 % interval", {}
+        quantization = contents["settings"]["QUANTIZATION"]
+        name, values = f"score (95 % interval) before merging, QUANTIZATION={quantization}", {}
         for score, value in contents["scores"].items():
             interval = contents["intervals"][score]  # None: too few answers
             values[score] = f"{value:.4g}"
             if interval:
                 values[score] += " ({:.4g} to {:.4g})".format(*interval)
-    plain = [item for item in values.items() if not isinstance(item[1], (list, dict))]
-    rows = "".join(f"| {key} | {value} |\n" for key, value in plain)
-    return f"\n| {name} | |\n|---|---|\n{rows}"
+    text = f"\n| {name} | |\n|---|---|\n"
+    for key, value in values.items():
+        if not isinstance(value, (list, dict)):
+            cell = str(value).replace("|", "\\|")
+            text += f"| {key} | {cell} |\n"
+    return text
 
 
 def upload(folder: Path, files: list[str], hub_id: str, private: bool) -> None:

@@ -14,22 +14,21 @@ def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
     converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
     whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
     converter = checkout / "convert_hf_to_gguf.py"
-    run(sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
+    run(converter.name, sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
     if kind != converted:
         paths = checkout.rglob("llama-quantize*")
         found = [path for path in paths if path.stem == "llama-quantize"]
         if not found:
             raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. GGUF={kind} needs it.")
-        run(found[0], whole, file, kind.upper())
+        run("llama-quantize", found[0], whole, file, kind.upper())
         whole.unlink()
     return "by llama.cpp"
 
 
-def run(*command) -> None:
+def run(name: str, *command) -> None:
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode:
         last = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
-        name = Path(command[0]).name
         raise UserError(f"LLAMA_CPP: {name} failed: {last}. Update the checkout, or set LLAMA_CPP=None.")
 
 

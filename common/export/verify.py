@@ -23,8 +23,8 @@ from common.export.llama_cpp import LlamaCpp
 from common.model import generation, load, location
 
 # Highest mean KL divergence, in nats a token.
-MERGE_BOUND = 0.05  # of the merged model from the trained one
-# Of GGUF files from the merged model: f32, f16 and bf16 may differ by rounding only, the others leave
+MERGE_BOUND = 0.05  # merged model from the trained one
+# GGUF files from the merged model: f32, f16 and bf16 may differ by rounding only, the others leave
 # room for small models, which lose most (docs/benchmarks.md). A wrong layout gives several nats.
 KL_BOUNDS = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
@@ -35,7 +35,7 @@ LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values i
 
 MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
-PROMPTS = 4  # that are answered
+PROMPTS = 4  # to answer
 
 # Where tokenizers differ: numbers, white space, contractions, capitals, scripts, symbols.
 TEXTS = (
