@@ -22,7 +22,7 @@ GGUF: str | None = None  # "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q
 PRE_TOKENIZER: str | None = None  # llama.cpp's name of the pre-tokenizer; None: look it up
 LLAMA_CPP: str | None = None  # checkout, whose converter and quantizer to use
 # Verification
-CHATS: str | None = None  # to compare on, as DATA; None: what the run held out, or data/brief.jsonl
+CHATS: str | None = None  # chats to compare on, as DATA; None: what the run held out, or data/brief.jsonl
 PROOF_DTYPE = "float32"  # computations; bfloat16 takes half the memory, and adds noise
 PROOF_TOKENS = 1000  # tokens of answers to compare; 4 bytes each for every token of the vocabulary
 MAX_LENGTH = 1024  # tokens of each of these chats
