@@ -41,7 +41,7 @@ from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
 from common.model.quantize import BITS, check_quantization
-from common.train import batch_plan, galore, memory
+from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
 
@@ -50,7 +50,7 @@ METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore":
 
 def main():
     check_quantization(METHODS[METHOD])
-    size = hardware.read_size(FIT, setting="FIT") if FIT else None
+    size = hardware.read_size(FIT) if FIT else None
     source = location.locate(MODEL)
     config = load.load_config(source)
     load.check_length(source, MAX_LENGTH)
@@ -81,7 +81,7 @@ def build(config, quantization: str | None):
 
 def optimizer(model):
     if METHOD != "galore":
-        return memory.usual_optimizer(OPTIM)(model)
+        return optimizers.make_optimizer(OPTIM, model)
     made = galore.GaLore(*galore.split_weights(model, GALORE_RANK), GALORE_RANK, fused=True)
     made.attach(model)
     return made

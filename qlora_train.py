@@ -4,25 +4,27 @@
     python qlora_train.py MODEL=stabilityai/stablelm-2-1_6b QUANTIZATION=nf4 DATA=chats.jsonl RUN_NAME=first
 
 Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (adapter, tokenizer, template). Conversation to it: python chat_pipe.py MODEL=out/first
+checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
 """
 
 from common.cli import UserError, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
-from common.settings import apply_overrides, check_choice, current
+from common.settings import apply_overrides, current
 
-# Model
-MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder of ours, or this embedded model
+# LoRA
 QUANTIZATION: str | None = None  # nf4: 0.6 bytes a weight; int8: 1; hqq-4bit to hqq-1bit: 0.6 to 0.2; None: 2
-DTYPE: str | None = None  # of the base and the compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
-ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
-# Adapter
-ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; a run folder to go on with; None: every weight
+ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; a run folder to continue; None: full fine-tuning
 LORA_R = 16  # rank; memory and time grow with it, slowly
 LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0
 LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
+OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
+LEARNING_RATE = 1e-3  # peak
+# Model
+MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
+DTYPE: str | None = None  # of weights and compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
 MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
@@ -30,7 +32,9 @@ EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
 MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
 TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
-DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
+DROP_PATTERN: str | None = (
+    "auto"  # regex, case ignored: matching chats are dropped; auto: claims to be another assistant
+)
 PACKING = True  # fill rows with several chats that do not see each other
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
@@ -38,16 +42,15 @@ DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it
 # Optimization
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS
-PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once; None: what fits, out of GRADIENT_ACCUMULATION_STEPS rows
-GRADIENT_ACCUMULATION_STEPS = 1  # micro steps an optimizer step (rows, where the line above is None)
-LEARNING_RATE = 1e-3  # peak
+BATCH_SIZE: int | None = None  # rows of an optimizer step, all devices together; None: the product of the next two
+PER_DEVICE_TRAIN_BATCH_SIZE: int | None = None  # rows at once on a device; None: as many of the batch as fit
+GRADIENT_ACCUMULATION_STEPS: int | None = None  # micro steps of an optimizer step; None: as the batch needs
 MIN_LR = 0.0  # where linear and cosine end
 LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
 WARMUP_RATIO = 0.1  # share of the steps
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
-OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
-KL_WEIGHT: float | None = None  # hold the base's predictions where nothing is learned; a third slower; 0: off
+KL_WEIGHT: float | None = None  # regularize towards the base outside of the loss; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
 MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
@@ -62,8 +65,8 @@ SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their sha
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
 REPORT_TO: str | None = None  # tensorboard, wandb, mlflow, trackio, or several, comma-separated; beside metrics.jsonl
 OUT_DIR = "out"
-RUN_NAME: str | None = None  # None: qlora_train-<time>
-RESUME: str | None = "auto"  # the same command again goes on from the newest sound checkpoint; None: never
+RUN_NAME: str | None = None  # None: <script>-<time>
+RESUME: str | None = "auto"  # the same command again resumes from the newest valid checkpoint; None: never
 ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LEARNING_RATE, SAVE_STEPS"
 
 if __name__ == "__main__":
@@ -71,109 +74,57 @@ if __name__ == "__main__":
     check_models(MODEL=MODEL)
     check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)
 
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from peft import PeftConfig
-from transformers import set_seed
 
-from common import distributed, hardware
-from common.data import encode, templates
-from common.eval import facts
+from common import distributed
+from common.bounds import ADAPTERS
 from common.model import adapters, load, location
-from common.model.quantize import BITS, check_quantization
-from common.run.folder import begin, execute
-from common.train import batch_plan, memory
-from common.train.config import check_settings, choose_kl_weight, trainer_config
-from common.train.meta_model import empty_adapter
-from common.train.trainer import ChatTrainer
+from common.model.quantize import BITS
+from common.run.training_run import open_run
+from common.train import sft
 
 
 def main():
-    # Settings and data: every mistake that can be found without the model is found here
+    # Settings, tokenizer, template: every mistake that can be found without the weights is found here
     settings = current(globals())
-    check_settings(settings)
-    check_quantization(QUANTIZATION)
-    source = locate_model()
-    encode.check_settings(settings)
-    dtype = load.choose_dtype(DTYPE)
+    source, dtype = locate_base(), load.choose_dtype(DTYPE)
     refuse_untrainable(source, dtype)
-    load.check_length(source, MAX_LENGTH)
-    tokenizer = load.load_tokenizer(source)
-    base_tokenizer = load.load_tokenizer(location.Source(source.name, source.path))
-    kl_weight = choose_kl_weight(settings, load.load_config(source), base_tokenizer, keeps_base(source))
-    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
-    print(note)
-    probe = facts.make_probe(EVAL_FACTS, EVAL_PROMPTS, tokenizer)
-    run = begin(settings, __file__, tokenizer, encoder, bool(kl_weight), trained_rows(source, encoder))
+    job = sft.start(settings, source, dtype, reference(source))
 
-    # Memory: what the settings leave open is chosen so that it fits
-    # Compiled, attention per document would be compiled again for every length of a document.
-    attention = load.choose_attention(ATTN_IMPLEMENTATION, PACKING and not TORCH_COMPILE)
-    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    # Run folder and data
+    run = open_run(settings, __file__)
+    sft.load_data(job, run, trained_rows(source, job.encoder.new_token_ids))
 
-    def empty_model(quantization):
-        model = empty_model(load.load_config(source), quantization, dtype, attention, len(tokenizer))
-        if source.adapter:
-            return empty_adapter(model, source.adapter), None
-        return adapters.add_adapter(model, settings, encoder.new_token_ids) if ADAPTER else model, None
+    # Memory, training, result
+    def build(load_base):
+        model = load_base()
+        if source.adapter or ADAPTER is None:
+            return model
+        return adapters.add_adapter(model, settings, job.encoder.new_token_ids)
 
-    step = memory.Step(1, run.row_length, PACKING, kl_weight, dtype, hardware.device_type(), full=ADAPTER is None)
-    fit = batch_plan.plan_batch(settings, empty_model, memory.usual_optimizer(OPTIM), step, run.checkpoint)
-
-    # Model and training; once more in smaller parts where memory runs out all the same
-    def train(fit):
-        set_seed(SEED)
-        model = load.load_model(source, QUANTIZATION, dtype, attention, trainable=True, vocabulary=len(tokenizer))
-        base_fingerprint = model.base_fingerprint
-        if not source.adapter and ADAPTER:
-            model = adapters.add_adapter(model, settings, encoder.new_token_ids)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{source.name}: {trainable:,} trainable parameters")
-        trainer = ChatTrainer(
-            model=model,
-            args=trainer_config(settings, fit, run.folder, dtype, evaluate=bool(run.eval_set)),
-            train_dataset=run.train_set,
-            eval_dataset=run.eval_set,
-            processing_class=tokenizer,
-            schedule=(LR_SCHEDULER, WARMUP_RATIO, MIN_LR),
-            kl_weight=kl_weight,
-            save_total_limit=SAVE_TOTAL_LIMIT,
-            probe=probe,
-            data_digest=run.account["digest"],
-            base_fingerprint=base_fingerprint,
-        )
-
-        def save(final, weights):
-            load.save_final(final, trainer.model, tokenizer, base_fingerprint, weights)
-
-        execute(trainer, run, fit, save)
-
-    batch_plan.restart_smaller(train, fit, settings)
+    sft.train(job, run, build)
 
 
-def locate_model() -> location.Source:
-    """MODEL, with the adapter of an earlier run on it where ADAPTER (or MODEL) names one."""
+def locate_base() -> location.Source:
+    """The base, with the adapter to continue, if any."""
     source = location.locate(MODEL)
-    if ADAPTER in adapters.VARIANTS or ADAPTER is None:
+    if ADAPTER in ADAPTERS or ADAPTER is None:
         return source
-    if not Path(ADAPTER).is_dir():
-        check_choice("ADAPTER", ADAPTER, [*adapters.VARIANTS, "a run folder"])
     return location.with_adapter(source, location.locate(ADAPTER, "ADAPTER"), "ADAPTER")
 
 
 def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
     full, quantised, half = ADAPTER is None, QUANTIZATION is not None, dtype == torch.float16
-    on_gpu = torch.cuda.is_available()
+    on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
     for wrong, reason in (
         (full and quantised, "quantised weights have no gradient to train by. Set QUANTIZATION=None or ADAPTER=lora."),
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
-        (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to go on with it."),
-        (
-            source.adapter and ADAPTER in adapters.VARIANTS and ADAPTER != "lora",
-            "MODEL has an adapter. Set ADAPTER=lora to go on.",
-        ),
+        (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to continue it."),
+        (source.adapter and is_new and ADAPTER != "lora", "MODEL has an adapter. Set ADAPTER=lora to continue it."),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
         (ADAPTER == "pissa" and quantised, "PiSSA rewrites the base weights. Set QUANTIZATION=None or ADAPTER=lora."),
         (ADAPTER == "ia3" and QUANTIZATION in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
@@ -184,22 +135,23 @@ def refuse_untrainable(source: location.Source, dtype: torch.dtype):
             raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
 
 
-def keeps_base(source: location.Source) -> bool:
-    """Whether leaving out the adapter gives the base's predictions; PiSSA and LoftQ change the base itself."""
-    begun = PeftConfig.from_pretrained(source.adapter) if source.adapter else None
-    variant = getattr(begun, "init_lora_weights", True) if begun else ADAPTER
-    return variant not in (None, "pissa", "loftq")
+def reference(source: location.Source) -> location.Source | None:
+    """The model that KL_WEIGHT pulls towards: the base without its adapter. PiSSA and LoftQ change the base itself."""
+    variant = ADAPTER
+    if source.adapter:
+        variant = PeftConfig.from_pretrained(source.adapter).to_dict().get("init_lora_weights", True)
+    return None if variant in (None, "pissa", "loftq") else replace(source, adapter=None)
 
 
-def trained_rows(source: location.Source, encoder) -> list[int]:
+def trained_rows(source: location.Source, new_token_ids: list[int]) -> list[int]:
     """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
     if source.adapter:
-        rows = getattr(PeftConfig.from_pretrained(source.adapter), "trainable_token_indices", None) or []
+        rows = PeftConfig.from_pretrained(source.adapter).to_dict().get("trainable_token_indices") or []
         return sum(rows.values(), []) if isinstance(rows, dict) else rows
-    rows = [] if ADAPTER == "ia3" else encoder.new_token_ids
+    rows = [] if ADAPTER == "ia3" else new_token_ids
     if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(
-            f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows are to be learned; FSDP cannot share these out where "
+            f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows must be trained; FSDP cannot shard these where "
             f"embeddings and head are one matrix, as in {source.name}. launch/ddp.yaml or launch/zero2.yaml works."
         )
     return rows

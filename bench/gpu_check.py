@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import hardware
 from common.cli import UserError, run_main
 from common.files import GIB
+from common.hardware import now
 from common.run.folder import git_commit
-from common.run.metrics import now
 from common.settings import apply_overrides
-from common.train import batch_plan, memory
+from common.train import batch_plan, memory, optimizers
 from common.train.meta_model import empty_model
 
 MODELS = "1.6B,8B"  # of SHAPES below
@@ -96,7 +96,7 @@ def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
     model = empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
     is_full = method in ("full", "galore")
     step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing, full=is_full)
-    optimizer = memory.usual_optimizer("adamw_torch_fused")
+    optimizer = functools.partial(optimizers.make_optimizer, "adamw_torch_fused")
     if method == "galore":
         optimizer = functools.partial(make_galore, rank=GALORE_RANK)
     parts = memory.trace(model if is_full else get_peft_model(model, lora(LORA_R)), None, optimizer, step)

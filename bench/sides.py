@@ -2,17 +2,18 @@
 
 import statistics
 import tempfile
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-import galore_train
 from common import hardware
-from common.files import GIB
-from common.run.metrics import now
+from common.files import GIB, METRICS, LineLog
+from common.hardware import now
 from common.train import galore
+from common.train.galore_trainer import GaloreTrainer
 from common.train.trainer import ChatTrainer
 
 SIDES = ("trl", "ours")
@@ -64,13 +65,14 @@ def train_side(
             ),
             train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],
         )  # fmt: skip
+        constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=2e-4)
+        ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS))
         if side == "ours" and method == "galore":
             optimizer = make_galore(model, rank)
-            kind = galore_train.GaloreTrainer
-            trainer = kind(model=model, optimizers=(optimizer, None), schedule=("constant", 0, 0), **common)
+            trainer = GaloreTrainer(model=model, optimizers=(optimizer, None), **ours, **common)
         elif side == "ours":
             model = get_peft_model(model, adapter) if adapter else model
-            trainer = ChatTrainer(model=model, schedule=("constant", 0, 0), **common)
+            trainer = ChatTrainer(model=model, **ours, **common)
         else:
             trainer = SFTTrainer(model=model, peft_config=adapter, **common)
         trainer.remove_callback(PrinterCallback)

@@ -38,7 +38,7 @@ def main():
         print(json.dumps(run_side(SIDE)))
         return
 
-    location.locate(MODEL)  # a .gguf file is converted here, not in the memory of the first side
+    load.load_config(location.locate(MODEL))  # a .gguf file is converted here, not in the memory of the first side
     runs = {side: [] for side in ("trl", "ours")}
     for _ in range(ROUNDS):
         for side in runs:

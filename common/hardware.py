@@ -13,7 +13,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from common import distributed
-from common.cli import UserError
+from common.bounds import SIZE
 from common.files import GIB
 
 POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
@@ -39,6 +39,13 @@ def device_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def now() -> float:
+    """Seconds on a clock for measuring, with the GPU's queue drained first."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def rss_gib() -> float:
@@ -87,15 +94,10 @@ def memory_limit(setting: str | None, device: str) -> float:
     return limit
 
 
-def read_size(text: str, total: float = GIB, setting: str = "MEMORY_LIMIT") -> float:
-    """Bytes of "7500MiB", "8GiB", or of a share of the total."""
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)", text.strip())
-    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    if number <= 0 or not unit and number > 1:
-        raise UserError(
-            f'{setting}={text}: a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
-        )
-    return number * {"": total, "MiB": 2**20, "GiB": GIB}[unit]
+def read_size(text: str, total: float = GIB) -> float:
+    """Bytes of "7500MiB", "8GiB", or of a share of the total; bounds.py has checked the form."""
+    number, unit = re.fullmatch(SIZE, text.strip()).groups()
+    return float(number) * {"": total, "MiB": 2**20, "GiB": GIB}[unit]
 
 
 def is_out_of_memory(error: Exception) -> bool:

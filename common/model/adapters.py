@@ -16,7 +16,6 @@ VARIANTS = {
     "rslora": {"use_rslora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "loftq": {},
-    "ia3": None,
 }
 
 
@@ -29,7 +28,7 @@ def add_adapter(model, settings: dict, new_rows=()):
     name, target_names = settings["ADAPTER"], settings["LORA_TARGET_MODULES"]
     everything = hqq_layer_names(model) or "all-linear"
     targets = everything if target_names == "auto" else target_names.replace(" ", "").split(",")
-    empty = model.device.type == "meta"
+    on_meta = model.device.type == "meta"
     try:
         if name == "ia3":  # auto: peft's own choice, which it knows for most architectures
             modules = None if target_names == "auto" else targets
@@ -42,21 +41,21 @@ def add_adapter(model, settings: dict, new_rows=()):
                 lora_dropout=settings["LORA_DROPOUT"],
                 target_modules=targets,
                 trainable_token_indices=embedding_rows(model, new_rows) if new_rows else None,
-                **({} if empty and name == "pissa" else VARIANTS[name]),
+                **({} if on_meta and name == "pissa" else VARIANTS[name]),
             )
         model = get_peft_model(model, config)
-        if name == "loftq" and not empty:
+        if name == "loftq" and not on_meta:
             from peft import replace_lora_weights_loftq
 
             local = Path(model.name_or_path) / "model.safetensors"
             replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
     except (ValueError, OSError) as error:
-        names = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight") or hasattr(m, "W_q")}
+        layers = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not any(module.children())}
         )
         raise UserError(
             f"ADAPTER={name} LORA_TARGET_MODULES={target_names} does not fit {settings['MODEL']}: {error} "
-            f"(its layers: {', '.join(names)})"
+            f"(its layers: {', '.join(layers)})"
         ) from error
     return model
 

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: progress, metrics.jsonl, plot, summary, and the row a person pastes into runs.md."""
+"""What a run leaves: summary.json, plot.png, and the row a person pastes into runs.md."""
 
 import datetime
 import json
@@ -9,62 +9,52 @@ from pathlib import Path
 from common import distributed, hardware
 from common.cli import RANK
 from common.files import write_atomic
-from common.run.metrics import MetricsLog, perplexity, read_metrics
+from common.run.metrics import perplexity, read_metrics
 
 # The columns of runs.md; `row` fills them from a summary.
 COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
 
 
-def finish(
-    folder: Path,
-    log: MetricsLog,
-    train_loss: float,
-    eval_loss: float | None,
-    train_seconds: float,
-    predicted: float | None,
-) -> None:
+def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: float | None, seconds: float, plan):
     """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
 
-    Of several processes all have to call it: peaks are those of the process that held most, power that of all.
+    events: how often what cost time, by name; seconds: of training. Of several processes all have to call it: peaks
+    are those of the process that held most, power that of all.
     """
-    log.monitor.exchange()
-    peaks = zip(
-        *distributed.gather((hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True))),
-        strict=True,
-    )
+    monitor, progress, steps = trainer.monitor, trainer.progress, trainer.step_seconds
+    monitor.exchange()
+    peaks = hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True)
+    peaks = zip(*distributed.gather(peaks), strict=True)
     peak_vram_gib, peak_rss_gib, reserved_gib = (None if None in peak else max(peak) for peak in peaks)
     if RANK:
         return
-    log.monitor.write()
+    monitor.write()
     if eval_loss is not None and not math.isfinite(eval_loss):
         eval_loss = None
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    seconds, trainer, joules = log.step_seconds, log.trainer, log.joules()
-    events = dict(log.watch.counts) | ({"loss spike": trainer.spikes} if trainer.spikes else {})
-    bad = [f"{trainer.bad_steps} steps not finite"] if trainer.bad_steps else []
+    events = events | ({"loss spike": progress.guard.spikes} if progress.guard.spikes else {})
+    metadata = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    joules, device, count = trainer.energy_j(), hardware.device_name(), distributed.count()
     summary = dict(
         train_loss=train_loss,
         eval_loss=eval_loss,
         eval_perplexity=perplexity(eval_loss),
         steps=trainer.state.global_step,
-        tokens=trainer.tokens,
-        tokens_per_second=log.speed(),
-        train_seconds=train_seconds,
-        median_step_seconds=statistics.median(seconds) if seconds else None,
-        max_step_seconds=max(seconds) if seconds else None,
+        tokens=progress.tokens,
+        tokens_per_second=progress.tokens_per_second(),
+        train_seconds=seconds,
+        median_step_seconds=statistics.median(steps) if steps else None,
+        max_step_seconds=max(steps, default=None),
         peak_vram_gib=peak_vram_gib,
         peak_rss_gib=peak_rss_gib,
-        predicted_peak_gib=predicted,
-        mean_power_w=log.monitor.mean_power_w(),
+        predicted_peak_gib=plan.predicted_peak_gib,
+        mean_power_w=monitor.mean_power_w(),
         energy_wh=None if joules is None else joules / 3600,
-        device=f"{distributed.count()} x {hardware.device_name()}"
-        if distributed.count() > 1
-        else hardware.device_name(),
-        command=about["command"],
-        commit=about["commit"],
-        verdict=", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
+        device=f"{count} x {device}" if count > 1 else device,
+        command=metadata["command"],
+        commit=metadata["commit"],
+        verdict=verdict(progress.guard.bad_steps, events),
         peak_vram_reserved_gib=reserved_gib,
-        tokens_per_joule=trainer.tokens / joules if joules else None,
+        tokens_per_joule=progress.tokens / joules if joules else None,
         events=events,
     )
     line = row(summary)
@@ -72,6 +62,11 @@ def finish(
     plot(folder)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
+
+
+def verdict(bad_steps: int, events: dict) -> str:
+    bad = [f"{bad_steps} steps not finite"] if bad_steps else []
+    return ", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())])
 
 
 def row(summary: dict, note: str = "") -> str:

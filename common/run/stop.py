@@ -7,20 +7,24 @@ from pathlib import Path
 
 from common import distributed
 
+SIGNALS = [
+    signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if name in signal.Signals.__members__
+]
+
 
 class StopRequest:
-    """Turns SIGTERM, Ctrl-C, SIGBREAK or a file STOP in the run folder into a wish, as a context manager.
+    """Turns SIGTERM, Ctrl-C, SIGBREAK or a file STOP in the run folder into a request, as a context manager.
 
-    number: the signal, None as long as there is none. A second signal interrupts at once.
+    number: the signal, None until there is one. A second signal interrupts at once.
     """
 
     def __init__(self, folder: Path):
         self.file, self.number, self.before = folder / "STOP", None, {}
 
     def __enter__(self):
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):  # the last on Windows only
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup
-                self.before[name] = signal.signal(getattr(signal, name), self.receive)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.before[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number: int, frame) -> None:
@@ -29,15 +33,16 @@ class StopRequest:
                 return  # a launcher passes on what a terminal or a scheduler has sent to every process
             raise KeyboardInterrupt
         self.number = number
-        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone; writing to it would end the run
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone; writing to it would end the run
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        print("stopping after this step, with a checkpoint; once more: at once", file=sys.stderr)
+        message = "Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now."
+        print(message, file=sys.stderr)
 
-    def wished(self) -> bool:
+    def requested(self) -> bool:
         if self.number is None and self.file.exists():
             self.number = signal.SIGINT
         return self.number is not None
 
     def __exit__(self, *exc):
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

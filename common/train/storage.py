@@ -7,9 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.train import memory
-
 KINDS = ("weights", "gradients", "optimizer states", "activations", "logits and loss", "workspace")
+aten = torch.ops.aten
 
 
 class StorageTracker(TorchDispatchMode):
@@ -24,79 +23,74 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.block, self.vocabulary, self.positions, self.on_gpu = block, vocabulary, positions, on_gpu
         self.now = self.peak = self.clock = self.peak_clock = 0
-        self.stories: list[list] = []  # of storages: birth, end (clock; None: alive), bytes, kind
+        self.records: list[list] = []  # of storages: birth, end (clock; None: alive), bytes, kind
         self.alive: dict[int, list] = {}  # by the address of the storage
         self.phase = "weights"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.positions is not None and (known := self.stand_in(func, args)) is not None:
+        if self.positions is not None and (known := self.fake_result(func, args)) is not None:
             return known
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.see(tensor)
-        if self.on_gpu and (inside := inside_bytes(func, args)):
-            self.count(self.now + inside)
+                self.track(tensor)
+        if self.on_gpu and (inside := self.now + kernel_bytes(func, args)) > self.peak:
+            self.peak, self.peak_clock = inside, self.clock
         return out
 
-    def stand_in(self, func, args):
+    def fake_result(self, func, args):
         """The result of an operation that depends on data, where nothing but shapes is known."""
-        if func is memory.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
-        if func is memory.aten.nonzero.default:  # as if every position were chosen
+        if func is aten.nonzero.default:  # as if every position were chosen
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         return None
 
-    def see(self, tensor, kind: str | None = None) -> None:
+    def track(self, tensor, kind: str | None = None) -> None:
         """Follow a tensor's storage, unless it is followed already."""
         storage = tensor.untyped_storage()
         if storage._cdata in self.alive:
             return
-        story = [self.clock, None, math.ceil(storage.nbytes() / self.block) * self.block, kind or self.kind(tensor)]
+        if kind is None:
+            # In the backward pass, gradients are on only where checkpointed layers are computed again.
+            is_forward = self.phase == "forward" or torch.is_grad_enabled()
+            is_logits = self.vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+            kind = "logits and loss" if is_logits else "activations" if is_forward else "workspace"
+            kind = "weights" if self.phase == "weights" else kind
+        record = [self.clock, None, math.ceil(storage.nbytes() / self.block) * self.block, kind]
         self.clock += 1
-        self.stories.append(story)
-        self.alive[storage._cdata] = story
-        weakref.finalize(storage, self.end, storage._cdata, story)
-        self.now += story[2]
-        self.count(self.now)
+        self.records.append(record)
+        self.alive[storage._cdata] = record
+        weakref.finalize(storage, self.release, storage._cdata, record)
+        self.now += record[2]
+        if self.now > self.peak:
+            self.peak, self.peak_clock = self.now, self.clock
 
-    def count(self, size: int) -> None:
-        if size > self.peak:
-            self.peak, self.peak_clock = size, self.clock
-
-    def end(self, address: int, story: list) -> None:
-        story[1] = self.clock
+    def release(self, address: int, record: list) -> None:
+        record[1] = self.clock
         self.clock += 1
-        self.now -= story[2]
+        self.now -= record[2]
         del self.alive[address]
-
-    def kind(self, tensor) -> str:
-        if self.phase == "weights":
-            return "weights"
-        if self.vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
-            return "logits and loss"
-        # In the backward pass, gradients are on only where checkpointed layers are computed again.
-        return "activations" if self.phase == "forward" or torch.is_grad_enabled() else "workspace"
 
     def label(self, tensors, kind: str) -> None:
         for tensor in tensors:
-            if torch.is_tensor(tensor) and (story := self.alive.get(tensor.untyped_storage()._cdata)):
-                story[3] = kind
+            if torch.is_tensor(tensor) and (record := self.alive.get(tensor.untyped_storage()._cdata)):
+                record[3] = kind
 
     def at_peak(self) -> dict[str, int]:
         """Bytes by kind when the peak was reached."""
         parts = dict.fromkeys(KINDS, 0)
-        for birth, end, size, kind in self.stories:
+        for birth, end, size, kind in self.records:
             if birth < self.peak_clock and (end is None or end >= self.peak_clock):
                 parts[kind] += size
         parts["workspace"] += self.peak - sum(parts.values())  # inside kernels
         return parts
 
 
-def inside_bytes(func, args) -> int:
+def kernel_bytes(func, args) -> int:
     """What a GPU's kernel allocates for itself, beside its results."""
     if func.name() == "bitsandbytes::gemm_4bit":  # the weights, dequantised (some shapes of newer releases do without)
         return math.prod(args[2]) * args[0].element_size()
-    is_attention = func is memory.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    is_attention = func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     return args[1].numel() * 4 if is_attention else 0  # the gradient of the queries, in float32

@@ -1,77 +1,56 @@
-"""Training: settings checked and put into TRL's terms, and a trainer with our loss and learning-rate schedule."""
+"""The trainer: TRL's, with our loss and schedule, exact evaluation, and rows dealt out evenly to processes."""
 
 import math
 import statistics
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.optim.lr_scheduler import LambdaLR
+from trl import SFTTrainer
 
 from common import distributed
 from common.cli import RANK
-from common.train import reliability
-from common.train.config import exchange_in_float32
-from common.train.loss import add_chunked_loss, supports_chunked_loss
-from common.train.sampling import EvenSampler, with_blanks
+from common.train import optimizers, parallel
+from common.train.loss import prepare_model
+from common.train.reliability import ReliableTrainer
 
 
-def prepare_model(model, kl_weight: float, base_model=None) -> bool:
-    """Give a model our loss, and its adapter weights in float32; returns whether its logits allow that loss."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    chunked = supports_chunked_loss(base.config)
-    if chunked:
-        without_adapter = model.disable_adapter if kl_weight and base_model is None else None
-        add_chunked_loss(base, without_adapter, base_model)
-    for module in model.modules():
-        # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
-    for parameter in model.parameters():
-        # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
-        if parameter.requires_grad and isinstance(model, PeftModel):
-            parameter.data = parameter.data.float()
-    return chunked
+class ChatTrainer(ReliableTrainer, SFTTrainer):
+    """TRL's trainer on tokenised rows, with our loss; counts the tokens it trains on.
 
-
-class ChatTrainer(reliability.ReliableTrainer):
-    """ResumableTrainer on tokenised rows, with our loss; counts the tokens it trains on.
-
-    schedule: (name, warmup_ratio, min_lr); see `learning_rate_factor`.
-    kl_weight: adds kl_weight * KL(base || model), measured where nothing is learned, to the loss; the base is the model
+    settings: those of the script, for the schedule (`optimizers.make_schedule`).
+    kl_weight: adds kl_weight * KL(base || model), measured outside of the loss, to the loss; the base is the model
     without its adapter, or base_model. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
     probe: called with the model at each evaluation; what it returns is logged (facts.make_probe).
     """
 
-    PROGRESS = (*reliability.ReliableTrainer.PROGRESS, "divergences")
-
-    def __init__(self, *args, schedule: tuple, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
+    def __init__(self, *args, settings: dict, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
         super().__init__(*args, **kwargs)
-        exchange_in_float32(self.accelerator.state)
-        share = distributed.count() * self.args.per_device_train_batch_size
-        blank = {"input_ids": [self.processing_class.eos_token_id or 0], "labels": [-100], "seq_lengths": [1]}
+        self.settings, self.probe, self.kl_weight = settings, probe, kl_weight
+        self.dtype = self.model.dtype
         self.rows = len(self.train_dataset)
         if distributed.count() > 1:
-            self.train_dataset = with_blanks(self.train_dataset, blank, share)
-            self.eval_dataset = self.eval_dataset and with_blanks(self.eval_dataset, blank, share)
-        self.schedule, self.probe = schedule, probe
-        self.kl_weight = kl_weight
-        self.divergences = [0.0, 0, 0.0, 0]  # sum of the KL of steps (nats) and their number; since the last log
+            parallel.exchange_in_float32(self.accelerator.state)
+            share = distributed.count() * self.args.per_device_train_batch_size
+            token = self.processing_class.eos_token_id or 0
+            blank = {"input_ids": [token], "labels": [-100], "seq_lengths": [1]}
+            self.train_dataset = parallel.with_blanks(self.train_dataset, blank, share)
+            self.eval_dataset = self.eval_dataset and parallel.with_blanks(self.eval_dataset, blank, share)
         self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
         if base_model is not None:
-            base_model.to(distributed.device())  # which is not shared out, where the model is
-        self.chunked = prepare_model(self.model, kl_weight, base_model)
+            base_model.to(distributed.device())  # it is not sharded where the model is
+        self.chunked = prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
+
+    # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
-            self.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
+            self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
         if not self.chunked or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         loss, divergence = model(**inputs, learn=labels, use_cache=False)
         if num_items_in_batch is None:  # evaluation
-            return loss / learned_positions(labels).clamp(min=1)
+            return loss / count_loss_tokens(labels).clamp(min=1)
         # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
         loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
@@ -79,25 +58,35 @@ class ChatTrainer(reliability.ReliableTrainer):
             divergence = divergence / self.micro_steps_with_tokens  # a step's sum, over all processes, is a mean
             kl, share = divergence.item(), 1 / self.current_gradient_accumulation_steps / distributed.count()
             if math.isfinite(kl):
-                told = kl, share, kl, share
-                self.divergences = [total + more for total, more in zip(self.divergences, told, strict=True)]
+                added = kl, share, kl, share
+                sums = zip(self.progress.kl_sums, added, strict=True)
+                self.progress.kl_sums = [total + more for total, more in sums]
             loss = loss + self.kl_weight * divergence * self.accelerator.num_processes
         return loss
 
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        if self.kl_weight:
+            with_tokens = sum(bool(count_tokens(batch)) for batch in batches)
+            self.micro_steps_with_tokens = sum(distributed.gather(with_tokens))
+        return batches, items
+
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.spike:
-            logs["spike"], self.spike = self.spike, None
-        if "loss" in logs and self.bad_since_log:  # Trainer has put other numbers in the place of those not finite
-            logs |= {"loss": None, "grad_norm": None, "bad_steps": self.bad_since_log}
-            self.bad_since_log, self.divergences[2:] = 0, (0.0, 0)
+        """Trainer's log with the loss and the KL apart, and with nothing where steps were not finite."""
+        progress = self.progress
+        if "loss" in logs and progress.spike:
+            logs["spike"], progress.spike = progress.spike, None
+        if "loss" in logs and progress.bad_since_log:  # Trainer has put other numbers in the place of those not finite
+            logs |= {"loss": None, "grad_norm": None, "bad_steps": progress.bad_since_log}
+            progress.bad_since_log, progress.kl_sums[2:] = 0, (0.0, 0)
             super().log(logs, start_time)
             return
         if self.kl_weight and ("loss" in logs or "train_loss" in logs):
-            totals = [sum(numbers) for numbers in zip(*distributed.gather(self.divergences), strict=True)]
+            totals = [sum(numbers) for numbers in zip(*distributed.gather(progress.kl_sums), strict=True)]
             if "loss" in logs:
                 logs["kl"] = totals[2] / (totals[3] or 1)
                 logs["loss"] -= self.kl_weight * logs["kl"]
-                self.divergences[2:] = 0.0, 0
+                progress.kl_sums[2:] = 0.0, 0
             else:
                 logs["train_loss"] -= self.kl_weight * totals[0] / (totals[1] or 1)
         if "train_loss" in logs:  # what is not logged yet, Trainer adds as this process has it
@@ -108,43 +97,39 @@ class ChatTrainer(reliability.ReliableTrainer):
     def evaluate(self, *args, **kwargs):
         """Mean loss over the held-out tokens; Trainer's own is a mean over batches, whatever their size.
 
-        A wished stop ends the program in the middle; the run evaluates anew when it goes on.
+        A requested stop ends the program in the middle; the run evaluates anew when it is resumed.
         """
-        if self.evaluation and self.evaluation["step"] == self.state.global_step:
-            return self.evaluation
+        if self.progress.evaluation and self.progress.evaluation["step"] == self.state.global_step:
+            return self.progress.evaluation
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64)  # summed loss, positions
+        total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed; training must not depend on it
             for inputs in self.get_eval_dataloader():
-                if self.stop_wished():
+                if self.stop_requested():
                     break
                 inputs = self._prepare_inputs(inputs)
-                count = learned_positions(inputs["labels"])
+                count = count_loss_tokens(inputs["labels"])
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, inputs) * count
                 total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
-        if self.stop_wished():
-            self.evaluation_due = self.is_in_train
-            self.leave()
+        if self.stop_requested():
+            self.progress.evaluation_due = self.is_in_train
+            self.save_and_exit()
         metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
         if self.probe:
             with torch.no_grad(), self.accelerator.autocast():  # generate() goes past the forward that has it
                 metrics |= self.probe(self.model)
-        self.evaluation, self.evaluation_due = metrics | {"step": self.state.global_step}, False
+        self.progress.evaluation, self.progress.evaluation_due = metrics | {"step": self.state.global_step}, False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_batch_samples(self, *args):
-        batches, items = super().get_batch_samples(*args)
-        if self.kl_weight:
-            self.micro_steps_with_tokens = sum(distributed.gather(sum(bool(count_tokens(batch)) for batch in batches)))
-        return batches, items
+    # Rows, optimizer and schedule
 
     def _get_train_sampler(self, *args):
         if distributed.count() == 1:
             return super()._get_train_sampler(*args)
-        self.sampler = EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
+        self.sampler = parallel.EvenSampler(self.rows, len(self.train_dataset) - self.rows, self.args.seed)
         return self.sampler
 
     def _run_epoch(self, *args, epoch: int, **kwargs):
@@ -154,27 +139,17 @@ class ChatTrainer(reliability.ReliableTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        if args.optim != "adamw_anyprecision":
-            return reliability.ReliableTrainer.get_optimizer_cls_and_kwargs(args, model)
-        from optimi import AdamW  # transformers wants torchdistx, which is given up
-
-        betas = args.adam_beta1, args.adam_beta2
-        return AdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+        return optimizers.optimizer_class(args, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            name, warmup_ratio, min_lr = self.schedule
-            warmup, floor = math.ceil(warmup_ratio * num_training_steps), min_lr / self.args.learning_rate
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: learning_rate_factor(step, num_training_steps, name, warmup, floor),
-            )
+            self.lr_scheduler = optimizers.make_schedule(optimizer or self.optimizer, num_training_steps, self.settings)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:
-    """Of a batch, without padding and the single ones that are blank rows."""
+    """Tokens of a batch, without padding and the single ones that are blank rows."""
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(1)
         return lengths[lengths > 1].sum()
@@ -183,15 +158,6 @@ def count_tokens(inputs: dict) -> torch.Tensor:
     return (~(begins & ends)).sum()
 
 
-def learned_positions(labels: torch.Tensor) -> torch.Tensor:
-    """How many positions of labels (B, T) are learned."""
+def count_loss_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens of labels (B, T) are in the loss."""
     return (labels[:, 1:] != -100).sum()
-
-
-def learning_rate_factor(step: int, steps: int, name: str, warmup: int, floor: float) -> float:
-    """The learning rate at `step` (from 0) as a share of its peak: linear warm-up, then down to `floor`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[name]
-    return floor + (1 - floor) * falling

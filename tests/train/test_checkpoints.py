@@ -48,7 +48,7 @@ def cut_back(folder, step):
     [
         (2, "PACKING=True KL_WEIGHT=0.5"),
         (2, "PACKING=False KL_WEIGHT=0"),
-        (2, "GRADIENT_ACCUMULATION_STEPS=4"),
+        (2, "BATCH_SIZE=4"),
         (2, "LOGGING_STEPS=4"),
         (2, "QUANTIZATION=nf4"),
         (2, "QUANTIZATION=hqq-2bit"),
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, settings, argu
 def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_here, chats_file):
     assert run_here("qlora_train.py", *arguments("run"))[0] == 0
     cut_back(tmp_path / "run", 3)
-    for change in ("LEARNING_RATE=1e-3", "GRADIENT_ACCUMULATION_STEPS=2", "MAX_STEPS=7", "OPTIM=adafactor", "LORA_R=8"):
+    for change in ("LEARNING_RATE=1e-3", "BATCH_SIZE=2", "MAX_STEPS=7", "OPTIM=adafactor", "LORA_R=8"):
         code, _, error = run_here("qlora_train.py", *arguments("run", change))
         assert code == 3 and f"{change.partition('=')[0]} was" in error
     text = chats_file.read_text()
@@ -136,7 +136,7 @@ def test_without_a_sound_checkpoint_the_run_is_refused_and_nothing_is_deleted(
     before = sorted(run_with_checkpoints.rglob("checkpoint-*/*"))
     code, _, error = run_here("qlora_train.py", *arguments("run"))
     assert (
-        code == 2 and "no sound checkpoint" in error and sorted(run_with_checkpoints.rglob("checkpoint-*/*")) == before
+        code == 2 and "no valid checkpoint" in error and sorted(run_with_checkpoints.rglob("checkpoint-*/*")) == before
     )
 
 

@@ -16,9 +16,10 @@ from accelerate import PartialState
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-from common.train import batch_plan, memory
-from common.train.config import ZERO_BUCKET
-from common.train.sampling import EvenSampler
+from common.cli import UserError
+from common.train import batch_plan
+from common.train.optimizers import make_optimizer
+from common.train.parallel import ZERO_BUCKET, EvenSampler
 from common.train.trainer import count_tokens
 
 BIN = Path(sys.executable).parent
@@ -73,7 +74,7 @@ def common_settings(tiny, chats_file, tmp_path_factory):
     return [
         f"MODEL={model}", f"DATA={chats_file}", "DTYPE=float32", "KL_WEIGHT=0", "MAX_STEPS=10",
         "MAX_LENGTH=128", "EVAL_SIZE=7", "EVAL_STEPS=5", "SAVE_STEPS=5", "LEARNING_RATE=1e-2",
-        "GRADIENT_ACCUMULATION_STEPS=4",
+        "BATCH_SIZE=4",
     ]  # fmt: skip
 
 
@@ -300,16 +301,31 @@ def test_scripts_that_do_not_train_want_one_process(monkeypatch):
     assert done.returncode == 2 and "only training uses several processes" in done.stderr
 
 
-def test_a_batch_is_shared_by_the_processes(monkeypatch, capsys):
-    def rows(count, accumulation, per_device=None):
-        monkeypatch.setenv("WORLD_SIZE", str(count))
-        settings = {"GRADIENT_ACCUMULATION_STEPS": accumulation, "PER_DEVICE_TRAIN_BATCH_SIZE": per_device}
-        return batch_plan.batch_of_a_process(settings)
-
-    assert [rows(1, 16), rows(2, 16), rows(4, 16)] == [16, 8, 4]
-    assert rows(4, 2, per_device=3) == 6  # as the libraries mean it
-    assert "4 processes (ddp), 6 rows each: a batch of 24" in capsys.readouterr().out
-    assert rows(4, 10) == 3 and "no multiple of 4 processes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("devices", "batch", "per_device", "accumulation", "expected"),
+    [
+        (1, None, None, None, (1, None)),
+        (1, 16, None, None, (16, None)),
+        (4, 16, None, None, (4, None)),
+        (2, 16, 2, None, (8, 2)),
+        (2, 16, None, 4, (8, 2)),
+        (4, None, 3, 2, (6, 3)),  # as the libraries mean them
+        (1, None, None, 4, (4, 1)),
+        (4, 24, 3, 2, (6, 3)),
+        (4, 10, None, None, "BATCH_SIZE=10"),
+        (1, 16, 3, None, "PER_DEVICE_TRAIN_BATCH_SIZE=3"),
+        (2, 16, 3, 2, "GRADIENT_ACCUMULATION_STEPS=2"),
+    ],
+)
+def test_a_batch_is_shared_by_the_devices(devices, batch, per_device, accumulation, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    settings = {"BATCH_SIZE": batch, "PER_DEVICE_TRAIN_BATCH_SIZE": per_device}
+    settings["GRADIENT_ACCUMULATION_STEPS"] = accumulation
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            batch_plan.rows_per_step(settings)
+    else:
+        assert batch_plan.rows_per_step(settings) == expected
 
 
 def test_memory_is_shared_out_by_the_engine(monkeypatch):
@@ -334,7 +350,7 @@ def test_memory_is_shared_out_by_the_engine(monkeypatch):
 def test_what_is_predicted_leaves_the_device_as_it_is(monkeypatch):
     """Making TrainingArguments moves the whole process to the device they name."""
     monkeypatch.setitem(PartialState()._shared_state, "device", torch.device("meta"))
-    memory.usual_optimizer("adamw_torch_fused")
+    make_optimizer("adamw_torch_fused", torch.nn.Linear(2, 2))
     assert PartialState().device.type == "meta"
 
 

@@ -126,7 +126,7 @@ def test_gradients_are_freed_as_they_come_but_those_whose_turn_it_is():
         assert [p.grad is not None for p in optimizer.projected] == due
         turns.append(sum(due))
         optimizer.step()
-        assert all(p.grad is None for p in optimizer.projected) and not optimizer.sums
+        assert all(p.grad is None for p in optimizer.projected) and not optimizer.projected_grads
     assert turns == [1, 1] + [0] * 14 + [1] * 4
 
 
@@ -164,16 +164,16 @@ def test_every_basis_is_refreshed_in_turn_and_the_gap_counts():
 
 
 def test_the_basis_finds_the_directions_of_the_gradient():
-    """A gradient of rank 4 plus little noise: one refresh takes nearly all of it, as an exact SVD does."""
+    """A gradient of rank 4 plus little noise: one refresh takes nearly all of it, as an exact SVD would."""
     torch.manual_seed(0)
     gradient = torch.randn(32, RANK) @ torch.randn(RANK, 64) + 0.01 * torch.randn(32, 64)
-    for exact in (False, True):
-        matrix = torch.nn.Parameter(torch.zeros(32, 64))
-        optimizer = galore.GaLore([matrix], [], rank=RANK, exact_svd=exact)
-        matrix.grad = gradient.clone()
-        optimizer.gather()
-        kept = optimizer.sums[matrix].norm() / gradient.norm()
-        assert kept > 0.995, exact
+    matrix = torch.nn.Parameter(torch.zeros(32, 64))
+    optimizer = galore.GaLore([matrix], [], rank=RANK)
+    matrix.grad = gradient.clone()
+    optimizer.gather()
+    kept = optimizer.projected_grads[matrix].norm() / gradient.norm()
+    best = torch.linalg.svdvals(gradient)[:RANK].norm() / gradient.norm()
+    assert 0.995 * best < kept <= best * 1.0001
 
 
 def test_moments_follow_the_basis():
@@ -213,9 +213,9 @@ def test_clipping_is_by_the_joint_norm():
         functional.mse_loss(m(batch(0)[0]), batch(0)[1]).backward()
     norm = optimizer.clip_grad_norm_(1e-3)
     other.gather()
-    parts = [*other.sums.values(), *(p.grad for p in twin.parameters() if p.grad is not None)]
+    parts = [*other.projected_grads.values(), *(p.grad for p in twin.parameters() if p.grad is not None)]
     assert torch.allclose(norm, torch.cat([p.flatten() for p in parts]).norm())
-    clipped = [*optimizer.sums.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    clipped = [*optimizer.projected_grads.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
     assert math.isclose(torch.cat([p.flatten() for p in clipped]).norm().item(), 1e-3, rel_tol=1e-3)
     assert len(clipped) == 4
 
@@ -245,7 +245,7 @@ def test_gradients_that_are_not_finite_leave_no_trace():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("settings", [{}, {"exact_svd": True}, {"eight_bit": True}])
+@pytest.mark.parametrize("settings", [{}, {"eight_bit": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [GAP - 1, GAP, GAP + 1])
 def test_a_loaded_state_goes_on_bit_for_bit(settings, dtype, stop, tmp_path):
@@ -365,7 +365,9 @@ def test_gradients_and_states_take_at_most_35_percent_of_adamws():
         peaks[name] = 0
         for _ in range(galore.FIRST_REFRESHES + 2):
             model(input_ids=ids, labels=ids).loss.backward()
-            tensors = [p.grad for p in matrices if p.grad is not None] + list(getattr(optimizer, "sums", {}).values())
+            tensors = [p.grad for p in matrices if p.grad is not None] + list(
+                getattr(optimizer, "projected_grads", {}).values()
+            )
             tensors += [t for p in matrices for t in optimizer.state[p].values() if torch.is_tensor(t)]
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
             peaks[name] = max(peaks[name], sum(storages.values()))

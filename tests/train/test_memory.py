@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from common import hardware
 from common.model import adapters, load
 from common.train import batch_plan, memory
 from common.train.meta_model import empty_model
+from common.train.optimizers import make_optimizer
 from common.train.storage import KINDS, StorageTracker
 from common.train.trainer import ChatTrainer
 
@@ -54,7 +56,7 @@ def followed(monkeypatch):
         follower = StorageTracker()
         with follower:
             for tensor in tensors_of(trainer):
-                follower.see(tensor)
+                follower.track(tensor)
             tensor = None  # accelerate puts others in the place of GaLore's states
             result = honest_train(trainer, checkpoint)
         results["real"] = follower.peak
@@ -126,7 +128,7 @@ def test_every_architecture_and_optimizer_can_be_traced(architecture, quantizati
         model = empty_model(tiny_config(architecture), quantization, torch.bfloat16, "sdpa", vocabulary=650)
         model = adapters.add_adapter(model, settings | {"ADAPTER": variant}, new_rows=[3] if variant == "lora" else [])
         step = memory.Step(1, 64, kl_weight=1.0)
-        parts = memory.trace(model, None, memory.usual_optimizer("adamw_torch_fused"), step)
+        parts = memory.trace(model, None, partial(make_optimizer, "adamw_torch_fused"), step)
         assert parts["weights"] > 100_000 and parts["activations"] + parts["workspace"] > 0
         totals.append(sum(parts.values()))
     assert max(totals) < 20 * MIB
@@ -139,7 +141,7 @@ def test_optimizers_differ_by_their_states():
         model = empty_model(tiny_config("llama", hidden_size=256), None, torch.bfloat16, "sdpa")
         model = adapters.add_adapter(model, settings)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        parts = memory.trace(model, None, memory.usual_optimizer(name), memory.Step(1, 64))
+        parts = memory.trace(model, None, partial(make_optimizer, name), memory.Step(1, 64))
         states[name] = parts["optimizer states"] / count
     assert states["adamw_torch_fused"] == pytest.approx(8, rel=0.02)  # two float32
     assert 2 < states["adamw_bnb_8bit"] < 2.5 and states["paged_adamw_8bit"] == states["sgd"] == 0
@@ -151,7 +153,7 @@ def test_on_a_gpu_foreach_optimizers_hold_a_copy_of_the_weights():
         model = empty_model(tiny_config("llama", hidden_size=256), None, torch.float32, "sdpa")
         step = memory.Step(1, 8, dtype=torch.float32, full=True)
         weights = sum(p.nbytes for p in model.parameters())
-        return sum(memory.trace(model, None, memory.usual_optimizer(name), step).values()) / weights
+        return sum(memory.trace(model, None, partial(make_optimizer, name), step).values()) / weights
 
     assert 0.5 < peak("adamw_torch") - peak("adamw_torch_fused") < 1.2  # the peaks lie at different places
 
@@ -180,7 +182,9 @@ def test_storages_are_followed_to_their_end():
 def test_quadratic_masks_of_packed_rows_are_seen_and_attention_is_not_quadratic():
     def peak(tokens, attention):
         model = empty_model(tiny_config("llama", max_position_embeddings=8192), None, torch.bfloat16, attention)
-        return sum(memory.trace(model, None, memory.usual_optimizer("sgd"), memory.Step(1, tokens, full=True)).values())
+        return sum(
+            memory.trace(model, None, partial(make_optimizer, "sgd"), memory.Step(1, tokens, full=True)).values()
+        )
 
     grows = {a: (peak(4096, a) - peak(2048, a)) / (peak(2048, a) - peak(1024, a)) for a in ("sdpa", "sdpa_documents")}
     assert 2.2 < grows["sdpa"] and grows["sdpa_documents"] < grows["sdpa"]
@@ -193,8 +197,8 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def fit_of(folder):
-    return json.loads((folder / "settings.json").read_text())["fit"]
+def plan_of(folder):
+    return json.loads((folder / "settings.json").read_text())["plan"]
 
 
 @pytest.fixture
@@ -214,16 +218,16 @@ def gpu_with(monkeypatch):
 def test_half_the_memory_gives_the_same_losses(run, tmp_path, gpu_with, followed, monkeypatch):
     shares = gpu_with(2**40)
     monkeypatch.setattr(batch_plan, "CUBLAS_WORKSPACE", 0)
-    same = "GRADIENT_ACCUMULATION_STEPS=4", "DTYPE=float32", "NUM_TRAIN_EPOCHS=2", "MAX_STEPS=None", "EVAL_SIZE=4"
+    same = "BATCH_SIZE=4", "DTYPE=float32", "NUM_TRAIN_EPOCHS=2", "MAX_STEPS=None", "EVAL_SIZE=4"
     assert run("qlora_train.py", "free", *same)[0] == 0
-    assert fit_of(tmp_path / "free") == batch_plan.BatchPlan(4, 1, False).settings()
+    assert plan_of(tmp_path / "free") == batch_plan.BatchPlan(4, 1, False).settings()
     _, real = followed()
     limit = real / 2
     code, out, err = run("qlora_train.py", "half", *same, f"MEMORY_LIMIT={limit / MIB:.3f}MiB")
     assert code == 0, err
-    chosen = fit_of(tmp_path / "half")
+    chosen = plan_of(tmp_path / "half")
     assert chosen["PER_DEVICE_TRAIN_BATCH_SIZE"] * chosen["GRADIENT_ACCUMULATION_STEPS"] == 4
-    assert chosen != fit_of(tmp_path / "free") and followed()[1] <= limit
+    assert chosen != plan_of(tmp_path / "free") and followed()[1] <= limit
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "free"), abs=1e-3)
     evaluated = [json.loads((tmp_path / name / "summary.json").read_text())["eval_loss"] for name in ("free", "half")]
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-3)
@@ -241,7 +245,7 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(run, gpu_with, monk
 def test_what_is_wished_is_tried_all_the_same(run, tmp_path, gpu_with):
     gpu_with(66 * MIB)
     code, _, err = run("qlora_train.py", "run", "PER_DEVICE_TRAIN_BATCH_SIZE=1", "GRADIENT_CHECKPOINTING=False")
-    assert code == 0 and fit_of(tmp_path / "run") == batch_plan.BatchPlan(1, 1, False).settings()
+    assert code == 0 and plan_of(tmp_path / "run") == batch_plan.BatchPlan(1, 1, False).settings()
 
 
 @pytest.mark.parametrize("limit", ["lots", "1.5", "0", "-1GiB", "8GB"])
@@ -263,7 +267,14 @@ def test_four_bits_that_need_more_than_sixteen_are_told(sixteen, told, monkeypat
     monkeypatch.setattr(hardware, "memory_limit", lambda *a: 80 * 2**30)
     needs = {"nf4": 5 * 2**30, None: sixteen * 2**30}
     monkeypatch.setattr(batch_plan, "trace", lambda model, quantization, *rest: {"activations": needs[quantization]})
-    usual = dict(MODEL="m", MAX_LENGTH=64, MEMORY_LIMIT=None, GRADIENT_ACCUMULATION_STEPS=1, QUANTIZATION="nf4")
+    usual = dict(
+        MODEL="m",
+        MAX_LENGTH=64,
+        MEMORY_LIMIT=None,
+        BATCH_SIZE=None,
+        GRADIENT_ACCUMULATION_STEPS=None,
+        QUANTIZATION="nf4",
+    )
     usual |= dict(PER_DEVICE_TRAIN_BATCH_SIZE=None, GRADIENT_CHECKPOINTING=None)
     batch_plan.plan_batch(usual, lambda quantization: (torch.nn.Linear(2, 2), quantization), None, memory.Step())
     assert ("QUANTIZATION=None would need less, 4.0" in capsys.readouterr().err) == told
@@ -281,7 +292,7 @@ def test_the_fastest_that_fits_is_chosen(monkeypatch):
     def choose(gib, length=1024, **settings):
         asked.clear()
         monkeypatch.setattr(hardware, "memory_limit", lambda *a: gib * 2**30)
-        usual = dict(MODEL="m", MAX_LENGTH=length, MEMORY_LIMIT=None, GRADIENT_ACCUMULATION_STEPS=64)
+        usual = dict(MODEL="m", MAX_LENGTH=length, MEMORY_LIMIT=None, BATCH_SIZE=64, GRADIENT_ACCUMULATION_STEPS=None)
         usual |= dict(PER_DEVICE_TRAIN_BATCH_SIZE=None, GRADIENT_CHECKPOINTING=None) | settings
         fit = batch_plan.plan_batch(usual, lambda q: (None, None), None, memory.Step(1, length))
         assert fit.rows * fit.accumulation == 64 * (settings.get("PER_DEVICE_TRAIN_BATCH_SIZE") or 1)
@@ -297,7 +308,7 @@ def test_the_fastest_that_fits_is_chosen(monkeypatch):
     assert choose(30, length=256) == (4, False)  # 4 rows without: (1 + 274 / 1,024); 16 with: 1.5 (1 + 274 / 4,096)
     assert choose(7, length=128) == (4, True)  # 3.1 against 2.3
     assert choose(80, GRADIENT_CHECKPOINTING=True) == (4, True)
-    assert choose(80, PER_DEVICE_TRAIN_BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=64) == (2, False)
+    assert choose(80, PER_DEVICE_TRAIN_BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=64, BATCH_SIZE=None) == (2, False)
 
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -315,7 +326,7 @@ def test_out_of_memory_in_step_3_ends_as_if_begun_small(saved, run, tmp_path, at
     code, out, err = run("qlora_train.py", "run", *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4")
     assert code == 0 and err.count("out of memory") == 1 and not actions, err
     assert ("going on from checkpoint-2" in out) == (saved == "SAVE_STEPS=1")
-    assert fit_of(tmp_path / "run") == batch_plan.BatchPlan(2, 2, False).settings()
+    assert plan_of(tmp_path / "run") == batch_plan.BatchPlan(2, 2, False).settings()
     small = "PER_DEVICE_TRAIN_BATCH_SIZE=2", "GRADIENT_ACCUMULATION_STEPS=2"
     assert run("qlora_train.py", "small", *same, *small)[0] == 0
     ours, theirs = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("run", "small"))
@@ -390,12 +401,12 @@ def test_a_run_that_goes_on_keeps_its_choice(run, tmp_path, gpu_with, at_step):
     gpu_with(76 * MIB)  # of which cuBLAS takes 64
     (tmp_path / "run").mkdir()
     at_step({3: lambda: (tmp_path / "run" / "STOP").touch()})
-    same = "GRADIENT_ACCUMULATION_STEPS=4", "MAX_STEPS=4", "SAVE_STEPS=2", "ADAPTER=None"
+    same = "BATCH_SIZE=4", "MAX_STEPS=4", "SAVE_STEPS=2", "ADAPTER=None", "DTYPE=bfloat16"
     assert run("qlora_train.py", "run", *same)[0] == 130
-    chosen = fit_of(tmp_path / "run")
+    chosen = plan_of(tmp_path / "run")
     gpu_with(2**40)
     at_step({})
-    assert run("qlora_train.py", "run", *same)[0] == 0 and fit_of(tmp_path / "run") == chosen
+    assert run("qlora_train.py", "run", *same)[0] == 0 and plan_of(tmp_path / "run") == chosen
     assert chosen != batch_plan.BatchPlan(4, 1, False).settings()
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from test_checkpoints import assert_same_run, cut_back
 from common import files
 from common.data import prepare
 from common.model import load
-from common.train import checkpoints, guard, reliability
-from common.train.guard import chats_of, is_spike
+from common.train import checkpoints, guard, saving, trainer
+from common.train.guard import is_spike
+from common.train.spikes import chats_of
 from common.train.trainer import ChatTrainer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -71,16 +71,15 @@ def test_a_full_disk_does_not_end_a_run(noticed, arguments, small_disk, tmp_path
 
 
 def test_lines_that_a_full_disk_does_not_take_come_later(small_disk):
-    trainer = SimpleNamespace(metrics=small_disk / "metrics.jsonl", unwritten=b"")
+    log = files.LineLog(small_disk / "metrics.jsonl")
     lines = [f"{number}" * 5000 + "\n" for number in range(6)]
     for number, line in enumerate(lines):
         if number == 2:
             fill(small_disk)
         if number == 4:
             (small_disk / "ballast").unlink()
-        waiting = reliability.ReliableTrainer.write_metrics(trainer, line)
-        assert bool(waiting) == (number in (2, 3))
-        assert trainer.metrics.read_text() == "".join(lines[: 2 if number in (2, 3) else number + 1])
+        assert log.append(line) == (number not in (2, 3))
+        assert log.file.read_text() == "".join(lines[: 2 if number in (2, 3) else number + 1])
 
 
 def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(arguments, small_disk, run_here, at_step):
@@ -157,7 +156,7 @@ def test_a_run_folder_belongs_to_one_run_at_a_time_and_a_dead_one_lets_go(argume
 def test_a_signal_at_any_moment_costs_no_step(moment, arguments, run_here, tmp_path, monkeypatch):
     assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
     owner, name = {
-        "saving": (reliability.SFTTrainer, "_save_checkpoint"),
+        "saving": (trainer.SFTTrainer, "_save_checkpoint"),
         "publishing": (checkpoints, "publish"),
     }.get(moment, (ChatTrainer, "get_eval_dataloader"))
     honest, calls = getattr(owner, name), []
@@ -294,7 +293,7 @@ def test_a_loaded_optimizer_gets_its_pages_back():
     optimizer = Paged()
     states = {"state1": torch.arange(4.0), "state2": torch.arange(4, dtype=torch.uint8), "step": 3}
     optimizer.state = {0: dict(states)}
-    reliability.page_states(optimizer)
+    saving.page_states(optimizer)
     after = optimizer.state[0]
     assert all(torch.equal(after[n], states[n]) and after[n].is_paged for n in ("state1", "state2"))
     assert after["state2"].dtype == torch.uint8 and after["step"] == 3
@@ -404,7 +403,7 @@ def test_numbers_of_the_trainer_survive(arguments, run_here, tmp_path, monkeypat
     )  # good ones between them: not in a row
     assert run_here("qlora_train.py", *arguments("run"))[0] == 4  # 1 % of all steps, at least three
     newest = checkpoints.latest_valid(tmp_path / "run")
-    assert newest[1]["progress"]["bad_steps"] == 2 and checkpoints.step_of(newest[0]) == 5
+    assert newest[1]["progress"][0]["guard"]["bad_steps"] == 2 and checkpoints.step_of(newest[0]) == 5
     code, _, error = run_here("qlora_train.py", *arguments("run"))
     assert code == 4 and "3 steps with a loss" in error
 

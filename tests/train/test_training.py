@@ -9,9 +9,10 @@ from conftest import ARCHITECTURES, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common.train.config import SCHEDULES
+from common.bounds import CHOICES
 from common.train.loss import add_chunked_loss, supports_chunked_loss
-from common.train.trainer import ChatTrainer, learning_rate_factor
+from common.train.optimizers import learning_rate_factor
+from common.train.trainer import ChatTrainer
 
 DOCUMENTS = [5, 9, 3]  # lengths of the documents in a packed row
 
@@ -110,12 +111,13 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     def rates(name):
         return [learning_rate_factor(s, 10, name, 2, 0.1) for s in range(11)]
 
-    for name in SCHEDULES:
+    names = CHOICES["LR_SCHEDULER"]
+    for name in names:
         assert rates(name)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert rates("constant")[2:] == [1.0] * 9
     assert rates("linear")[6] == pytest.approx(0.55) and rates("linear")[10] == pytest.approx(0.1)
     assert rates("cosine")[6] == pytest.approx(0.55) and rates("cosine")[10] == pytest.approx(0.1)
-    assert all(a >= b for name in SCHEDULES for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
+    assert all(a >= b for name in names for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
 
 
 def losses(folder):

@@ -1,0 +1,73 @@
+"""A training run: its folder opened, its trainer executed, its result reported."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PrinterCallback
+
+from common import distributed, hardware
+from common.files import METRICS, LineLog, write_atomic
+from common.monitor import HardwareMonitor
+from common.run import report, resume
+from common.run.folder import create_folder
+from common.run.metrics import MetricsLog
+from common.run.stop import StopRequest
+from common.train import checkpoints
+from common.train.parallel import gather_weights
+
+
+@dataclass
+class TrainingRun:
+    """A run folder, and the checkpoint that the run resumes from, with its manifest."""
+
+    folder: Path
+    checkpoint: tuple[Path, dict] | None
+    keeps_data: bool  # a resumed run trains on the data it began with
+
+    @property
+    def log(self) -> LineLog:
+        return LineLog(self.folder / METRICS)
+
+    def execute(self, trainer, plan, save) -> None:
+        """Train (from the checkpoint), save, evaluate, and write the results into the run folder.
+
+        plan: the BatchPlan of the trainer; it goes into settings.json, and from there into checkpoints.
+        save: called with the folder and gathered weights.
+        """
+        settings_file = self.folder / "settings.json"
+        metadata = json.loads(settings_file.read_text(encoding="utf-8")) | {"plan": plan.settings()}
+        distributed.on_first(lambda: write_atomic(settings_file, json.dumps(metadata, indent=1)))
+        published = checkpoints.published(self.folder)
+        if published and published[0] != (self.checkpoint or [None])[0]:
+            self.checkpoint = checkpoints.latest_valid(self.folder)  # memory ran out after it was written
+        monitor = trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
+        log = MetricsLog(trainer, monitor)
+        trainer.add_callback(log)
+        trainer.remove_callback(PrinterCallback)
+        started = hardware.now()
+        with monitor, StopRequest(self.folder) as trainer.stop, log:
+            train_loss = trainer.train(self.checkpoint).metrics["train_loss"]
+            train_seconds = hardware.now() - started
+            weights = gather_weights(trainer)
+            distributed.on_first(lambda: save(self.folder / "final", weights))  # before the evaluation, which may crash
+            eval_loss = evaluate(trainer) if trainer.eval_dataset else None
+        report.finish(self.folder, trainer, dict(log.watch.counts), train_loss, eval_loss, train_seconds, plan)
+
+
+def open_run(settings: dict, script: str) -> TrainingRun:
+    """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint in it. Errors: see `create_folder`."""
+    folder = distributed.on_first(lambda: create_folder(settings, script))
+    checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder)) if settings["RESUME"] else None
+    return TrainingRun(folder, checkpoint, resume.keeps_data(settings))
+
+
+def evaluate(trainer) -> float:
+    """Held-out loss, row by row where memory runs out: training is done and must not begin again."""
+    try:
+        return trainer.evaluate()["eval_loss"]
+    except Exception as error:
+        if not hardware.is_out_of_memory(error) or distributed.count() > 1:
+            raise
+    trainer.args.per_device_eval_batch_size = 1
+    return trainer.evaluate()["eval_loss"]

@@ -1,0 +1,194 @@
+"""Checkpoints of a run: written beside training, and resumed from exactly. For any TRL trainer."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from common import distributed, files
+from common.cli import RANK, UserError
+from common.files import LineLog
+from common.model.load import same_weights
+from common.train import checkpoints
+from common.train.checkpoints import CheckpointWriter
+from common.train.guard import StepGuard
+
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch and safetensors on a full disk
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds of a run, beside what Trainer saves."""
+
+    tokens: int = 0  # seen in training by all processes, without padding
+    seconds: float = 0.0  # spent in steps
+    joules: float | None = None  # None where power cannot be read
+    kl_sums: list[float] = field(default_factory=lambda: [0.0, 0, 0.0, 0])  # KL (nats) and steps; since the last log
+    guard: StepGuard = field(default_factory=StepGuard)
+    bad_since_log: int = 0  # steps that were not finite
+    spike: dict | None = None  # since the last log
+    evaluation: dict | None = None  # the last one: step and eval_loss
+    evaluation_due: bool = False  # the checkpoint was written in the middle of one
+    trainers: list[float] = field(default_factory=lambda: [0.0] * 4)  # Trainer's own account of the loss, see below
+
+    def tokens_per_second(self) -> float | None:
+        """Over the whole run; evaluation and saving are left out."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
+class SavingTrainer:
+    """Mixin over a TRL trainer that saves checkpoints which count only when they are whole, and resumes from them.
+
+    log: metrics.jsonl, which belongs to a checkpoint as it was at that step.
+    data_digest, base_fingerprint: of the training data and the base's weights; they go into the checkpoints.
+    Of several processes the first writes.
+    """
+
+    def __init__(self, *args, log: LineLog, save_total_limit=2, data_digest="", base_fingerprint=(), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.metrics_log = Path(self.args.output_dir), log
+        self.writer = CheckpointWriter(self.run, save_total_limit)
+        self.data_digest, self.base_fingerprint = data_digest, list(base_fingerprint)
+        self.progress, self.restored = Progress(), None
+
+    def train(self, checkpoint: tuple[Path, dict] | None = None):
+        """Train from the start, or from a checkpoint with its manifest, exactly as if the run had never stopped.
+
+        Raises UserError where the disk is too small, a checkpoint holds code, or the base has other weights than then.
+        """
+        folder, manifest = checkpoint or (None, {"step": 0})
+        self.writer.saved_step, self.restored = manifest["step"], checkpoint
+        if folder:
+            print(f"resuming from {folder.name}")
+            versions, before = self.metadata()["versions"], manifest["versions"]
+            for name in [name for name in versions if before.get(name) != versions[name]]:
+                message = f"{name} was {before.get(name)}, now {versions[name]}: results may differ a little"
+                print(message, file=sys.stderr)
+            if not same_weights(manifest.get("base", []), self.base_fingerprint):
+                raise UserError("RESUME=auto would change the run: MODEL has other weights than it began with.", code=3)
+        distributed.on_first(lambda: checkpoints.clear(self.run, manifest["step"]))
+        try:
+            result = super().train(resume_from_checkpoint=folder and str(folder))
+        except pickle.UnpicklingError as error:
+            raise UserError(f"RESUME=auto: {folder} holds more than numbers and is not loaded: {error}") from error
+        finally:
+            self.writer.wait(self.state.global_step, self.state.max_steps)
+        self._total_loss_scalar -= self._tr_loss.item()  # Trainer has added it at the end; a checkpoint holds both
+        return result
+
+    def metadata(self) -> dict:
+        """Command, versions and settings of the run."""
+        return json.loads((self.run / "settings.json").read_text(encoding="utf-8"))
+
+    def check_space(self) -> None:
+        """UserError where the disk cannot hold the checkpoints that are to be kept, one more, and the final model."""
+        if self.args.save_strategy == "no":
+            return
+        kept = self.writer.keep + (self.args.eval_strategy != "no")  # and the best
+        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(self.state.save_steps))
+        more = min(saves, max(1, kept + 1 - len(checkpoints.published(self.run))))
+        size, weights = self.checkpoint_bytes()
+        try:
+            files.check_space(self.run, more * size + weights)
+        except OSError as error:
+            raise UserError(
+                f"OUT_DIR={self.run.parent} has no space for {more} checkpoints of {size / files.GIB:.2f} GiB and the "
+                f"final model: {error.strerror}. Make room, lower SAVE_TOTAL_LIMIT={self.writer.keep}, or name another "
+                "OUT_DIR."
+            ) from error
+
+    def checkpoint_bytes(self) -> tuple[float, int]:
+        """Bytes of the next checkpoint, and of the trained weights in it."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.is_deepspeed_enabled:
+            weights = sum(p.ds_numel * p.itemsize for p in trained) if distributed.holds_parts() else 0
+            weights = weights or sum(p.nbytes for p in trained)
+            size = 8 * weights  # once for us, once for DeepSpeed, and in float32 with what Adam keeps
+        else:
+            weights, optim = sum(p.nbytes for p in trained), self.args.optim
+            twice = distributed.engine() == "fsdp"  # once for us, once for accelerate
+            size = weights * (twice + (1 if "adam" not in optim else 2 if "8bit" in optim else 3))
+        if last := checkpoints.published(self.run):  # the next one is like it
+            size = sum(file.stat().st_size for file in last[0].rglob("*"))
+        return size, weights
+
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint and publish it in a thread. A save that fails is tried again; training goes on."""
+        step, last_step = self.state.global_step, self.state.max_steps
+        self.writer.wait(step, last_step)
+        if step == distributed.gather(self.writer.saved_step)[0]:
+            return
+        checkpoint, failure = self.run / f"checkpoint-{step}", ""
+        try:
+            distributed.on_first(lambda: files.check_space(self.run, self.checkpoint_bytes()[0]))
+        except OSError as error:  # raised in all processes
+            self.writer.report_failure(checkpoint, str(error), step, last_step)
+            return
+        try:
+            super()._save_checkpoint(model, trial)
+            if not RANK:
+                if not self.metrics_log.append():
+                    raise OSError(f"{self.metrics_log.file.name} lacks lines")
+                shutil.copyfile(self.metrics_log.file, checkpoint / self.metrics_log.file.name)
+        except SAVE_ERRORS as error:
+            if distributed.engine() not in (None, "ddp"):  # the others are in the middle of it
+                raise
+            failure = str(error)
+        self.progress.trainers = [self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step,
+                                  self._tr_loss.item()]  # fmt: skip
+        outcomes = distributed.gather((failure, dataclasses.asdict(self.progress)))
+        if failure := next((failure for failure, _ in outcomes if failure), None):
+            self.writer.report_failure(checkpoint, failure, step, last_step)
+        elif not RANK:
+            evaluation = self.progress.evaluation or {"step": None}
+            self.writer.submit(checkpoint, self.metadata() | {
+                "step": step, "data": self.data_digest, "base": self.base_fingerprint,
+                "eval_loss": evaluation["eval_loss"] if evaluation["step"] == step else None,
+                "progress": [progress for _, progress in outcomes],
+            })  # fmt: skip
+
+    def restore_progress(self) -> None:
+        """Called when Trainer has loaded everything: begin the log, or go on where the checkpoint was written."""
+        distributed.on_first(self.begin_log)
+        if not self.restored:
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
+        progress = self.restored[1]["progress"][RANK]
+        self.progress = Progress(**progress | {"guard": StepGuard(**progress["guard"])})
+        *loss_account, running_loss = self.progress.trainers
+        self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = loss_account
+        self._tr_loss.fill_(running_loss)
+        # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
+        scheduler, peak = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        if "paged" in self.args.optim:
+            page_states(self.optimizer.optimizer)
+        if self.progress.evaluation_due:
+            self.evaluate()
+
+    def begin_log(self) -> None:
+        self.check_space()
+        file = self.metrics_log.file
+        if self.restored:
+            shutil.copyfile(self.restored[0] / file.name, file)
+        else:
+            file.write_text("")
+
+
+def page_states(optimizer) -> None:
+    """Give an optimizer of bitsandbytes that was just loaded its paged memory back, which load_state_dict loses.
+
+    Without it a run that just fitted would not fit after a resume (bitsandbytes 0.50, `Optimizer8bit.load_state_dict`).
+    """
+    for state in optimizer.state.values():
+        for name in ("state1", "state2"):
+            if name in state:
+                state[name] = optimizer.get_state_buffer(state[name], dtype=state[name].dtype).copy_(state[name])

@@ -1,0 +1,144 @@
+"""The stages that the training scripts share: tokenizer and template, data, memory, training."""
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from transformers import set_seed
+
+from common import hardware
+from common.data import checks, prepare, templates
+from common.data.encoder import ChatEncoder
+from common.eval import facts
+from common.model import load
+from common.model.location import Source
+from common.model.quantize import check_quantization
+from common.train import batch_plan, config, optimizers
+from common.train.galore import GaLore
+from common.train.galore_trainer import GaloreTrainer
+from common.train.memory import Step
+from common.train.meta_model import empty_adapter, empty_model
+from common.train.trainer import ChatTrainer
+
+
+@dataclass
+class Job:
+    """What a training script has before it has a model."""
+
+    settings: dict
+    trainer_settings: dict  # the same, with OPTIM as transformers calls it
+    source: Source
+    dtype: torch.dtype
+    attention: str
+    tokenizer: object
+    encoder: ChatEncoder
+    kl_weight: float
+    probe: object  # see facts.make_probe
+    train_set: object = None  # datasets.Dataset of input_ids and labels; load_data fills in these four
+    eval_set: object = None
+    data_digest: str = ""
+    row_length: int = 0  # tokens of the longest row
+
+
+def start(settings: dict, source: Source, dtype, reference: Source | None, trainer_settings=None) -> Job:
+    """Settings, tokenizer and template checked: every mistake that can be found without the weights.
+
+    reference: the model towards which KL_WEIGHT pulls; None where its predictions cannot be had.
+    """
+    trainer_settings = trainer_settings or settings
+    config.check_combinations(trainer_settings)
+    check_quantization(settings.get("QUANTIZATION"))
+    load.check_length(source, settings["MAX_LENGTH"])
+    tokenizer = load.load_tokenizer(source)
+    base_template = load.load_tokenizer(reference).chat_template if reference else None
+    model_config = load.load_config(source)
+    kl_weight = config.choose_kl_weight(settings, model_config, bool(base_template), reference is not None)
+    encoder, note = templates.set_template(tokenizer, settings["CHAT_TEMPLATE"])
+    print(note)
+    probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
+    # Compiled, attention per document would be compiled again for every length of a document.
+    per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
+    attention = load.choose_attention(settings["ATTN_IMPLEMENTATION"], per_document)
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe)
+
+
+def load_data(job: Job, run, trained_rows: list[int]) -> None:
+    """Encode the chats, or read them as they were encoded, and check what would be learned from them.
+
+    run: a run.TrainingRun. trained_rows: token ids whose embeddings are trained.
+    """
+    settings, keep_unlearned = job.settings, bool(job.kl_weight)  # KL_WEIGHT uses chats without an answer to learn
+    manifest = run.checkpoint[1] if run.checkpoint and run.keeps_data else None
+    datasets = prepare.datasets_for(settings, job.encoder, run.folder / "data", keep_unlearned, manifest)
+    job.train_set, job.eval_set, account = datasets
+    print(prepare.describe(account))
+    checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
+    longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
+    job.row_length, job.data_digest = min(longest, account["tokens"]), account["digest"]
+
+
+def train(job: Job, run, build, make_optimizer=None) -> None:
+    """Plan the batch, build the model, train and report; again in smaller parts where memory runs out all the same.
+
+    build: called with a function that loads the base; returns the model to train. make_optimizer: called with that
+    model; None where it is one that OPTIM names in transformers.
+    """
+    settings, vocabulary = job.settings, len(job.tokenizer)
+    is_full = settings.get("ADAPTER") is None
+
+    def build_meta(quantization):
+        model_config = load.load_config(job.source)
+        empty = functools.partial(empty_model, model_config, quantization, job.dtype, job.attention, vocabulary)
+        adapter = job.source.adapter
+        model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
+        return model, frozen_copy(model, is_full and job.kl_weight)
+
+    def optimizer_of(model):
+        made = make_optimizer(model) if make_optimizer else None
+        return made or optimizers.make_optimizer(job.trainer_settings["OPTIM"], model)
+
+    step = Step(1, job.row_length, settings["PACKING"], job.kl_weight, job.dtype, hardware.device_type(), full=is_full)
+    plan = batch_plan.plan_batch(settings, build_meta, optimizer_of, step, run.checkpoint)
+
+    def train_once(plan):
+        set_seed(settings["SEED"])
+        arguments = job.source, settings.get("QUANTIZATION"), job.dtype, job.attention
+        model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=vocabulary))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{job.source.name}: {trainable:,} trainable parameters")
+        base = frozen_copy(model, is_full and job.kl_weight)
+        trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
+
+        def save(folder, weights):
+            load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
+
+        run.execute(trainer, plan, save)
+
+    batch_plan.restart_smaller(train_once, plan, settings)
+
+
+def frozen_copy(model, wanted):
+    """The base that KL_WEIGHT compares with beside a model without an adapter."""
+    return copy.deepcopy(model).requires_grad_(False) if wanted else None
+
+
+def make_trainer(job: Job, run, plan, model, base, optimizer):
+    kind = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer
+    return kind(
+        model=model,
+        args=config.trainer_config(job.trainer_settings, plan, run.folder, job.dtype, evaluate=bool(job.eval_set)),
+        train_dataset=job.train_set,
+        eval_dataset=job.eval_set,
+        processing_class=job.tokenizer,
+        optimizers=(optimizer, None),
+        settings=job.settings,
+        kl_weight=job.kl_weight,
+        base_model=base,
+        probe=job.probe,
+        log=run.log,
+        save_total_limit=job.settings["SAVE_TOTAL_LIMIT"],
+        data_digest=job.data_digest,
+        base_fingerprint=model.base_fingerprint,
+    )
