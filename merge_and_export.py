@@ -64,7 +64,7 @@ def main():
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer, run = merge.load_chat_tokenizer(source), find_run()
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
-    folder = create_folder(OUT_DIR, RUN_NAME, __file__, current(globals()))
+    folder = create_folder(current(globals()), __file__)
     check_space(folder, load.count_weights(config) * gguf.bytes_per_weight(DTYPE, *kinds))
 
     # The trained model, with which the merged one is compared
