@@ -37,7 +37,7 @@ UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inve
 
 
 def check(config, kinds: list[str], llama_cpp: str | None) -> None:
-    """Raise UserError where packages, a checkout's converter, or the means to write this model are missing."""
+    """Raise UserError where a package, a checkout's converter or support of the model is missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
@@ -157,7 +157,7 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in the order of llama.cpp, whose rotary embedding pairs neighbours, not halves."""
+    """Rows of each head in llama.cpp's order: its rotary embedding pairs neighbours, not halves."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 

@@ -71,7 +71,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
 
 
 def adds_bos(encoder: ChatEncoder) -> bool:
-    """Whether llama.cpp should put a BOS before every text, in place of the one that the template writes.
+    """Whether llama.cpp should put a BOS before every text, in place of the template's own.
 
     Where the template writes none, training saw none, though the tokenizer adds it to plain text.
     """

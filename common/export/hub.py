@@ -41,7 +41,7 @@ def table(name: str, contents: dict) -> str:
 
 
 def upload(folder: Path, files: list[str], hub_id: str, private: bool) -> None:
-    """Upload an export with the environment's token; UserError where it would become public unasked."""
+    """Upload an export with the environment's token; UserError for a public repository if `private`."""
     from huggingface_hub import HfApi
 
     others = (folder / name for name in (*files, "Modelfile", "export.json"))

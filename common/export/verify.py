@@ -79,7 +79,7 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
 
 
 class Reference:
-    """A model's predictions on held-out chats, with which those of models made from it are compared.
+    """A model's predictions on held-out chats, to compare those of models made from it.
 
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
     ended: how many prompts get an answer that ends; counted if `answers`.
@@ -91,7 +91,8 @@ class Reference:
         self.dtype, self.config = dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
-            raise UserError(f"MODEL={source.name}: predictions are not finite. Take an earlier checkpoint.", code=4)
+            problem = "predictions are not finite. Take an earlier checkpoint."
+            raise UserError(f"MODEL={source.name}: {problem}", code=4)
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
         self.ended, generator = 0, generation.Generator(model, tokenizer)
@@ -100,7 +101,7 @@ class Reference:
             self.ended += generator.last.stop == "end"
 
     def compare(self, predictions: torch.Tensor) -> dict:
-        """Perplexity of other predictions (N, vocabulary), and their mean KL divergence in nats a token."""
+        """Perplexity of other predictions (N, vocabulary), and their mean KL in nats a token."""
         kl = (self.predictions.exp() * (self.predictions - predictions)).sum(-1).mean()
         tokens = torch.tensor([row.ids[t + 1] for row in self.rows for t in row.answers])
         loss = -predictions.gather(1, tokens[:, None]).mean()
@@ -110,7 +111,7 @@ class Reference:
 
 @torch.no_grad()
 def predict(model, rows: list[Row]) -> torch.Tensor:
-    """Log-probabilities (N, vocabulary) of the tokens after the answer positions: float32, on the CPU."""
+    """Log-probabilities (N, vocabulary) after the rows' answer positions: float32, on the CPU."""
     parts = []
     for row in rows:
         ids, keep = (torch.tensor(values, device=model.device) for values in row)
@@ -120,9 +121,9 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
 
 
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
-    """Load the model that was saved; returns its own reference, and its KL divergence from the trained one.
+    """Load the saved model and name it final; returns its reference, and its KL from the trained model.
 
-    Names it final, or final.rejected and raises UserError (5) where that exceeds the bound or tokens differ.
+    Above the bound, or where its tokens differ: final.rejected, and UserError with exit code 5.
     """
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
@@ -175,7 +176,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
 
 
 def load_gguf(file: Path, config, dtype: torch.dtype):
-    """The model in a GGUF file as transformers reads it; what its reader omits comes from the config."""
+    """The model in a GGUF file as transformers reads it; the config fills what its reader omits."""
     from transformers import GgufConfig  # not in older releases
 
     read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
@@ -190,7 +191,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
 
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
-    """llama.cpp's greedy answers to the prompts, and its divergence in the 64 tokens it finds likeliest."""
+    """llama.cpp's greedy answers, and its KL divergence over the 64 tokens it finds likeliest."""
     divergences, answers = [], []
     starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
     for prompt, start in zip(reference.prompts, starts, strict=False):
