@@ -49,7 +49,6 @@ from transformers.utils import logging
 from common import hardware
 from common.data import formats, readers, sources
 from common.model import generation, location
-from common.model.quantize import check_quantization
 
 HELP = '''\
 /reset           forget the conversation
@@ -93,7 +92,6 @@ def main():
 
 def check_settings():
     """Refuse values that cannot work, and combinations of which one would be ignored."""
-    check_quantization(QUANTIZATION)
     if TEMPERATURE < 0 or not 0 < TOP_P <= 1 or min(MAX_NEW_TOKENS, BATCH_SIZE, CONTEXT or 1) < 1:
         raise UserError(
             f"TEMPERATURE={TEMPERATURE} TOP_P={TOP_P} MAX_NEW_TOKENS={MAX_NEW_TOKENS} BATCH_SIZE={BATCH_SIZE} "

@@ -40,7 +40,7 @@ import torch
 from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
-from common.model.quantize import BITS, check_quantization
+from common.model.quantize import BITS
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
@@ -49,7 +49,6 @@ METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore":
 
 
 def main():
-    check_quantization(METHODS[METHOD])
     size = hardware.read_size(FIT) if FIT else None
     source = location.locate(MODEL)
     config = load.load_config(source)

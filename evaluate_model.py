@@ -70,7 +70,6 @@ from common.eval.statistics import (
 )
 from common.files import hash_file, write_atomic
 from common.model import generation, load, location
-from common.model.quantize import check_quantization
 from common.run import report
 from common.run.metrics import perplexity, progress
 
@@ -85,7 +84,6 @@ def main():
     for suite in suites:
         check_choice("SUITES", suite, SUITE_NAMES)
     check_numbers()
-    check_quantization(QUANTIZATION)
     names = [*([BASE] if BASE else []), *([name.strip() for name in MODELS.split(",")] if MODELS else [MODEL])]
     if "" in names:
         raise UserError(f"MODELS={MODELS}: an empty name; put commas between names only.")

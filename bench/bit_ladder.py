@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.bounds import check_choice
+from common.bounds import check_choice, check_setting
 from common.cli import UserError, run_main
 from common.model import load, location
-from common.model.quantize import BITS, check_quantization
+from common.model.quantize import BITS
 from common.settings import apply_overrides
 from common.train import memory
 from common.train.meta_model import empty_model
@@ -57,7 +57,7 @@ def main():
     names = [None if name == "None" else name for name in BASES.replace(" ", "").split(",")]
     for name in names:
         check_choice("BASES", name, FILES)
-        check_quantization(name)
+        check_setting("QUANTIZATION", name)
     config = load.load_config(location.locate(MODEL))
     rows = []
     for name in names:

@@ -53,43 +53,23 @@ LISTS = {
 }
 # Intervals as in mathematics: [ and ] include the bound.
 INTERVALS = {
-    "LORA_R": "[1, 4096]",
-    "LORA_ALPHA": "(0, 65536]",
-    "LORA_DROPOUT": "[0, 1)",
-    "GALORE_RANK": "[1, 65536]",
-    "GALORE_UPDATE_GAP": "[1, inf)",
-    "GALORE_SCALE": "(0, 100]",
-    "MAX_LENGTH": "[1, inf)",
-    "MAX_SAMPLES": "[1, inf)",
-    "SEED": "[0, 4294967295]",
-    "NUM_TRAIN_EPOCHS": "(0, inf)",
-    "MAX_STEPS": "[1, inf)",
-    "BATCH_SIZE": "[1, inf)",
-    "PER_DEVICE_TRAIN_BATCH_SIZE": "[1, inf)",
-    "GRADIENT_ACCUMULATION_STEPS": "[1, inf)",
-    "LEARNING_RATE": "(0, 100]",
-    "MIN_LR": "[0, 100]",
-    "WARMUP_RATIO": "[0, 1]",
-    "WEIGHT_DECAY": "[0, 10]",
-    "MAX_GRAD_NORM": "[0, inf)",
-    "KL_WEIGHT": "[0, inf)",
-    "NEFTUNE_NOISE_ALPHA": "[0, 1000]",
-    "LOGGING_STEPS": "[1, inf)",
-    "SAVE_TOTAL_LIMIT": "[1, inf)",
-    "PROCESSES": "[1, 1024]",
-    "TEMPERATURE": "[0, 100]",
-    "TOP_P": "(0, 1]",
-    "CONTEXT": "[1, inf)",
-    "MAX_NEW_TOKENS": "[1, inf)",
-    "GENERATION_BATCH_SIZE": "[1, inf)",
-    "PROOF_TOKENS": "[1, inf)",
-    "MAX_CHATS": "[1, inf)",
-    "ANSWER_TOKENS": "[1, inf)",
-    "JUDGE_REPEATS": "[1, 1000]",
-    "JUDGE_IN_FLIGHT": "[1, 1000]",
-    "JUDGE_TIMEOUT": "(0, inf)",
-    "JUDGE_MAX_TOKENS": "[1, inf)",
+    "[1, inf)": """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
+        LOGGING_STEPS SAVE_TOTAL_LIMIT GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS GENERATION_BATCH_SIZE PROOF_TOKENS
+        MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
+    "[1, 1000]": "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT",
+    "[1, 8192]": "LORA_R GALORE_RANK",
+    "(0, 65536]": "LORA_ALPHA",
+    "[0, 1)": "LORA_DROPOUT",
+    "[0, 1]": "WARMUP_RATIO",
+    "(0, 1]": "TOP_P",
+    "(0, 100]": "LEARNING_RATE GALORE_SCALE",
+    "[0, 100]": "MIN_LR WEIGHT_DECAY TEMPERATURE",
+    "[0, 1000]": "NEFTUNE_NOISE_ALPHA",
+    "(0, inf)": "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT",
+    "[0, inf)": "MAX_GRAD_NORM KL_WEIGHT",
+    "[0, 4294967295]": "SEED",
 }
+INTERVAL_OF = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
 SIZES = ("MEMORY_LIMIT", "FIT")
@@ -104,13 +84,13 @@ def check_setting(name: str, value, script: str = "") -> None:
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if choices:
         check_choice(name, value, choices)
-    if value is None or name in CHOICES or name == "OPTIM":
+    if value in HQQ:
+        check_package(name, value, "hqq", "hqq==0.2.8.post1")
+    if value is None or choices:
         return
     if name in LISTS:
         for item in filter(None, value.replace(" ", "").split(",")):
             check_choice(name, item, LISTS[name])
-    elif name in INTERVALS:
-        check_interval(name, value)
     elif problem := find_problem(name, value):
         raise UserError(f"{name}={value}: {problem}")
 
@@ -122,19 +102,20 @@ def check_choice(name: str, value, choices) -> None:
         raise UserError(f"{name}={value} is not known.{nearest(value, choices)} Choose one of: {listed}.")
 
 
-def check_interval(name: str, value: float) -> None:
-    """Raise UserError unless the number lies in the setting's interval."""
-    low, high = (float(bound) for bound in INTERVALS[name][1:-1].split(","))
-    open_below, open_above = INTERVALS[name][0] == "(", INTERVALS[name][-1] == ")"
-    if value < low or value > high or (open_below and value == low) or (open_above and value == high):
-        text = f"{'above' if open_below else 'at least'} {low:g}"
-        if high < math.inf:
-            text += f" and {'below' if open_above else 'at most'} {high:g}"
-        raise UserError(f"{name}={value}: it must be {text}.")
-
-
 def find_problem(name: str, value) -> str | None:
-    """What is wrong with the value of a setting that is neither a choice nor a plain number."""
+    """What is wrong with the value of a setting that is not a choice."""
+    if name in INTERVAL_OF:
+        interval = INTERVAL_OF[name]
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        if (
+            value < low
+            or value > high
+            or (value == low and interval[0] == "(")
+            or (value == high and interval[-1] == ")")
+        ):
+            above = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
+            below = "" if high == math.inf else f" and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
+            return f"it must be {above}{below}."
     if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
         return "it must be a whole number, or a share below 1; 0 means none."
     if name in FILES and not Path(value).expanduser().is_file():

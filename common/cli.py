@@ -68,28 +68,27 @@ def run_main(main) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
-    try:
-        report_errors(main)
-        exit_code = 0
-    except BaseException as end:
-        exit_code = end.code if isinstance(end, SystemExit) else 1
-        raise
-
-
-def report_errors(main) -> None:
+    exit_code = 1
     try:
         main()
+        exit_code = 0
     except UserError as error:
+        exit_code = error.code
         exit_with(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        exit_code = 2
         exit_with(
             UserError(f"{error.filename or 'OUT_DIR'}: {error.strerror}. Make room, then the same command again.")
         )
     except KeyboardInterrupt:
+        exit_code = 130
         print("stopped by Ctrl-C", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code) from None
+    except SystemExit as end:
+        exit_code = end.code
+        raise
 
 
 def exit_without_teardown() -> None:

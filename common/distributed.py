@@ -50,7 +50,7 @@ def device() -> torch.device:
 def enable_fsdp_on_cpu() -> None:
     """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
     state = PartialState()
-    if engine() == "fsdp" and state.distributed_type == DistributedType.MULTI_CPU:
+    if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 

@@ -102,8 +102,8 @@ def read_size(text: str, total: float = GIB) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
-    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return should_reduce_batch_size(error) or isinstance(error, RuntimeError) and any(s in str(error) for s in said)
+    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return should_reduce_batch_size(error) or isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
 
 
 class Gpu:
@@ -178,17 +178,8 @@ class Cpu:
         return dict(power_w=power_w, used_gib=rss, utilization_percent=self.process.cpu_percent())
 
 
-def add(*values: float | None) -> float | None:
-    """The sum of those that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
-
 def open_devices() -> list:
-    """What can be read here: the GPUs that torch sees (of several processes, each its own), then the CPU.
-
-    Why the others cannot be is printed.
-    """
+    """The devices that can be read: the GPUs that torch sees (of several processes, each its own), then the CPU."""
     devices = [Cpu()]
     if torch.cuda.is_available():
         try:

@@ -1,4 +1,4 @@
-"""Events of a run that cost time without a word: memory that spills, pauses, a throttled GPU."""
+"""The monitor of a run: hardware.csv, and events that cost time silently: memory that spills, pauses, heat."""
 
 import csv
 import platform
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,20 @@ from common.cli import RANK
 # Of hardware.csv; used_gib: of a GPU by all programs, of the CPU by this process.
 COLUMNS = ("unix_time", "device", "power_w", "used_gib", "reserved_gib", "utilization_percent", "temperature_c",
            "clock_mhz", "throttled", "rank")  # fmt: skip
+
+WINDOW, WINDOW_MIN = 64, 10  # steps that say what is usual
+PAUSE = 3  # times the median step
+PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a second
+SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
+FULL = 0.97  # of the GPU's memory
+HOT_READINGS = 3  # in a row
+# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
+CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
+REMEDIES = {
+    "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
+    "pause": "Other programs, a disk that is busy, or an optimizer's occasional work (OPTIM)",
+    "throttle": "Cool it, or lower its power limit (nvidia-smi -pl), which costs less speed than heat does",
+}
 
 
 class HardwareMonitor:
@@ -54,7 +69,7 @@ class HardwareMonitor:
             self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})
 
     def write(self) -> None:
-        """Add to the file what was read; that of a run that goes on has the times where it paused."""
+        """Append the readings; the file of a resumed run shows where it paused."""
         rows = self.take()
         try:
             with open(self.file, "a", newline="", encoding="utf-8") as stream:
@@ -62,15 +77,15 @@ class HardwareMonitor:
                 if not stream.tell():
                     writer.writeheader()
                 writer.writerows(rows)
-        except OSError:  # a full disk costs the rows; what it costs the run, the run tells
+        except OSError:  # a full disk costs these rows; the run itself reports what else it costs
             pass
 
     def exchange(self) -> None:
-        """Let the first process have what the others have read; all have to call it."""
-        told = distributed.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
-        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(told) if rank != RANK]
+        """Give the first process the readings of the others; all have to call it."""
+        readings = distributed.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
+        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(readings) if rank != RANK]
         if not RANK:
-            self.rows.extend(row for rows, _, _ in told for row in rows)
+            self.rows.extend(row for rows, _, _ in readings for row in rows)
 
     def take(self) -> list[dict]:
         return [self.rows.popleft() for _ in range(len(self.rows))]
@@ -88,11 +103,12 @@ class HardwareMonitor:
         return next(device.energy_j for device in self.devices if device.name == self.trains)
 
     def power_w(self) -> float | None:
-        return hardware.add(self.own_power_w(), *(watts for watts, _ in self.others))
+        """Of all processes; None where power cannot be read."""
+        return add_known(self.own_power_w(), *(watts for watts, _ in self.others))
 
     def energy_j(self) -> float | None:
-        """Since the start; None where power cannot be read."""
-        return hardware.add(self.own_energy_j(), *(joules for _, joules in self.others))
+        """Since the start, of all processes; None where power cannot be read."""
+        return add_known(self.own_energy_j(), *(joules for _, joules in self.others))
 
     def mean_power_w(self) -> float | None:
         joules = self.energy_j()
@@ -108,38 +124,22 @@ class HardwareMonitor:
         self.read()  # the end of the energy
 
 
-WINDOW, WINDOW_MIN = 64, 10  # steps that say what is usual
-
-PAUSE = 3  # times the median step
-
-PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a second
-
-SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
-
-FULL = 0.97  # of the GPU's memory
-
-HOT_READINGS = 3  # in a row
-
-# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
-CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
-
-REMEDIES = {
-    "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
-    "pause": "Other programs, a disk that is busy, or an optimizer's occasional work (OPTIM)",
-    "throttle": "Cool it, or lower its power limit (nvidia-smi -pl), which costs less speed than heat does",
-}
+def add_known(*values: float | None) -> float | None:
+    """The sum of the values that are not None; None where all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
+@dataclass
 class StepWatch:
-    """Looks at each step; `counts` are of events, each counted and told once for as long as it lasts."""
+    """Finds events in the times of steps; each is counted and reported once for as long as it lasts."""
 
-    def __init__(self):
-        self.counts = Counter()
-        self.usual: deque[tuple[float, float | None]] = deque(maxlen=WINDOW)  # seconds and watts of quiet steps
-        self.lasting: set[str] = set()
+    counts: Counter = field(default_factory=Counter)
+    usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds and watts of quiet steps
+    lasting: set[str] = field(default_factory=set)
 
     def step(self, seconds: float, gpu: dict | None = None, hot_readings: int = 0) -> list[str]:
-        """What to tell after a step. gpu: a reading of gpu.Gpu; hot_readings: how many in a row were throttled."""
+        """Lines to print after a step. gpu: a reading of hardware.Gpu; hot_readings: throttled ones in a row."""
         median = statistics.median(s for s, _ in self.usual) if len(self.usual) >= WINDOW_MIN else None
         found = {}
         if gpu and (how := self.spills(seconds, median, gpu)):

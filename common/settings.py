@@ -87,10 +87,10 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only training uses several processes. Use python.")
         for argument in argv:
             name, equals, text = argument.partition("=")
-            if name not in settings and SECRET_NAME.search(name):
-                raise UserError(f"unknown setting {name}. Secrets are read from the environment, or `hf auth login`.")
             if name not in settings:
-                raise UserError(f"unknown setting {name}.{nearest(name, settings)} --help lists all settings.")
+                secrets = " Secrets are read from the environment, or `hf auth login`." * bool(SECRET_NAME.search(name))
+                hint = secrets or f"{nearest(name, settings)} --help lists all settings."
+                raise UserError(f"unknown setting {name}.{hint}")
             if not equals:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
             if redact(text) != text:
@@ -98,22 +98,16 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             value = parse_value(name, text, settings[name]["types"])
             print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value
-        check_values(namespace, settings)
+        for name, setting in settings.items():  # defaults edited in the script, too
+            value, types = namespace[name], setting["types"]
+            if not (type(value) in types or (type(value) is int and float in types)):  # a bool is not a number
+                raise UserError(f"{name} = {value!r} in the script has the wrong type.")
+            # A default may happen to equal some environment variable; only a token's form makes it a secret.
+            if SECRET.search(str(value)):
+                raise UserError(SECRET_ADVICE.format(name=name))
+            check_setting(name, value, Path(namespace["__file__"]).stem)
     except UserError as error:
         exit_with(error)
-
-
-def check_values(namespace: dict, settings: dict) -> None:
-    """Types and bounds of all settings; defaults edited in the script are checked like values from the shell."""
-    script = Path(namespace["__file__"]).stem
-    for name, setting in settings.items():
-        value, types = namespace[name], setting["types"]
-        if not (type(value) in types or (type(value) is int and float in types)):  # a bool is not a number
-            raise UserError(f"{name} = {value!r} in the script has the wrong type.")
-        # A default may happen to equal some environment variable; only a token's form makes it a secret.
-        if SECRET.search(str(value)):
-            raise UserError(SECRET_ADVICE.format(name=name))
-        check_setting(name, value, script)
 
 
 def help_text(namespace: dict, settings) -> str:

@@ -8,13 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from common.bounds import check_setting
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.export.verify import Reference, predict
 from common.files import write_atomic
 from common.model import generation, load
 from common.model.location import Source
-from common.model.quantize import BITS, check_quantization, dequantize_hqq
+from common.model.quantize import BITS, dequantize_hqq
 
 BASES = ("original", "dequantized")
 TIE = 1.01  # ratio of perplexities up to which the original base wins
@@ -25,7 +26,7 @@ MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
     """The bases to merge into; UserError where MERGE_INTO does not fit or MODEL is quantized."""
-    check_quantization(quantization)
+    check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     if config.to_dict().get("quantization_config"):
         raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
     both = source.adapter and quantization

@@ -8,12 +8,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
-from common.bounds import HQQ, check_package
+from common.bounds import HQQ
 from common.cli import UserError
 
 BITS = {name: int(name[4]) for name in HQQ}  # by the value of QUANTIZATION
 
-REQUIREMENT = "hqq==0.2.8.post1"
 
 # Weights that share a scale and a zero point, which in 16 bits add half a bit a weight; hqq's own default.
 GROUP_SIZE = 64
@@ -23,15 +22,8 @@ GROUP_SIZE = 64
 AXIS = 0
 
 
-def check_quantization(quantization: str | None) -> None:
-    """Refuse hqq's widths where the package is not installed."""
-    if quantization in BITS:
-        check_package("QUANTIZATION", quantization, "hqq", REQUIREMENT)
-
-
 def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings: NF4 with double quantisation, int8; None for 16-bit weights and for hqq's (low_bit)."""
-    check_quantization(quantization)
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -46,41 +46,35 @@ def create_folder(settings: dict, script: str) -> Path:
         if (folder / "summary.json").exists():
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
-    metadata = dict(
-        script=stem,
-        command=command(),
-        started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        commit=git_commit(),
-        versions={"python": platform.python_version(), **package_versions()},
-        settings=settings,
-        processes=distributed.count(),
-        engine=distributed.engine(),
-    )
+    metadata = dict(script=stem, settings=settings, **provenance())
     write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
     return folder
 
 
-def command() -> str:
-    """The command line of this run, without the interpreter's folder; of several processes, one that does the same."""
+def provenance() -> dict:
+    """What it takes to make a run again: command, time, commit, versions, processes."""
     launcher, count = ["python"], distributed.count()
     if engine := distributed.engine():
         config = f"launch/{engine}.yaml" if engine != "zero1" else "CONFIG"
         launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
         if (machines := count // int(os.environ.get("LOCAL_WORLD_SIZE", count))) > 1:
             launcher += ["--num_machines", str(machines)]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    return dict(
+        command=shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
+        started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        commit=git_commit(),
+        versions={"python": platform.python_version(), **{name: installed.get(name) for name in PACKAGES}},
+        processes=count,
+        engine=engine,
+    )
 
 
 def git_commit() -> str | None:
     """Short commit of the scripts, with -dirty when files were edited; None outside a git checkout."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
     try:
-        describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
         result = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:  # no git
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def package_versions() -> dict[str, str | None]:
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    return {package: installed.get(package) for package in PACKAGES}

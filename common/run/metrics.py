@@ -19,7 +19,7 @@ LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "facts", "sam
 
 
 class MetricsLog(TrainerCallback):
-    """Writes metrics.jsonl, shows progress, and tells of events that cost time; as a context manager.
+    """Writes metrics.jsonl, shows progress, and tells of events that cost time.
 
     trainer: a ChatTrainer; monitor: a monitor.HardwareMonitor. Changes neither.
     """
@@ -87,16 +87,10 @@ class MetricsLog(TrainerCallback):
         else:
             print(f"step {entry['step']}/{state.max_steps}  {line}", flush=True)
 
-    def on_train_end(self, *args, **kwargs):
+    def close(self) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.on_train_end()  # which Trainer does not call when training is cut short
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -50,8 +50,3 @@ def read_settings(folder: Path) -> dict | None:
 def allowed_changes(settings: dict) -> set[str]:
     """The settings that ALLOW_CHANGE names."""
     return set(filter(None, settings["ALLOW_CHANGE"].replace(" ", "").split(",")))
-
-
-def keeps_data(settings: dict) -> bool:
-    """Whether a resumed run must train on the data it began with."""
-    return not allowed_changes(settings) & DATA_SETTINGS

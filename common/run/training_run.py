@@ -1,5 +1,6 @@
 """A training run: its folder opened, its trainer executed, its result reported."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,7 @@ class TrainingRun:
     folder: Path
     checkpoint: tuple[Path, dict] | None
     keeps_data: bool  # a resumed run trains on the data it began with
-
-    @property
-    def log(self) -> LineLog:
-        return LineLog(self.folder / METRICS)
+    log: LineLog
 
     def execute(self, trainer, plan, save) -> None:
         """Train (from the checkpoint), save, evaluate, and write the results into the run folder.
@@ -46,7 +44,7 @@ class TrainingRun:
         trainer.add_callback(log)
         trainer.remove_callback(PrinterCallback)
         started = hardware.now()
-        with monitor, StopRequest(self.folder) as trainer.stop, log:
+        with monitor, StopRequest(self.folder) as trainer.stop, contextlib.closing(log):
             train_loss = trainer.train(self.checkpoint).metrics["train_loss"]
             train_seconds = hardware.now() - started
             weights = gather_weights(trainer)
@@ -59,7 +57,9 @@ def open_run(settings: dict, script: str) -> TrainingRun:
     """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint in it. Errors: see `create_folder`."""
     folder = distributed.on_first(lambda: create_folder(settings, script))
     checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder)) if settings["RESUME"] else None
-    return TrainingRun(folder, checkpoint, resume.keeps_data(settings))
+    return TrainingRun(
+        folder, checkpoint, not resume.allowed_changes(settings) & resume.DATA_SETTINGS, LineLog(folder / METRICS)
+    )
 
 
 def evaluate(trainer) -> float:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 import common.model.attention  # noqa: F401  registers sdpa_documents
-from common.model.quantize import BITS, check_quantization, quantization_config, quantize_hqq
+from common.model.quantize import BITS, quantization_config, quantize_hqq
 
 
 def empty_model(config, quantization: str | None, dtype: torch.dtype, attention: str, vocabulary: int = 0):
@@ -21,7 +21,6 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if quantization in BITS:
-            check_quantization(quantization)
             quantize_hqq(model, quantization, dtype, "meta")
         elif quantization:
             quantizer = AutoHfQuantizer.from_config(quantization_config(quantization, dtype))

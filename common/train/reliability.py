@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -123,11 +124,11 @@ class ReliableTrainer(SavingTrainer):
             super()._run_epoch(*args, **kwargs)
 
 
+@dataclass
 class StepHooks(TrainerCallback):
     """Calls the trainer where Trainer has no method to override."""
 
-    def __init__(self, trainer: ReliableTrainer):
-        self.trainer = trainer
+    trainer: ReliableTrainer
 
     def on_train_begin(self, *args, **kwargs):
         self.trainer.restore_progress()

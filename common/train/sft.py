@@ -13,7 +13,6 @@ from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
 from common.model.location import Source
-from common.model.quantize import check_quantization
 from common.train import batch_plan, config, optimizers
 from common.train.galore import GaLore
 from common.train.galore_trainer import GaloreTrainer
@@ -48,7 +47,6 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     """
     trainer_settings = trainer_settings or settings
     config.check_combinations(trainer_settings)
-    check_quantization(settings.get("QUANTIZATION"))
     load.check_length(source, settings["MAX_LENGTH"])
     tokenizer = load.load_tokenizer(source)
     base_template = load.load_tokenizer(reference).chat_template if reference else None
@@ -80,10 +78,10 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
 
 
 def train(job: Job, run, build, make_optimizer=None) -> None:
-    """Plan the batch, build the model, train and report; again in smaller parts where memory runs out all the same.
+    """Plan the batch, then build, train and report; again in smaller parts where memory runs out all the same.
 
     build: called with a function that loads the base; returns the model to train. make_optimizer: called with that
-    model; None where it is one that OPTIM names in transformers.
+    model; None where OPTIM names one of transformers'.
     """
     settings, vocabulary = job.settings, len(job.tokenizer)
     is_full = settings.get("ADAPTER") is None
@@ -93,52 +91,44 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
         empty = functools.partial(empty_model, model_config, quantization, job.dtype, job.attention, vocabulary)
         adapter = job.source.adapter
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
-        return model, frozen_copy(model, is_full and job.kl_weight)
+        return model, copy.deepcopy(model).requires_grad_(False) if is_full and job.kl_weight else None
 
-    def optimizer_of(model):
-        made = make_optimizer(model) if make_optimizer else None
-        return made or optimizers.make_optimizer(job.trainer_settings["OPTIM"], model)
-
-    step = Step(1, job.row_length, settings["PACKING"], job.kl_weight, job.dtype, hardware.device_type(), full=is_full)
-    plan = batch_plan.plan_batch(settings, build_meta, optimizer_of, step, run.checkpoint)
-
-    def train_once(plan):
-        set_seed(settings["SEED"])
-        arguments = job.source, settings.get("QUANTIZATION"), job.dtype, job.attention
-        model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=vocabulary))
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{job.source.name}: {trainable:,} trainable parameters")
-        base = frozen_copy(model, is_full and job.kl_weight)
-        trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
-
-        def save(folder, weights):
-            load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
-
-        run.execute(trainer, plan, save)
-
-    batch_plan.restart_smaller(train_once, plan, settings)
+    packing, device = settings["PACKING"], hardware.device_type()
+    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=is_full)
+    optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, job.trainer_settings["OPTIM"])
+    plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
+    batch_plan.restart_smaller(lambda plan: train_as_planned(job, run, build, make_optimizer, plan), plan, settings)
 
 
-def frozen_copy(model, wanted):
-    """The base that KL_WEIGHT compares with beside a model without an adapter."""
-    return copy.deepcopy(model).requires_grad_(False) if wanted else None
-
-
-def make_trainer(job: Job, run, plan, model, base, optimizer):
-    kind = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer
-    return kind(
+def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
+    """Build the model and its trainer, and execute the run."""
+    settings = job.settings
+    set_seed(settings["SEED"])
+    arguments = job.source, settings.get("QUANTIZATION"), job.dtype, job.attention
+    model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=len(job.tokenizer)))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{job.source.name}: {trainable:,} trainable parameters")
+    needs_base = settings.get("ADAPTER") is None and job.kl_weight
+    base = copy.deepcopy(model).requires_grad_(False) if needs_base else None
+    optimizer = make_optimizer and make_optimizer(model)
+    trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer)(
         model=model,
         args=config.trainer_config(job.trainer_settings, plan, run.folder, job.dtype, evaluate=bool(job.eval_set)),
         train_dataset=job.train_set,
         eval_dataset=job.eval_set,
         processing_class=job.tokenizer,
         optimizers=(optimizer, None),
-        settings=job.settings,
+        settings=settings,
         kl_weight=job.kl_weight,
         base_model=base,
         probe=job.probe,
         log=run.log,
-        save_total_limit=job.settings["SAVE_TOTAL_LIMIT"],
+        save_total_limit=settings["SAVE_TOTAL_LIMIT"],
         data_digest=job.data_digest,
         base_fingerprint=model.base_fingerprint,
     )
+
+    def save(folder, weights):
+        load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
+
+    run.execute(trainer, plan, save)

@@ -137,9 +137,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
             self.sampler.set_epoch(epoch)  # where batches are skipped, accelerate does not find it
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        return optimizers.optimizer_class(args, model)
+    get_optimizer_cls_and_kwargs = staticmethod(optimizers.optimizer_class)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:

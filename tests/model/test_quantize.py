@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.cli import UserError
 from common.model import adapters, location
 from common.model import load as loading
-from common.model.quantize import BITS, REQUIREMENT, dequantize_hqq, hqq_layer_names
+from common.model.quantize import BITS, dequantize_hqq, hqq_layer_names
 from common.train import memory
 from common.train.meta_model import empty_model
 from common.train.storage import StorageTracker
@@ -126,7 +126,7 @@ def test_without_the_package_every_script_names_it(tiny, chats_file, tmp_path, r
         ("estimate_memory.py", [model, "METHOD=hqq-2bit"]),
     ):
         code, _, error = run_here(script, *arguments)
-        assert code == 2 and error.endswith(f"needs the package hqq: pip install {REQUIREMENT}\n"), error
+        assert code == 2 and error.endswith("the package is missing: pip install hqq==0.2.8.post1.\n"), error
         assert wish in error
 
 
