@@ -1,41 +1,41 @@
-"""Proof that an exported model says what the model said: its predictions, its tokens, and where its answers end.
+"""Verify an export: its predictions on held-out chats, its tokens, and that its answers end.
 
-A GGUF file is read by two programs that are not ours: transformers, which gives all its predictions, and llama.cpp
-(package xllamacpp), which makes tokens of a chat and answers, as it will in use.
+A GGUF file is read by two other programs: transformers for predictions, llama.cpp for answers.
 """
 
 import itertools
-import json
-import math
 import statistics
 import sys
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.parquet as parquet
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.cli import UserError
-from common.model import generation
+from common.data import sources
+from common.data.encoder import ChatEncoder
+from common.export.llama_cpp import LlamaCpp
+from common.model import generation, load, location
 
-# Mean KL divergence from the 16-bit model that a file may have, in nats a token. In f32, f16 and bf16 nothing but
-# rounding is allowed. The others leave room for small models, which lose most (SmolLM2-135M: runs.md); a wrong layout
-# of the weights gives several nats.
+# Highest mean KL divergence, in nats a token.
+MERGE_BOUND = 0.05  # merged model from the trained one
+# GGUF files from the merged model: f32, f16 and bf16 may differ by rounding only, the others leave
+# room for small models, which lose most (docs/benchmarks.md). A wrong layout gives several nats.
 KL_BOUNDS = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
     "q4_0": 0.6,
 }  # fmt: skip
+NOISE = 1e-3  # between two computations of one model in 16 bits
+LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values in 16 bits
 
-LLAMA_CPP_NOISE = 0.02  # KL between llama.cpp, whose keys and values are in 16 bits, and transformers, at most
-
-NOISE = 1e-3  # KL between two computations of the same model in 16 bits, at most
-
+MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
-
-PROMPTS = 4  # that are answered
+PROMPTS = 4  # to answer
 
 # Where tokenizers differ: numbers, white space, contractions, capitals, scripts, symbols.
 TEXTS = (
@@ -54,34 +54,64 @@ class Row(NamedTuple):
     answers: list[int]  # positions whose next token is part of an answer
 
 
+def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: int, count: int) -> list[Row]:
+    """Chats that training did not see, with up to `count` tokens of answers; UserError for none.
+
+    chats: the setting CHATS; None: what the run held out, or else data/brief.jsonl.
+    """
+    file = run / "data" / "eval.parquet" if run and not chats else None
+    if file and file.is_file() and parquet.read_metadata(file).num_rows:
+        table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
+        pairs = (row.values() for row in table.to_pylist())
+    else:
+        sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
+        encoded = map(ChatEncoder(tokenizer).encode, ([chat] for chat in sound))
+        pairs = ((row.ids.tolist(), row.learned.tolist()) for [row] in encoded)
+    rows = []
+    for ids, mask in pairs:
+        answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
+        if answers:
+            rows.append(Row(ids[: answers[-1] + 2], answers))
+            count -= len(answers)
+    if not rows:
+        raise UserError(f"CHATS={chats}: no answers to compare on. Name a file with some.")
+    return rows
+
+
 class Reference:
-    """What a model predicts on held-out chats, and whether its answers end: the measure of those made from it.
+    """A model's predictions on held-out chats, to compare those of models made from it.
 
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
+    ended: how many prompts get an answer that ends; counted if `answers`.
     """
 
-    def __init__(self, model, tokenizer, rows: list[Row]):
-        self.rows, self.predictions = rows, predict(model, rows)
+    def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows, answers=False):
+        model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer)).eval()
+        self.tokenizer, self.rows = tokenizer, rows
+        self.dtype, self.config = dtype, model.config
+        self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
-            raise UserError("the model's predictions are not finite, so nothing made from it can be proved.", code=4)
+            problem = "predictions are not finite. Take an earlier checkpoint."
+            raise UserError(f"MODEL={source.name}: {problem}", code=4)
+        self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
-        generator, self.ended = generation.Generator(model, tokenizer), 0  # answers that end by themselves
-        for prompt in self.prompts:
-            for _ in generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1):
-                pass
+        self.ended, generator = 0, generation.Generator(model, tokenizer)
+        for prompt in self.prompts if answers else ():
+            list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))
             self.ended += generator.last.stop == "end"
-        self.perplexity = perplexity(self.predictions, rows)
 
-    def compare(self, model) -> dict:
-        """A model's perplexity on the same chats, and its mean KL divergence from this one in nats a token."""
-        predicted = predict(model, self.rows)
-        kl = (self.predictions.exp() * (self.predictions - predicted)).sum(-1).mean().item()
-        return {"kl": max(0.0, kl) if math.isfinite(kl) else math.inf, "perplexity": perplexity(predicted, self.rows)}
+    def compare(self, predictions: torch.Tensor) -> dict:
+        """Perplexity of other predictions (N, vocabulary), and their mean KL in nats a token."""
+        kl = (self.predictions.exp() * (self.predictions - predictions)).sum(-1).mean()
+        tokens = torch.tensor([row.ids[t + 1] for row in self.rows for t in row.answers])
+        loss = -predictions.gather(1, tokens[:, None]).mean()
+        kl, loss = (value.nan_to_num(MAX_LOSS).clamp(0, MAX_LOSS) for value in (kl, loss))
+        return {"kl": kl.item(), "perplexity": loss.double().exp().item()}
 
 
 @torch.no_grad()
 def predict(model, rows: list[Row]) -> torch.Tensor:
-    """Log-probabilities of the next token at the rows' answer positions: (N, vocabulary), float32, on the CPU."""
+    """Log-probabilities (N, vocabulary) after the rows' answer positions: float32, on the CPU."""
     parts = []
     for row in rows:
         ids, keep = (torch.tensor(values, device=model.device) for values in row)
@@ -90,130 +120,116 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def perplexity(predicted: torch.Tensor, rows: list[Row]) -> float:
-    """Of the answers, by what was predicted before each of their tokens."""
-    tokens = torch.tensor([row.ids[t + 1] for row in rows for t in row.answers])
-    return math.exp(min(700, -predicted.gather(1, tokens[:, None]).mean().item()))
+def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
+    """Load the saved model and name it final; returns its reference, and its KL from the trained model.
+
+    Above the bound, or where its tokens differ: final.rejected, and UserError with exit code 5.
+    """
+    unverified = folder / "unverified"
+    source = location.locate(str(unverified))
+    saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
+    kl = reference.compare(saved.predictions)["kl"]
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    tokenizers = reference.tokenizer, load.load_tokenizer(source)
+    expected, actual = (list(map(ChatEncoder(tokenizer).prompt, chats)) for tokenizer in tokenizers)
+    if kl <= bound and actual == expected:
+        unverified.rename(folder / "final")
+        return saved, kl
+    fault = "its tokenizer gives other tokens"
+    if not kl <= bound:
+        fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
+    rejected = unverified.rename(folder / "final.rejected")
+    raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+
+
+def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
+    """What was measured of a GGUF file made from the reference's model, and a list of its `faults`.
+
+    kl and perplexity are None where transformers cannot read the file; then llama.cpp alone decides.
+    """
+    faults, prompts = [], len(reference.prompts)
+    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None}
+    try:
+        model = load_gguf(file, reference.config, reference.dtype)
+        result |= reference.compare(predict(model, reference.rows))
+    except (ValueError, NotImplementedError) as error:
+        print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
+    except (RuntimeError, KeyError) as error:
+        faults.append(f"transformers finds its tensors wrong: {error}")
+    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
+    try:
+        longest = max(map(len, reference.prompts)) + ANSWER_TOKENS
+        llama = LlamaCpp(file, min(reference.config.max_position_embeddings, longest))
+        result |= measure_in_llama_cpp(llama, reference)
+        faults += token_faults(llama, reference.tokenizer)
+        if not result["ended"] and reference.ended > prompts / 2:
+            faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
+    except (RuntimeError, OSError, KeyError) as error:
+        faults.append(f"llama.cpp refuses it: {error}")
+    bound, noise = KL_BOUNDS[kind], 0 if reference.dtype == torch.float32 else NOISE
+    bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
+    for name, bound in bounds.items():
+        if result[name] is not None and not result[name] <= bound:
+            detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
+            faults.append(f"it predicts something else: {detail}")
+    return result | {"faults": faults}
 
 
 def load_gguf(file: Path, config, dtype: torch.dtype):
-    """The model in a GGUF file as transformers reads it; what its reader leaves out comes from the original config."""
+    """The model in a GGUF file as transformers reads it; the config fills what its reader omits."""
     from transformers import GgufConfig  # not in older releases
 
-    read, changed = load_gguf_checkpoint(str(file))["config"], config.to_dict()
-    if "rope_theta" in read and changed.get("rope_parameters"):
-        changed["rope_parameters"]["rope_theta"] = read.pop("rope_theta")
-    if config.model_type == "mistral":  # known to the reader as a Llama, which it is but for its window
+    read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
+    if "rope_theta" in read and values.get("rope_parameters"):
+        values["rope_parameters"]["rope_theta"] = read.pop("rope_theta")
+    if config.model_type == "mistral":  # the reader takes it for a Llama; only the window differs
         config = AutoConfig.for_model("llama")
-        changed.pop("model_type")
-    read = {name: value for name, value in read.items() if name in changed and name != "model_type"}
-    config = type(config).from_dict(changed | read)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
+    values = {name: read.get(name, value) for name, value in values.items() if name != "model_type"}
+    options = dict(config=type(config).from_dict(values), quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
     return model.to(PartialState().device).eval()
 
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp's server, inside this process, as a context manager."""
-
-    def __init__(self, file: Path, context: int):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(file), context, 1, -1
-        self.server = xllamacpp.Server(params)  # raises RuntimeError for a file it cannot load
-
-    def ask(self, path: str, **body) -> dict:
-        data, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.server.listening_address + path, data, headers)
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            return json.load(reply)
-
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """The tokens that it would answer a chat from, by the file's template and tokenizer."""
-        text = self.ask("/apply-template", messages=messages)["prompt"]
-        return self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-
-    def answer(self, prompt: list[int], tokens: int = ANSWER_TOKENS) -> dict:
-        """Its likeliest answer: content, tokens, stop_type ("eos" where it ended by itself), timings."""
-        return self.ask("/completion", prompt=prompt, n_predict=tokens, temperature=0, top_k=1, return_tokens=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.server = None
-
-
-def verify_gguf(file: Path, kind: str, config, tokenizer, reference: Reference, dtype: torch.dtype) -> dict:
-    """What there is to say of a GGUF file made from the reference's model, with all its `faults`.
-
-    dtype: of the computations. What transformers cannot read has kl and perplexity None, and llama.cpp's word counts.
-    """
-    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None, "llama_cpp_kl": math.inf}
-    result |= {"prompts": len(reference.prompts), "ended": 0, "tokens_per_second": 0.0, "faults": []}
-    faults = result["faults"]
-    try:
-        result |= reference.compare(load_gguf(file, config, dtype))
-    except (ValueError, NotImplementedError) as error:
-        print(f"transformers cannot read {file.name}, only llama.cpp is asked: {error}", file=sys.stderr)
-    except (RuntimeError, KeyError) as error:
-        faults.append(f"transformers finds its tensors wrong: {error}")
-    bound = KL_BOUNDS[kind] if dtype == torch.float32 else max(KL_BOUNDS[kind], NOISE)
-    if result["kl"] is not None and not result["kl"] <= bound:
-        faults.append(f"it predicts something else: KL {result['kl']:.2g} nats a token, the bound is {bound}")
-    try:
-        needed = max(map(len, reference.prompts)) + ANSWER_TOKENS
-        with LlamaCpp(file, min(config.max_position_embeddings, needed)) as llama:
-            result |= verify_in_llama_cpp(llama, reference)
-            faults += token_faults(llama, tokenizer)
-    except (RuntimeError, OSError, KeyError) as error:
-        faults.append(f"llama.cpp refuses it: {error}")
-        return result
-    kl, bound = result["llama_cpp_kl"], LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]
-    if kl is not None and not kl <= bound:
-        faults.append(f"llama.cpp predicts something else: KL {kl:.2g} nats, the bound is {bound:.2g}")
-    if not result["ended"] and reference.ended > len(reference.prompts) / 2:
-        ended = f"{result['ended']} of {result['prompts']}, the model's {reference.ended}"
-        faults.append(f"its answers do not end: {ended}")
-    return result
-
-
-def verify_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
-    """Its divergence from the reference over the 64 tokens it finds likeliest after each prompt, and its answers."""
-    divergences = []
+def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
+    """llama.cpp's greedy answers, and its KL divergence over the 64 tokens it finds likeliest."""
+    divergences, answers = [], []
     starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
     for prompt, start in zip(reference.prompts, starts, strict=False):
-        expected = reference.predictions[start]  # (vocabulary,)
-        given = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
-        if entries := given.get("completion_probabilities"):  # none where the token is but a part of a character
-            pairs = [(expected[entry["id"]].item(), entry["logprob"]) for entry in entries[0]["top_logprobs"]]
-            divergences.append(sum(math.exp(log_p) * (log_p - log_q) for log_p, log_q in pairs))
-    answers = [llama.answer(prompt) for prompt in reference.prompts]
-    tokens, milliseconds = (sum(a["timings"][f"predicted_{key}"] for a in answers) for key in ("n", "ms"))
+        reply = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
+        # Absent where the next token is only a part of a character.
+        if entries := reply.get("completion_probabilities"):
+            top = entries[0]["top_logprobs"]
+            log_p = torch.tensor([token["logprob"] for token in top])  # (64,)
+            log_q = reference.predictions[start, [token["id"] for token in top]]
+            divergences.append((log_p.exp() * (log_p - log_q)).sum().item())
+        options = dict(n_predict=ANSWER_TOKENS, temperature=0, top_k=1)
+        answers.append(llama.ask("/completion", prompt=prompt, **options))
+    tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
+    seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
     return {
         "llama_cpp_kl": abs(statistics.fmean(divergences)) if divergences else None,
         "ended": sum(answer["stop_type"] == "eos" for answer in answers),
-        "tokens_per_second": 1000 * tokens / max(milliseconds, 1e-3),
+        "tokens_per_second": tokens / max(seconds, 1e-6),
     }
 
 
-def token_faults(llama: LlamaCpp, tokenizer):
+def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
     """Where a file's tokens differ from those that the model was trained on."""
-    encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
-    stops_at = llama.ask("/props")["eos_token"]
-    if stops_at != encoder.end_token:
-        yield f"it stops at {stops_at!r}, answers end with {encoder.end_token!r}"
-    greeted = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
+    if end != encoder.end_token:
+        yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     for text in TEXTS:
-        chat = [*greeted, {"role": "user", "content": text}]
-        given, trained_on = llama.prompt(chat), encoder.prompt(chat)
-        if tokenizer.bos_token_id is not None and given[:2] == [tokenizer.bos_token_id] * 2:
+        chat = [*earlier, {"role": "user", "content": text}]
+        rendered = llama.ask("/apply-template", messages=chat)["prompt"]
+        options = dict(content=rendered, add_special=True, parse_special=True)
+        actual, expected = llama.ask("/tokenize", **options)["tokens"], encoder.prompt(chat)
+        if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
             yield "a chat begins with two BOS tokens"
             return
-        if given != trained_on:
-            at = generation.shared(given, trained_on)
-            seen = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (given, trained_on)]
-            yield f"its tokens of a chat differ: {seen[0]} where training had {seen[1]}"
+        if actual != expected:
+            at = generation.shared(actual, expected)
+            there, trained = (ids[at : at + 3] for ids in (actual, expected))
+            name = tokenizer.convert_ids_to_tokens
+            yield f"its tokens of a chat differ: {name(there)} where training had {name(trained)}"
             return

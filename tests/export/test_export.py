@@ -1,4 +1,4 @@
-"""Merging and GGUF files: right, or refused; every fault planted here must be found by the proof."""
+"""Merging and GGUF files: right, or refused; verification must find every fault planted here."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, verify
+from common.export import gguf, gguf_tokenizer, hub, verify
+from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
 LLAMA3_ROPE = dict(
@@ -79,19 +80,19 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     folder = chat_model(architecture, **changes)
     code, out, text = export(folder, "GGUF=f16,q8_0")
     assert code == 0, text
-    told = json.loads((out / "export.json").read_text())
-    assert [file["kl"] < bound for file, bound in zip(told["files"], (1e-6, 1e-2), strict=True)] == [True] * 2
+    report = json.loads((out / "export.json").read_text())
+    assert [file["kl"] < bound for file, bound in zip(report["files"], (1e-6, 1e-2), strict=True)] == [True] * 2
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
         read = verify.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
-    with verify.LlamaCpp(out / "chat-model-f16.gguf", 512) as llama:
-        given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
+    llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
+    given = llama.ask("/completion", prompt=ids, n_predict=1, temperature=-1, n_probs=8)
     for entry in given["completion_probabilities"][0]["top_logprobs"]:
         assert entry["logprob"] == pytest.approx(expected[-1].log_softmax(-1)[entry["id"]].item(), abs=0.05)
-    assert told["files"][0]["llama_cpp_kl"] < 0.01
+    assert report["files"][0]["llama_cpp_kl"] < 0.01
 
 
 # --- faults planted on purpose ---
@@ -109,8 +110,11 @@ def without_end_token(monkeypatch):
 
 
 def wrong_end_id(monkeypatch):
+    honest = gguf.GGUFWriter.add_uint32
     monkeypatch.setattr(
-        gguf.GGUFWriter, "add_eos_token_id", lambda self, id: self.add_uint32("tokenizer.ggml.eos_token_id", 1)
+        gguf.GGUFWriter,
+        "add_uint32",
+        lambda self, key, value: honest(self, key, 1 if key == "tokenizer.ggml.eos_token_id" else value),
     )
 
 
@@ -120,7 +124,7 @@ def dropped_head(monkeypatch):
 
 
 def not_interleaved(monkeypatch):
-    monkeypatch.setattr(gguf, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf, "interleave", lambda weight, heads: weight)
 
 
 def double_bos(monkeypatch):
@@ -154,7 +158,8 @@ def test_a_planted_fault_is_found(plant, chat_model, export, monkeypatch):
 
 
 def test_answers_that_do_not_end_are_found(chat_model, export, monkeypatch):
-    monkeypatch.setattr(verify, "Reference", lambda *a, honest=verify.Reference: vars_set(honest(*a), ended=4))
+    honest = verify.Reference
+    monkeypatch.setattr(verify, "Reference", lambda *a: vars_set(honest(*a), ended=4))
     code, _, text = export(chat_model(), "GGUF=f16")
     assert code == 5 and "answers do not end: 0 of 4, the model's 4" in text
 
@@ -203,8 +208,8 @@ def test_a_merged_model_predicts_what_the_trained_one_does(
     with torch.no_grad():
         expected = live(torch.tensor([ids])).logits[0]
     assert torch.allclose(logits(out / "final", ids), expected, atol=2e-4)
-    told = json.loads((out / "export.json").read_text())
-    assert told["merges"][0]["kl"] < 1e-6 and told["files"][0]["kl"] < 1e-4
+    report = json.loads((out / "export.json").read_text())
+    assert report["merges"][0]["kl"] < 1e-6 and report["files"][0]["kl"] < 1e-4
     template = (out / "final" / "chat_template.jinja").read_text()
     assert "generation %}" not in template and "generation -%}" not in template
     merged_tokenizer = AutoTokenizer.from_pretrained(out / "final")
@@ -217,6 +222,54 @@ def test_a_merged_model_predicts_what_the_trained_one_does(
     assert "LEARNING_RATE | 0.01" in (out / "final" / "README.md").read_text()
 
 
+def test_the_card_lists_the_scores_that_evaluation_wrote(tmp_path):
+    """Each with its interval; those of a run belong to its final model, not to its checkpoints."""
+    contents = {
+        "settings": {"settings": {"LEARNING_RATE": 0.01, "DROP_PATTERN": "a|b"}},
+        "summary": {"eval_loss": 1.25, "verdict": None},
+        "scores": {
+            "scores": {"name": 0.875, "judge average": 6.5},
+            "intervals": {"name": [0.5294, 0.9776], "judge average": None},
+            "settings": {"QUANTIZATION": None},
+        },
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for model in (tmp_path, tmp_path / "final"):
+        card = hub.model_card(str(model), "org/base", tmp_path)
+        assert card.startswith("---\nbase_model: org/base\n") and "| eval_loss | 1.25 |" in card
+        assert "| name | 0.875 (0.5294 to 0.9776) |" in card and "| judge average | 6.5 |" in card
+    card = hub.model_card(str(tmp_path / "checkpoint-5"), "org/base", tmp_path)
+    assert "| LEARNING_RATE | 0.01 |" in card and r"| DROP_PATTERN | a\|b |" in card
+    assert "eval_loss" not in card and "0.875" not in card
+    assert "fine-tuned from org/base" in hub.model_card("org/base", "org/base", None).lower()
+
+
+def test_an_evaluated_run_is_exported_with_its_scores(tiny, chats_file, tmp_path, run_here, export):
+    run = trained(run_here, tiny(), chats_file, tmp_path)
+    code, _, error = run_here("evaluate_model.py", f"MODEL={run}", f"OUT_DIR={tmp_path}/scores", "SUITES=health")
+    assert code == 0, error
+    scores = json.loads((run / "scores.json").read_text())
+    code, out, text = export(run)
+    assert code == 0, text
+    card = (out / "final" / "README.md").read_text()
+    for name, value in scores["scores"].items():
+        low, high = scores["intervals"][name]
+        assert f"| {name} | {value:.4g} ({low:.4g} to {high:.4g}) |" in card
+
+
+def test_verification_in_16_bits_does_not_round_the_saved_weights(chat_model, tmp_path, export):
+    folder = chat_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1 + 1e-4)
+    model.save_pretrained(folder)
+    code, out, text = export(folder, "DTYPE=float32", "PROOF_DTYPE=bfloat16")
+    assert code == 0, text
+    saved, original = (load_file(path / "model.safetensors") for path in (out / "final", folder))
+    assert all(torch.equal(saved[name], weight) for name, weight in original.items())
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "hqq-2bit"])
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     quantization, tiny, chats_file, tmp_path, run_here, export
@@ -224,11 +277,11 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_better_one(
     run = trained(run_here, tiny(), chats_file, tmp_path, f"QUANTIZATION={quantization}")
     code, out, text = export(run)
     assert code == 0, text
-    told = json.loads((out / "export.json").read_text())
-    assert [merge["into"] for merge in told["merges"]] == ["original", "dequantized"]
-    original, dequantized = told["merges"]
+    report = json.loads((out / "export.json").read_text())
+    assert [merge["into"] for merge in report["merges"]] == ["original", "dequantized"]
+    original, dequantized = report["merges"]
     kept = original if original["perplexity"] < 1.01 * dequantized["perplexity"] else dequantized
-    assert told["saved_kl"] == pytest.approx(kept["kl"], abs=1e-4) and dequantized["kl"] < 1e-3
+    assert report["saved_kl"] == pytest.approx(kept["kl"], abs=1e-4) and dequantized["kl"] < 1e-3
     assert text.count("merged into the") == 2
 
 
@@ -265,7 +318,7 @@ def test_a_merge_that_is_not_the_trained_model_is_rejected(
 
     monkeypatch.setattr(load, "save_final", broken)
     code, out, text = export(run)
-    assert code == 5 and "not the one that was trained" in text
+    assert code == 5 and "not the model that was trained" in text
     assert not (out / "final").exists() and (out / "final.rejected").is_dir()
 
 
@@ -343,7 +396,7 @@ def sentence_piece(prefix: str):
     )
 
 
-LLAMA3, QWEN = gguf.SPLIT, gguf.SPLIT.replace("{1,3}", "")
+LLAMA3, QWEN = gguf_tokenizer.PATTERN, gguf_tokenizer.PATTERN.replace("{1,3}", "")
 TOKENIZERS = {
     "gpt-2": ("gpt2", lambda: byte_level()),
     "smollm": ("llama", lambda: byte_level(digits=True)),
@@ -375,8 +428,8 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "final")
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
-    with verify.LlamaCpp(tmp_path / "model.gguf", 256) as llama:
-        assert list(verify.token_faults(llama, tokenizer)) == []
+    llama = LlamaCpp(tmp_path / "model.gguf", 256)
+    assert list(verify.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -403,7 +456,7 @@ def test_an_unknown_pre_tokenizer_is_refused(change, chat_model, export):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     code, out, text = export(folder, "GGUF=f16")
     assert code == 2 and "PRE_TOKENIZER=" in text and not list(out.glob("*.gguf"))
-    if change == "lowercase":  # and a wrong name is found by the proof
+    if change == "lowercase":  # and verification finds a wrong name
         shutil.rmtree(out)
         code, out, text = export(folder, "GGUF=f16", "PRE_TOKENIZER=gpt-2")
         assert code == 5 and "tokens of a chat differ" in text
@@ -417,7 +470,7 @@ def test_the_modelfile_says_what_the_template_says(template, tokenizer_folder):
     """Go's template language, put into Jinja's word by word, gives the same text."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     templates.set_template(tokenizer, template)
-    text = gguf.modelfile("model.gguf", tokenizer)
+    text = gguf_tokenizer.modelfile("model.gguf", tokenizer)
     assert text.startswith('FROM ./model.gguf\nPARAMETER stop "<') and f'stop "{tokenizer.eos_token}"' in text
     go = re.search(r'TEMPLATE """(.*)"""\n', text, re.DOTALL)[1]
     for old, new in (
@@ -483,15 +536,15 @@ def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export)
         assert code == 2 and word in text and "LLAMA_CPP" in text
 
 
-@pytest.mark.parametrize("moment", ["merge", "gguf", "proof"])
+@pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
 def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "models.sync_files", "gguf": "gguf.quantized", "proof": "proof.token_faults"}[moment]
+    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify.token_faults"}[moment]
     code = f"""
 import os, sys
 sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
 from common.export import gguf, verify
-from common.model import load as models
+from common.model import load
 {place} = lambda *a: os._exit(9)
 import runpy
 runpy.run_path("merge_and_export.py", run_name="__main__")
@@ -503,17 +556,17 @@ runpy.run_path("merge_and_export.py", run_name="__main__")
 
 
 def test_llama_cpps_own_converter_is_used_where_it_is_named(chat_model, export, tmp_path):
-    """A checkout with a converter that writes by our code, and a quantiser that fails."""
+    """A checkout with a converter that copies a file of ours, and a quantiser that fails."""
+    code, out, text = export(chat_model(), "GGUF=f16")
+    assert code == 0, text
+    right = out.rename(tmp_path / "right") / "chat-model-f16.gguf"
     checkout = tmp_path / "llama.cpp"
     checkout.mkdir()
     (checkout / "convert_hf_to_gguf.py").write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from transformers import AutoConfig, AutoTokenizer
-from common.export import gguf
-folder, _, outfile, _, kind = sys.argv[1:]
-config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-gguf.write(Path(outfile), Path(folder), config, tokenizer, kind)
+import shutil, sys
+folder, outfile_option, outfile, outtype_option, kind = sys.argv[1:]
+assert (outfile_option, outtype_option) == ("--outfile", "--outtype") and kind in ("f16", "bf16")
+shutil.copy({str(right)!r}, outfile)
 """)
     code, out, text = export(chat_model(), f"LLAMA_CPP={checkout}", "GGUF=f16")
     assert code == 0 and "by llama.cpp" in text, text
@@ -569,9 +622,10 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(tmp_path, export):
     prompt = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "Name three colours of the rainbow."}])
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
     question = ChatEncoder(tokenizer).prompt([{"role": "user", "content": "What is the capital of France?"}])
-    with verify.LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512) as llama:
-        assert llama.answer(prompt, 20)["tokens"] == expected
-        answer = llama.answer(question)
+    llama = LlamaCpp(out / "smollm2-135m-instruct-f16.gguf", 512)
+    options = dict(temperature=0, top_k=1, return_tokens=True)
+    assert llama.ask("/completion", prompt=prompt, n_predict=20, **options)["tokens"] == expected
+    answer = llama.ask("/completion", prompt=question, n_predict=128, **options)
     assert "Paris" in answer["content"] and answer["stop_type"] == "eos"
 
 
@@ -589,7 +643,7 @@ def test_a_wrong_rotary_base_is_found_by_llama_cpp(chat_model, export, monkeypat
     honest = gguf.GGUFWriter.add_rope_dimension_count
     monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda self, count: honest(self, count // 2))
     code, _, text = export(chat_model("stablelm", initializer_range=0.3, partial_rotary_factor=1.0), "GGUF=f16")
-    assert code == 5 and "llama.cpp predicts something else" in text
+    assert code == 5 and "llama_cpp_kl is" in text
 
 
 def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, export):
@@ -603,12 +657,12 @@ def test_sampling_settings_of_the_base_do_not_stand_in_the_way(chat_model, expor
 
 def test_answers_that_begin_with_part_of_a_character_are_no_fault(chat_model, export, monkeypatch):
     """llama.cpp then gives no probabilities; everything else is still asked."""
-    honest = verify.LlamaCpp.ask
+    honest = LlamaCpp.ask
 
     def ask(self, path, **body):
         return {k: v for k, v in honest(self, path, **body).items() if k != "completion_probabilities"}
 
-    monkeypatch.setattr(verify.LlamaCpp, "ask", ask)
+    monkeypatch.setattr(LlamaCpp, "ask", ask)
     code, out, text = export(chat_model(), "GGUF=f16")
     assert code == 0, text
     assert json.loads((out / "export.json").read_text())["files"][0]["llama_cpp_kl"] is None

@@ -1,0 +1,137 @@
+"""A tokenizer and its chat template for llama.cpp (GGUF metadata) and Ollama (Modelfile)."""
+
+import json
+import re
+
+from gguf import GGUFWriter, TokenType
+
+from common.cli import UserError
+from common.data.encoder import ChatEncoder
+
+# llama.cpp knows pre-tokenizers by name only: name -> the steps in tokenizer.json.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+ONE_DIGIT = SPLIT | {"pattern": {"Regex": PATTERN.replace("{1,3}", "")}}
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTES_ONLY = BYTES | {"use_regex": False}
+PRE_TOKENIZERS = {
+    "gpt-2": [BYTES],
+    "smollm": [DIGITS, BYTES],
+    "llama-bpe": [SPLIT, BYTES_ONLY],
+    "qwen2": [ONE_DIGIT, BYTES_ONLY],
+}
+
+# What stands before each message, by its role and place, then the message; at last the prompt.
+GO_TEMPLATE = (
+    '{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}%s'
+    '{{ else if eq $m.Role "assistant" }}%s{{ else if eq $i 0 }}%s'
+    '{{ else if eq (index $.Messages 0).Role "system" | and (eq $i 1) }}%s'
+    "{{ else }}%s{{ end }}{{ $m.Content }}{{ end }}%s"
+)
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
+    """Add vocabulary, merges, types of tokens, the tokens that begin and end, and the template.
+
+    pre_tokenizer: its name in llama.cpp; None: looked up. Raises UserError where it is not known.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, encoder = spec["model"], ChatEncoder(tokenizer)
+    if model["type"] != "BPE":
+        raise UserError(f"GGUF: cannot write a tokenizer of type {model['type']}. Set LLAMA_CPP.")
+    texts = {id: token for token, id in tokenizer.get_vocab().items()}
+    added, ids = tokenizer.added_tokens_decoder, range(config.vocab_size)
+    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in ids])
+    unknown = tokenizer.unk_token
+    writer.add_token_types([token_type(texts.get(i), added.get(i), unknown) for i in ids])
+    if model.get("byte_fallback"):  # SentencePiece, which merges by score
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre(pre_tokenizer or "default")
+        ranked = reversed(list(enumerate(model["merges"])))
+        scores = {"".join(merge): -float(rank) for rank, merge in ranked}
+        writer.add_token_scores([scores.get(texts.get(i), -1e6) for i in ids])
+        writer.add_add_space_prefix(bool(encoder.prefix and encoder.prefix.everywhere))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer or pre_tokenizer_name(spec, config))
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_add_bos_token(adds_bos(encoder))
+    writer.add_add_eos_token(False)
+    end = tokenizer.convert_tokens_to_ids(encoder.end_token)
+    special = {"bos": tokenizer.bos_token_id, "eos": end, "eot": end}
+    special |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
+    for name, id in special.items():
+        if id is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def adds_bos(encoder: ChatEncoder) -> bool:
+    """Whether llama.cpp should put a BOS before every text, in place of the template's own.
+
+    Where the template writes none, training saw none, though the tokenizer adds it to plain text.
+    """
+    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
+    return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
+
+
+def token_type(text: str | None, added, unknown: str | None) -> TokenType:
+    if text is None:
+        return TokenType.UNUSED
+    if added is None:
+        return TokenType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
+    if text == unknown:
+        return TokenType.UNKNOWN
+    control = added.special or re.fullmatch(r"<\|.*\|>", text)
+    return TokenType.CONTROL if control else TokenType.USER_DEFINED
+
+
+def pre_tokenizer_name(spec: dict, config) -> str:
+    """llama.cpp's name for how a tokenizer splits text; UserError where none is known."""
+    part, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {}
+    steps = [dict(step) for step in part.get("pretokenizers", [part])]
+    for step in steps:
+        step.pop("trim_offsets", None)  # no effect on the tokens
+    name = next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
+    # llama.cpp ignores merges for whole words that are tokens with llama-bpe only.
+    whole_words = spec["model"].get("ignore_merges", False)
+    if not name or normalizer.get("type", "NFC") != "NFC" or whole_words != (name == "llama-bpe"):
+        raise UserError(
+            "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does: "
+            f"{json.dumps(part)[:300]}. Try PRE_TOKENIZER=name; verification shows if it fits."
+        )
+    return "stablelm2" if (name, config.model_type) == ("qwen2", "stablelm") else name
+
+
+def modelfile(gguf_name: str, tokenizer) -> str:
+    """A Modelfile for Ollama: the GGUF file, the token to stop at, and the template for Go."""
+    encoder = ChatEncoder(tokenizer)
+    text = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
+    if (template := go_template(encoder)) is not None:
+        text = f'TEMPLATE """{template}"""'
+    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{text}\n'
+
+
+def go_template(encoder: ChatEncoder) -> str | None:
+    """The chat template as Go text; None where it is more than fixed texts around the messages."""
+    bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
+
+    def split(*roles: str) -> list[str]:
+        """The texts before, between and after messages, without a BOS, which is added anyway."""
+        messages = [{"role": role, "content": "\0"} for role in roles]
+        text = encoder.render(messages, add_generation_prompt=True)[0]
+        return text.removeprefix(bos).split("\0")
+
+    turns = ("user", "assistant", "user")
+    try:
+        first_system, system_user, user_answer, answer_user, prompt = split("system", *turns)
+        first_user, *following = split(*turns)
+    except (UserError, ValueError):  # the template refuses system messages, or leaves a message out
+        return None
+    if prompt != user_answer or following != [user_answer, answer_user, prompt]:
+        return None
+    return GO_TEMPLATE % (first_system, user_answer, first_user, system_user, answer_user, prompt)

@@ -1,0 +1,103 @@
+"""Merge an adapter into its base model: into the better of two bases after quantized training."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from common.bounds import check_setting
+from common.cli import UserError
+from common.data.encoder import ChatEncoder
+from common.export.verify import Reference, predict
+from common.files import write_atomic
+from common.model import generation, load
+from common.model.location import Source
+from common.model.quantize import BITS, dequantize_hqq
+
+BASES = ("original", "dequantized")
+TIE = 1.01  # ratio of perplexities up to which the original base wins
+
+# {% generation %} marks, which only training needs; other libraries cannot read them.
+MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
+
+
+def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
+    """The bases to merge into; UserError where MERGE_INTO does not fit or MODEL is quantized."""
+    check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
+    if config.to_dict().get("quantization_config"):
+        raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
+    both = source.adapter and quantization
+    if merge_into == "dequantized" and not both:
+        raise UserError("MERGE_INTO=dequantized: MODEL has no quantized base. Set MERGE_INTO=None.")
+    if merge_into:
+        return (merge_into,)
+    return BASES if both else BASES[:1]
+
+
+def load_chat_tokenizer(source: Source):
+    """The model's tokenizer, with its template as other libraries can read it."""
+    tokenizer, name = load.load_tokenizer(source), source.adapter or source.name
+    if not tokenizer.chat_template:
+        raise UserError(f"MODEL={name} has no chat template. Fine-tune it first.")
+    # A comment in place of a mark keeps the white space around it.
+    tokenizer.chat_template = MARK.sub(r"{#\1 \2#}", tokenizer.chat_template)
+    tokenizer.eos_token = ChatEncoder(tokenizer).end_token
+    if tokenizer.eos_token is None:
+        problem = "its chat template writes no end token, so answers would not end"
+        raise UserError(f"MODEL={name}: {problem}. Train with another CHAT_TEMPLATE.")
+    return tokenizer
+
+
+def merge_adapter(source: Source, base: str, quantization: str | None, dtype: torch.dtype, vocabulary: int):
+    """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
+
+    base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
+    """
+    options = dict(attention="sdpa", vocabulary=vocabulary)
+    if base == "original":
+        model = load.load_model(source, None, dtype, **options)
+    else:
+        bare = dataclasses.replace(source, adapter=None)
+        model = load.load_model(bare, quantization, dtype, **options)
+        model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
+        model = PeftModel.from_pretrained(model, source.adapter)
+    if source.adapter:
+        model = model.merge_and_unload(safe_merge=True)
+    # An adapter may bring its own head to a base whose head is tied to the embeddings.
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    model.config.tie_word_embeddings = torch.equal(head.weight, embeddings.weight)
+    return model.to(dtype).eval()
+
+
+def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference):
+    """Merge into each base; returns the best model, its result, and the results of all.
+
+    The best has the lowest perplexity on held-out answers. Within TIE the original base wins: it
+    lost nothing to quantization on other text, though it differs more from the trained model.
+    """
+    arguments, results = (quantization, dtype, len(reference.tokenizer)), []
+    for base in bases:
+        model = None  # frees the last one before this one is loaded
+        model = merge_adapter(source, base, *arguments)
+        predictions = predict(model.to(reference.dtype), reference.rows)
+        results.append({"into": base} | reference.compare(predictions))
+        line = "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}"
+        print(line.format(**results[-1]))
+    ties = {"original": TIE, "dequantized": 1}
+    kept = min(results, key=lambda result: result["perplexity"] / ties[result["into"]])
+    was_rounded = torch.promote_types(dtype, reference.dtype) != reference.dtype
+    if kept["into"] != base or was_rounded:
+        model = None
+        model = merge_adapter(source, kept["into"], *arguments)
+    return model.to(dtype), kept, results
+
+
+def save_merged(folder: Path, model, tokenizer, card: str) -> None:
+    """Write the model with its tokenizer and card into the folder's `unverified`."""
+    ends, pad = generation.end_tokens(model, tokenizer), tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    load.save_final(folder / "unverified", model, tokenizer)
+    write_atomic(folder / "unverified" / "README.md", card)
