@@ -1,4 +1,4 @@
-"""Every command of README's sections "More than one GPU" and "Recipes", for a few steps on tiny models."""
+"""Every training command of docs/multi_gpu.md and docs/recipes.md, for a few steps on tiny models."""
 
 import json
 import os
@@ -34,11 +34,12 @@ SMALL = {
 }
 
 
-def commands(title: str) -> list[str]:
-    """The commands between a title, or bold words, of README and the next."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.split(r"^(?:## |\*\*)", text[text.index(title) + len(title) :], maxsplit=1, flags=re.MULTILINE)[0]
-    return [line for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+def commands(page: str, title: str = "") -> list[str]:
+    """The commands with a script of ours in the section of a page whose title begins so, or in the whole page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = re.split(r"^## ", text.partition(f"## {title}")[2], flags=re.MULTILINE)[0] if title else text
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines if ".py" in line]
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
-    """run(command, "NAME=value", ...): a command as README has it but for what makes it small; its output."""
+    """run(command, "NAME=value", ...): a command as docs/ has it, made small; its output."""
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text(json.dumps({f"w{i} ": i for i in range(8)}))
     server = fake()
@@ -131,13 +132,13 @@ def launched(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
 
 
 def test_several_processes(run, tiny, tmp_path):
-    by_accelerate, by_slurm = commands("## More than one GPU\n")
+    by_accelerate, by_slurm = commands("multi_gpu.md")
     assert "row for runs.md" in run(by_accelerate, f"MODEL={tiny()}")
     assert "row for runs.md" in run(by_slurm, "RUN_NAME=second")
 
 
 def test_stablelm_on_a_laptop(run, tmp_path):
-    first, second, whole, export, scores = commands("**A 1.6 B chat model")
+    first, second, whole, export, scores = commands("recipes.md", "A 1.6 B chat model")
     run(first)
     run(second)
     run(whole)
@@ -149,7 +150,7 @@ def test_stablelm_on_a_laptop(run, tmp_path):
 
 
 def test_gpt2_on_alpaca(run, tmp_path):
-    full, lora, estimate, scores, compare = commands("**GPT-2 on Alpaca")
+    full, lora, estimate, scores, compare = commands("recipes.md", "GPT-2 on Alpaca")
     small = ("EVAL_PROMPTS=None", "EVAL_STEPS=2")
     run(full, *small)
     run(lora, *small)
@@ -159,7 +160,7 @@ def test_gpt2_on_alpaca(run, tmp_path):
 
 
 def test_llama_2_on_samsum(run, run_here, tiny, tmp_path):
-    four_bits, half, shared = commands("**Llama 2 7B on SamSum")
+    four_bits, half, shared = commands("recipes.md", "Llama 2 7B on SamSum")
     run(four_bits)
     run(half)
     run(shared)
@@ -176,12 +177,12 @@ def test_llama_2_on_samsum(run, run_here, tiny, tmp_path):
 
 
 def test_mistral_by_deepspeed_and_ddp(run, deepspeed_on_cpus):  # noqa: F811
-    for command in commands("**Mistral 7B on your own JSONL"):
+    for command in commands("recipes.md", "Mistral 7B on your own JSONL"):
         assert "row for runs.md" in run(command, "EVAL_STEPS=2", "SAVE_STEPS=2")
 
 
 def test_llama_3_under_slurm(run, tmp_path):
-    estimate, prepare, train, predict = commands("**Llama 3 8B with QLoRA")
+    estimate, prepare, train, predict = commands("recipes.md", "Llama 3 8B with QLoRA")
     assert "qlora trains" in run(estimate, "OPTIM=adamw_torch_fused")
     run(prepare)
     assert "2 processes (ddp)" in run(train)
