@@ -21,7 +21,7 @@ SETTINGS = {script.relative_to(ROOT).as_posix(): {s["name"]: s for s in declared
 ENVIRONMENT = set(
     "DS_ACCELERATOR ENGINE OPENAI_API_KEY TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_PER_PROCESS_MEMORY_LIMIT".split()
 )
-NO_SETTINGS = {"NAME", "RLIMIT_FSIZE"}
+NO_SETTINGS = {"NAME", "RLIMIT_FSIZE", "TEST_DTYPE"}
 OTHER_PROGRAMS = {"touch", "ollama"}
 
 
