@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from transformers import Trainer
@@ -31,13 +31,12 @@ def main():
 
     def profile(frame, event, argument):
         code = frame.f_code
-        is_function = code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<")
-        if event != "call" or not is_function or code in seen or threading.current_thread().name != "MainThread":
+        if event != "call" or code in seen or threading.current_thread() is not threading.main_thread():
             return
-        file = Path(code.co_filename).resolve()
-        if file.is_relative_to(ROOT) and ".venv" not in file.parts:
-            seen.add(code)
-            called.append((file.relative_to(ROOT).as_posix(), code.co_qualname))
+        seen.add(code)
+        is_function = code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<")
+        if is_function and code.co_filename.startswith(str(ROOT)) and ".venv" not in code.co_filename:
+            called.append((code.co_filename.removeprefix(f"{ROOT}/"), code.co_qualname))
 
     def stop(*args, **kwargs):
         sys.setprofile(None)
