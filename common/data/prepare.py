@@ -65,15 +65,14 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     chat, whatever the size of the sources.
     """
     # Every row once, encoded, to disk
-    parts = sources.parse(settings["DATA"])
+    parts, counts = sources.parse(settings["DATA"]), Counter()
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    counts = Counter()
-    batches = pipeline.read_batches(parts, counts, readers.read_vocabulary(vocab) if vocab else None)
+    chats = pipeline.read_chats(parts, counts, vocab and readers.read_vocabulary(vocab))
     arguments = (encoder, settings, keep_unlearned)
-    rows = pipeline.encode_all(batches, arguments, counts, workers or os.cpu_count())
+    rows = pipeline.encode_all(chats, arguments, counts, workers or os.cpu_count())
     spool = folder / "spool.parquet"
-    sizes, times = write_spool(spool, rows)
+    times, *sizes = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
@@ -88,24 +87,22 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
-    account = account_for(counts, sizes, times, settings["MAX_LENGTH"])
+    account = account_for(counts, times, *sizes, settings["MAX_LENGTH"])
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
     account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
     return account
 
 
-def write_spool(file: Path, rows: Iterator[tuple[Encoded, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Write rows to a file; returns their tokens and tokens in the loss, (rows, 2), and repetitions, (rows,)."""
-    sizes, times = [np.zeros((0, 2), dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
+def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
+    """Write rows to a file; returns (3, rows): their repetitions, tokens, and tokens in the loss."""
+    sizes = [np.zeros((0, 3), dtype=np.int32)]
     with parquet.ParquetWriter(file, prepared.SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
-            ids = [row.ids for row, _ in group]
-            masks = [row.learned.astype(np.int8) for row, _ in group]
-            writer.write_table(pa.table([ids, masks], schema=prepared.SCHEMA))
-            sizes.append(np.array([(len(mask), mask.sum()) for mask in masks], dtype=np.int32))
-            times.append(np.array([repetitions for _, repetitions in group], dtype=np.int16))
-    return np.concatenate(sizes), np.concatenate(times)
+            columns = [[row.ids for _, row in group], [row.learned.astype(np.int8) for _, row in group]]
+            writer.write_table(pa.table(columns, schema=prepared.SCHEMA))
+            sizes.append(np.array([(times, len(row.ids), row.learned.sum()) for times, row in group], dtype=np.int32))
+    return np.concatenate(sizes).T
 
 
 def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
@@ -121,26 +118,26 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
                 start = end
 
 
-def account_for(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
+def account_for(counts: Counter, times: np.ndarray, tokens: np.ndarray, in_loss: np.ndarray, max_length: int) -> dict:
     """What became of every row: rows = trained + held_out + all dropped.
 
-    sizes: (chats, 2), tokens and tokens in the loss. times: (chats,), repetitions, 0 where held out.
+    Of each chat: its repetitions, 0 where it is held out, its tokens, and its tokens in the loss.
     """
     reasons = {"dropped": {}, "changed": {}}
     for reason, n in sorted(counts.items()):
         kind, _, what = reason.partition(": ")
-        if kind in reasons:
+        if what:
             reasons[kind][what] = n
-    tokens, in_loss = np.repeat(sizes, times, axis=0).T
+    lengths = np.repeat(tokens, times)
     return dict(
         rows=counts["rows"],
         trained=int((times > 0).sum()),
         held_out=int((times == 0).sum()),
         **reasons,
-        sequences=len(tokens),
-        tokens=int(tokens.sum()),
-        tokens_in_loss=int(in_loss.sum()),
-        held_out_tokens=int(sizes[times == 0, 0].sum()),
-        length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
-        length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
+        sequences=len(lengths),
+        tokens=int(lengths.sum()),
+        tokens_in_loss=int(np.repeat(in_loss, times).sum()),
+        held_out_tokens=int(tokens[times == 0].sum()),
+        length_histogram=np.histogram(lengths, bins=50, range=(0, max_length))[0].tolist(),
+        length_percentiles={str(p): int(np.percentile(lengths, p)) for p in (0, 25, 50, 75, 95, 100)},
     )

@@ -13,7 +13,7 @@ from conftest import CHAT, ROOT, write_jsonl
 
 from common.cli import UserError
 from common.data import checks, pipeline, prepare, prepared, sources, templates
-from common.data.filters import matcher
+from common.data.pipeline import matcher
 
 SETTINGS = dict(
     EVAL_SIZE=0, MAX_SAMPLES=None, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto",
@@ -197,9 +197,9 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
 
     def encoded(processes):
         counts = Counter()
-        batches = pipeline.read_batches(sources.parse(str(file)), counts)
-        rows = pipeline.encode_all(batches, (encoder, settings, True), counts, processes)
-        return [(row.ids.tolist(), row.learned.tolist(), times) for row, times in rows], counts
+        chats = pipeline.read_chats(sources.parse(str(file)), counts)
+        rows = pipeline.encode_all(chats, (encoder, settings, True), counts, processes)
+        return [(row.ids.tolist(), row.learned.tolist(), times) for times, row in rows], counts
 
     assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 50
 
