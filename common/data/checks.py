@@ -25,8 +25,8 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
     Raises UserError with all problems, or prints them where DOCTOR=warn.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
-    with_loss = (row for row in rows if set(row["labels"]) != {IGNORE_INDEX})
-    for row in itertools.islice(with_loss, SHOWN):
+    with_loss = [row for row in rows if set(row["labels"]) != {IGNORE_INDEX}]
+    for row in with_loss[:SHOWN]:
         show(row, tokenizer)
     problems = list(row_problems(rows, tokenizer, encoder, settings, held))
     if frozen := set(encoder.new_token_ids) - set(trained_rows):

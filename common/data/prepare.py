@@ -41,21 +41,17 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     try:
         train, evaluation, account = prepared.load(folder, settings, encoder, keep_unlearned)
         if manifest:
-            refuse_changes(account, {} if is_prepared else account["sources"], manifest)
+            hashes = {} if is_prepared else account["sources"]
+            changed = [name for name in hashes if hash_file(Path(name).expanduser()) != hashes[name]]
+            if not changed and account["digest"] != manifest["data"]:
+                changed = ["the prepared data"]
+            if changed:
+                raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
     except UserError as error:
         if not manifest:
             raise
         raise UserError(f"RESUME=auto would change the run: {error} Or start a new run.", code=3) from error
     return train, evaluation, account
-
-
-def refuse_changes(account: dict, hashes: dict[str, str], manifest: dict) -> None:
-    """UserError when source files, or the prepared data, are not what a checkpoint was trained on."""
-    changed = [name for name, before in hashes.items() if hash_file(Path(name).expanduser()) != before]
-    if not changed and account["digest"] != manifest["data"]:
-        changed = ["the prepared data"]
-    if changed:
-        raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
 
 
 def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
@@ -109,13 +105,11 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
     """Copy rows of a file, ascending numbers in each pass, one row group at a time."""
     with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, prepared.SCHEMA) as writer:
         for rows in passes:
-            start = 0
             for group in range(file.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
-                if len(chosen):
-                    writer.write_table(file.read_row_group(group).take(chosen))
-                start = end
+                start = group * ROW_GROUP
+                first, last = np.searchsorted(rows, [start, start + ROW_GROUP])
+                if first < last:
+                    writer.write_table(file.read_row_group(group).take(rows[first:last] - start))
 
 
 def account_for(counts: Counter, times: np.ndarray, tokens: np.ndarray, in_loss: np.ndarray, max_length: int) -> dict:

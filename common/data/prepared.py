@@ -28,8 +28,7 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
         raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
         account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        now = settings | {"encoding": encoder.fingerprint}
-        before = account["prepared_with"]
+        before, now = account["prepared_with"], settings | {"encoding": encoder.fingerprint}
         changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
         train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -41,14 +40,13 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
     learned = np.unique(pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() == 1])
     if not len(learned):
         raise UserError(f"DATA={settings['DATA']}: no token is in the loss, every answer has weight 0.")
-    left_out = account["changed"]
     if not keep_unlearned and len(learned) < len(train):
         reason = "sequences left out of training, all their answers have weight 0"
-        left_out[reason] = len(train) - len(learned)
+        account["changed"][reason] = len(train) - len(learned)
         train = train.take(learned)
     most = settings["MAX_SAMPLES"] or len(train)
     if most < len(train):
-        left_out["sequences left out of training by MAX_SAMPLES"] = len(train) - most
+        account["changed"]["sequences left out of training by MAX_SAMPLES"] = len(train) - most
         train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), most))
     account["sequences"] = len(train)
     account["tokens"] = pc.sum(pc.list_value_length(train["input_ids"])).as_py()
@@ -79,9 +77,8 @@ def sample(folder: Path):
 
 def describe(account: dict) -> str:
     """The account in a few lines."""
-    dropped = sum(account["dropped"].values())
     rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
-    lines = [rows.format(dropped, **account)]
+    lines = [rows.format(sum(account["dropped"].values()), **account)]
     for kind in ("dropped", "changed"):
         lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
     repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def read_jsonl(path: Path) -> Rows:
                 yield number, invalid("row", f"not valid JSON: {error}{hint}", raw)
 
 
-def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
+def read_rows(file: str, setting: str) -> list[tuple[int, object]]:
     """All that `read_jsonl` gives of the .jsonl file that a setting names; UserError where it is nothing."""
     if not Path(file).is_file():
-        raise UserError(f"{setting}={file}: file not found.{remedy}")
+        raise UserError(f"{setting}={file}: file not found.")
     rows = list(read_jsonl(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")
@@ -59,22 +60,19 @@ def read_json(path: Path) -> Rows:
     if not opening:
         yield from read_jsonl(path)
         return
+    newlines = [found.start() for found in re.finditer("\n", text)]
     sign, start = opening[1] or ",", opening.end()  # where the next row starts
-    line, counted = 1, 0
     try:
         while sign == ",":
             row, end = DECODER.raw_decode(text, start)
-            line += text.count("\n", counted, start)
-            counted = start
-            yield line, row
+            yield bisect_left(newlines, start) + 1, row
             gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
             sign, start = gap[1], gap.end()
         if sign != "]" or start < len(text):
             DECODER.decode(text)  # raises an error that says what is wrong
     except (ValueError, RecursionError) as error:
         place = error.pos if isinstance(error, json.JSONDecodeError) else start
-        line = text.count("\n", 0, place) + 1
-        yield line, invalid("row", f"not valid JSON: {error}", text[place : place + 60])
+        yield bisect_left(newlines, place) + 1, invalid("row", f"not valid JSON: {error}", text[place : place + 60])
 
 
 def read_csv(path: Path) -> Rows:

@@ -35,10 +35,10 @@ class Source:
 
     name: str  # file or hub id
     file: Path | None  # None: a hub set
-    split: str = "train"  # hub sets only
-    start: str | None = None  # first row, "10" or "10%"
-    stop: str | None = None  # the row after the last
-    times: int = 1  # repetitions in training; 0: evaluated on instead
+    split: str  # hub sets only
+    start: str | None  # first row, "10" or "10%"
+    stop: str | None  # the row after the last
+    times: int  # repetitions in training; 0: evaluated on instead
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
@@ -78,17 +78,17 @@ def parse(data: str, setting: str = "DATA") -> list[Source]:
         if not text:
             raise UserError(f"{setting}={data}: an empty part; name files or datasets, comma-separated.")
         name, start, stop, times = re.fullmatch(PART, text, re.DOTALL).groups()
-        rows = dict(start=start, stop=stop, times=int(times or 1))
+        rows = start, stop, int(times or 1)
         path = Path(os.path.expanduser(name))
         hub_id, _, split = name.partition(":")
         has_reader = path.suffix.lower() in readers.READERS
         if os.path.isfile(path) and has_reader:
-            parts.append(Source(name, path, **rows))
+            parts.append(Source(name, path, "train", *rows))
         elif hub_id in NAMED and not os.path.exists(path):
             hub_id, usual_split = NAMED[hub_id]
-            parts.append(Source(hub_id, None, split or usual_split, **rows))
+            parts.append(Source(hub_id, None, split or usual_split, *rows))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not has_reader and not os.path.isdir(path.parent):
-            parts.append(Source(hub_id, None, split or "train", **rows))
+            parts.append(Source(hub_id, None, split or "train", *rows))
         else:
             raise UserError(f"{setting}={text}: {find_problem(name, path)}")
     return parts
@@ -113,7 +113,7 @@ def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tupl
     start, stop = source.start, source.stop
     if re.search("[%-]", f"{start}{stop}"):
         count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), vocabulary))
-        bounds = [bound and row_number(bound, count) for bound in (start, stop)]
+        bounds = [b and (count * int(b[:-1]) // 100 if b.endswith("%") else int(b)) for b in (start, stop)]
         start, stop, _ = slice(*bounds).indices(count)
     if source.file:
         rows = readers.READERS[source.file.suffix.lower()](source.file)
@@ -128,11 +128,6 @@ def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tupl
     else:
         chats = ((number, formats.to_chat(row)) for number, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))
-
-
-def row_number(bound: str, count: int) -> int:
-    """The row at a bound, "10" or "10%", of a slice of a source with so many rows."""
-    return count * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
 
 
 def sound_chats(data: str, setting: str) -> Iterator[list[dict]]:

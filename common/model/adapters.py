@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, TaskType, get_peft_model, replace_lora_weights_loftq
 
 from common.cli import UserError
 from common.model.quantize import hqq_layer_names
@@ -26,12 +26,11 @@ def add_adapter(model, settings: dict, new_rows=()):
     well. Raises UserError where the adapter does not fit the model.
     """
     name, target_names = settings["ADAPTER"], settings["LORA_TARGET_MODULES"]
-    everything = hqq_layer_names(model) or "all-linear"
-    targets = everything if target_names == "auto" else target_names.replace(" ", "").split(",")
-    on_meta = model.device.type == "meta"
+    is_auto, on_meta = target_names == "auto", model.device.type == "meta"
+    targets = (hqq_layer_names(model) or "all-linear") if is_auto else target_names.replace(" ", "").split(",")
     try:
         if name == "ia3":  # auto: peft's own choice, which it knows for most architectures
-            modules = None if target_names == "auto" else targets
+            modules = None if is_auto else targets
             config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=modules and [])
         else:
             config = LoraConfig(
@@ -45,17 +44,13 @@ def add_adapter(model, settings: dict, new_rows=()):
             )
         model = get_peft_model(model, config)
         if name == "loftq" and not on_meta:
-            from peft import replace_lora_weights_loftq
-
             local = Path(model.name_or_path) / "model.safetensors"
             replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
     except (ValueError, OSError) as error:
-        layers = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not any(module.children())}
-        )
+        layers = {path.rpartition(".")[2] for path, module in model.named_modules() if not any(module.children())}
         raise UserError(
             f"ADAPTER={name} LORA_TARGET_MODULES={target_names} does not fit {settings['MODEL']}: {error} "
-            f"(its layers: {', '.join(layers)})"
+            f"(its layers: {', '.join(sorted(layers))})"
         ) from error
     return model
 

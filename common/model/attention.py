@@ -18,15 +18,11 @@ def document_attention(module, query, key, value, attention_mask, cu_seq_lens_q=
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths = cu_seq_lens_q.diff().tolist()
     kwargs["is_causal"] = True
-    outputs = [
-        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(outputs, dim=1), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in documents], dim=1), None
 
 
 AttentionInterface.register("sdpa_documents", document_attention)
-
 AttentionMaskInterface.register("sdpa_documents", sdpa_mask)

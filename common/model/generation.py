@@ -1,6 +1,7 @@
 """Answers: load a model for chatting, stream an answer token by token, or answer many prompts in batches."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -45,43 +46,15 @@ def end_tokens(model, tokenizer) -> list[int]:
     return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
 
 
-def generation_settings(model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> dict:
-    """Arguments for generate(): greedy at temperature 0."""
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
-    return dict(
-        # A model's own generation_config may set these; `Generator` does not apply them.
-        top_k=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-
-
-def prompts(model, tokenizer, chats: list[list[dict]]):
-    """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
-    encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    ids = {"input_ids": [encoder.prompt(chat) for chat in chats]}
-    return tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-
-
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
     """The encoder of a tokenizer with this template, built once."""
     return ChatEncoder(tokenizer)
 
 
-def context_of(model) -> int:
-    """Tokens that a model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
 def shared(one: list[int], other: list[int]) -> int:
     """The length of the longest common prefix of two token sequences."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
+    return len(os.path.commonprefix([one, other]))
 
 
 def identify_weights(source: location.Source) -> str:
@@ -117,7 +90,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = context_of(model)
+        self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
         # A layer with a sliding window drops what leaves the window and cannot be cropped after that, so such models
         # get plain layers, which keep everything. A running state cannot go back: each turn is read from the start.
@@ -202,18 +175,25 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 
 
 @torch.no_grad()
-def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **settings) -> Iterator[Answer]:
+def answers(
+    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
+) -> Iterator[Answer]:
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
-    arguments = generation_settings(model, tokenizer, **settings)
-    ends = set(arguments["eos_token_id"])
-    context = context_of(model)
+    encoder, context = encoder_of(tokenizer, tokenizer.chat_template), load.context_length(model.config)
+    ends = end_tokens(model, tokenizer)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
+    # A model's own generation_config may set these; `Generator` does not apply them.
+    sampling |= dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
     for start in range(0, len(chats), batch_size):
-        inputs = prompts(model, tokenizer, chats[start : start + batch_size])
-        left = context - inputs["input_ids"].shape[1]
-        if left < 1:
-            raise UserError(f"a prompt has {inputs['input_ids'].shape[1]} tokens, the model's context {context}.")
-        outputs = model.generate(**inputs, **arguments | {"max_new_tokens": min(left, arguments["max_new_tokens"])})
-        for new in outputs[:, inputs["input_ids"].shape[1] :].tolist():
+        ids = {"input_ids": [encoder.prompt(chat) for chat in chats[start : start + batch_size]]}
+        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+        read = inputs["input_ids"].shape[1]  # (B, T)
+        if read >= context:
+            raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
+        length = min(context - read, max_new_tokens)
+        special = dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        outputs = model.generate(**inputs, **sampling, **special, max_new_tokens=length)
+        for new in outputs[:, read:].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")

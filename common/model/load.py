@@ -84,9 +84,7 @@ def choose_dtype(name: str | None) -> torch.dtype:
 
 def choose_attention(name: str | None, packing: bool) -> str:
     """The attention implementation asked for; for None, SDPA (per document where rows are packed on a CPU)."""
-    if name is not None:
-        return name
-    return "sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa"
+    return name or ("sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa")
 
 
 def count_weights(config) -> int:
@@ -95,22 +93,21 @@ def count_weights(config) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
+def context_length(config) -> int:
+    """Tokens that a model has positions for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_length(source: Source, max_length: int) -> None:
     """Refuse sequences longer than the model has positions for."""
-    positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
-    if positions and max_length > positions:
+    if max_length > (positions := context_length(load_config(source))):
         raise UserError(
             f"MAX_LENGTH={max_length}: {source.name} has {positions} positions. Set MAX_LENGTH={positions}."
         )
 
 
 def load_model(
-    source: Source,
-    quantization: str | None,
-    dtype: torch.dtype,
-    attention: str,
-    trainable: bool = False,
-    vocabulary: int = 0,
+    source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
     """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen).
 
@@ -130,31 +127,21 @@ def load_model(
     if quantization in BITS:
         quantize_hqq(model, quantization, dtype, distributed.device())
     model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
-    if trainable:
-        keep_gradients(model)
+    # bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode on CPUs with AVX512-BF16, and the
+    # packed product has no gradient: after an evaluation, training would go on with its gradients silently cut.
+    for module in model.modules() if trainable else ():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
     model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
     if source.adapter:
-        check_fingerprint(model, source)
+        check_adapter(model, source)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
     if source.adapter:
         from peft import PeftModel
 
-        if not (Path(source.adapter) / "adapter_model.safetensors").is_file():  # peft would unpickle another file
-            raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
-
-
-def keep_gradients(model) -> None:
-    """Let bitsandbytes' 4-bit layers be trained through on CPUs with AVX512-BF16.
-
-    There, release 0.50 repacks weights at the first forward in evaluation mode, and the packed product has no gradient:
-    after one evaluation, training would go on with its gradients silently cut.
-    """
-    for module in model.modules():
-        if "support_avx512bf16_for_cpu" in vars(module):
-            module.support_avx512bf16_for_cpu = False
 
 
 def fingerprint(model) -> list[float]:
@@ -164,14 +151,13 @@ def fingerprint(model) -> list[float]:
     return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
 
 
-def check_fingerprint(model, source: Source) -> None:
+def check_adapter(model, source: Source) -> None:
     """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
-    file = Path(source.adapter) / "base_fingerprint.json"
-    if file.is_file():
-        if not same_weights(json.loads(file.read_text()), model.base_fingerprint):
-            raise UserError(
-                f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."
-            )
+    weights, file = (Path(source.adapter) / name for name in ("adapter_model.safetensors", "base_fingerprint.json"))
+    if not weights.is_file():  # peft would unpickle another file
+        raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
+    if file.is_file() and not same_weights(json.loads(file.read_text()), model.base_fingerprint):
+        raise UserError(f"MODEL={source.adapter}: it was trained on other weights than {source.name} holds now.")
 
 
 def same_weights(one: list[float], other: list[float]) -> bool:
@@ -185,16 +171,17 @@ def save_final(folder: Path, model, tokenizer, base_fingerprint=None, weights: d
 
     weights: where the model holds only a part of them.
     """
+    is_adapter = hasattr(model, "peft_config")
     # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    options = {"save_embedding_layers": False} if is_adapter else {"max_shard_size": "5GB"}
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
-        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": "5GB"}
         model.save_pretrained(partial, state_dict=weights, **options)
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
     tokenizer.save_pretrained(partial)
-    if hasattr(model, "peft_config"):
+    if is_adapter:
         (partial / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))
     sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)

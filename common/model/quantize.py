@@ -12,11 +12,8 @@ from common.bounds import HQQ
 from common.cli import UserError
 
 BITS = {name: int(name[4]) for name in HQQ}  # by the value of QUANTIZATION
-
-
 # Weights that share a scale and a zero point, which in 16 bits add half a bit a weight; hqq's own default.
 GROUP_SIZE = 64
-
 # Groups along axis 0 are always 64 rows, which every packing divides (1 bit: by 8), whatever a layer's sizes. Loss of
 # SmolLM2-135M on 12 chats along axis 0 and 1: 4 bits 2.13 and 2.08, 3 bits 3.24 and 3.80 (16 bits: 1.96).
 AXIS = 0
