@@ -1,4 +1,4 @@
-"""Checks of the rows that a run is about to learn from: some are shown, a problem stops the run."""
+"""Checks of the rows that a run will learn from: some are shown, a problem stops the run."""
 
 import itertools
 import os
@@ -19,10 +19,9 @@ WIDTH = 1200  # characters of a printed row, the rest is left out
 
 
 def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
-    """Print the first rows, tokens in the loss apart from context, and check a thousand.
+    """Print the first rows and check a thousand; UserError with all problems, unless DOCTOR=warn.
 
-    held: whether rows without a token in the loss are of use. trained_rows: tokens whose embeddings are trained.
-    Raises UserError with all problems, or prints them where DOCTOR=warn.
+    held: whether rows without a token in the loss are of use. trained_rows: token ids.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
     with_loss = [row for row in rows if set(row["labels"]) != {IGNORE_INDEX}]
@@ -43,7 +42,7 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
 
 
 def show(row: dict, tokenizer) -> None:
-    """Print a row: tokens in the loss green on a terminal, between [[ and ]] in a log."""
+    """Print a row, its tokens in the loss green or, in a log, between [[ and ]]."""
     console = Console(highlight=False, soft_wrap=True)
     colour = console.is_terminal and "NO_COLOR" not in os.environ
     shown = Text()
@@ -64,7 +63,7 @@ def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
 
 
 def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
-    """Problems of the rows themselves, each kind with the number of rows and the first of them."""
+    """Each kind of problem with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
     bos = tokenizer.bos_token_id
     longest = settings["MAX_LENGTH"]
@@ -98,7 +97,7 @@ def padding_problems(rows: list[dict], tokenizer) -> Iterator[str]:
 
 
 def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
-    """Whether a chat, here or in another program, sends exactly the tokens that training put before an answer."""
+    """Whether a chat sends exactly the tokens that training put before an answer."""
     question, answer = PROBE
     for chat in ([question], [question, answer, question]):
         row = encoder.encode([[*chat, answer]])[0]

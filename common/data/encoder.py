@@ -1,8 +1,8 @@
-"""Encoding: a chat becomes token ids and a mask of the tokens in the loss, the same in training and in chat.
+"""Encoding: a chat becomes token ids and a mask of the tokens in the loss.
 
-In the text that the template renders, each answer with its end token is put between two noncharacters that our copy
-of the tokenizer has as special tokens: the text is split there, as when the model answers a prompt, and their places
-give the mask. A third one breaks up control tokens in a message, which become text. All three leave the ids.
+In the text that the template renders, each answer is put between two noncharacters that our copy of the
+tokenizer has as special tokens: the text is split there, as when the model answers, and their places give
+the mask. A third one breaks up control tokens in a message. All three leave the ids.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class ChatEncoder:
         self.new_token_ids: list[int] = []  # control tokens that the base has hardly seen; from set_template
         try:
             answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
-        except UserError:  # answers cannot be told apart: good for chatting; set_template refuses to train on it
+        except UserError:  # good for chatting; set_template refuses to train on it
             answer = ""
         self.end_token = next((token.content for token in special if answer.endswith(token.content)), None)
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -75,7 +75,7 @@ class ChatEncoder:
         self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a chat and the (start, end) of its marked passages; UserError where that fails."""
+        """The text of a chat and the (start, end) of its marked passages."""
         try:
             texts, passages = render_jinja_template(
                 [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
@@ -87,10 +87,7 @@ class ChatEncoder:
         return texts[0], passages[0] if self.marked else []
 
     def mark(self, messages: list[dict], **options) -> str:
-        """The text of a chat with START and END around each answer.
-
-        Raises UserError when the answers cannot be told apart from what is around them.
-        """
+        """The text of a chat with START and END around each answer; UserError where that fails."""
         messages = self.escape_control_tokens(messages)
         if messages[0]["role"] == "text":
             bos = self.variables["bos_token"] if self.adds_bos else ""
@@ -119,7 +116,7 @@ class ChatEncoder:
         return len(prompt), ends[-1] if ends else len(answered)
 
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        """The messages with control tokens in their contents broken up, to be encoded as text."""
+        """The messages with control tokens in them broken up, to be encoded as text."""
         escaped = []
         for message in messages:
             content = self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], message["content"])
@@ -140,10 +137,7 @@ class ChatEncoder:
         return "".join(pieces)
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
-        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not in the loss.
-
-        train_on: "assistant", or "all" for every token.
-        """
+        """Each chat's tokens; answers of weight 0 are not in the loss. train_on: or "all"."""
         texts = [self.add_prefix_space(self.mark(chat)) for chat in chats]
         batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
@@ -160,17 +154,17 @@ class ChatEncoder:
         return rows
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Tokens that the next answer is generated from: exactly what training saw before an answer."""
+        """What the next answer is generated from: the tokens that training saw before it."""
         try:
             text = self.mark(messages, add_generation_prompt=True)
-        except UserError:  # a template that rewrites earlier turns, so not trained on here: its plain text
+        except UserError:  # a template that rewrites earlier turns, so not trained on here
             text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
         ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
-    """Keep a tokenizer, whose JSON is spec, from putting a space after each of our marks; how it did so."""
+    """Keep a tokenizer from putting a space after each of our marks; spec: its JSON."""
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
         others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]

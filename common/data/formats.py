@@ -1,9 +1,4 @@
-"""Formats: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
-
-Schemas: `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output (Alpaca), prompt/completion,
-dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`; rows of each in
-tests/data/test_sources.py.
-"""
+"""Formats: a row of any known schema becomes a chat, or says why not. Rows of each: tests/data/test_sources.py."""
 
 import re
 from collections import defaultdict
@@ -36,7 +31,6 @@ Chat = list[dict] | InvalidRow | SkippedRow  # turns of {"role", "content"}, or 
 
 
 def invalid(field: str, problem: str, value) -> InvalidRow:
-    """The InvalidRow of a field, with an excerpt of its value."""
     try:
         excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
@@ -45,10 +39,9 @@ def invalid(field: str, problem: str, value) -> InvalidRow:
 
 
 def to_chat(row) -> Chat:
-    """The chat in a row, or why it gives none: an optional system turn, then user and assistant in turn.
+    """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`.
 
-    The last turn is the user's where a question has no answer; what follows such a question is left out.
-    A row of plain text becomes one turn with the role `text`.
+    The last turn is the user's where a question has no answer; the rest is left out.
     """
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
@@ -62,7 +55,7 @@ def to_chat(row) -> Chat:
 
 
 def check_turns(convert, *arguments) -> Chat:
-    """The chat of the turns (field, role, content, weight) that `convert` finds, or what is wrong with them."""
+    """The chat of the turns (field, role, content, weight) that `convert` finds."""
     try:
         turns = convert(*arguments)
     except ValueError as error:
@@ -99,7 +92,6 @@ def check_turns(convert, *arguments) -> Chat:
 
 
 def turns_in(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple]:
-    """The turns in a list of objects."""
     items = row[field]
     if not isinstance(items, list) or not items:
         raise ValueError(invalid(field, "must be a list of turns that is not empty", items))
@@ -146,7 +138,7 @@ def summary(row: dict) -> list[tuple]:
 
 
 def arena(row: dict) -> list[tuple] | SkippedRow:
-    """The winner's side of a pair, where a strong model won it in a clean conversation."""
+    """The winner's side of a pair."""
     if row["winner"] not in ("model_a", "model_b"):
         return SkippedRow("arena: a tie")
     side = row["winner"][-1]
@@ -161,7 +153,7 @@ def arena(row: dict) -> list[tuple] | SkippedRow:
 
 
 def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
-    """The turns of an OpenAssistant tree ranked highest at each step; unranked ones come last."""
+    """The turns of an OpenAssistant tree ranked highest; unranked ones come last."""
 
     def usable(message: dict) -> bool:
         rejected = message.get("deleted") or message.get("review_result") is False
@@ -178,13 +170,12 @@ def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
 
 
 def is_tree_message(row) -> bool:
-    """Whether a row is one message of an OpenAssistant tree, whose chat takes other rows of the table."""
     is_message = isinstance(row, dict) and isinstance(row.get("message_id"), str)
     return is_message and isinstance(row.get("parent_id", 0), str | None)
 
 
 def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
-    """What becomes of every row of a table of messages: a tree's chat for its root, the others are skipped."""
+    """Every row of a table of messages: a tree's chat for its root, the others are skipped."""
     replies = defaultdict(list)
     for _, row in rows:
         if is_tree_message(row):

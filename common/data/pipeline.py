@@ -1,4 +1,4 @@
-"""From sources to encoded rows: chats are read, filtered, encoded and cut in batches; each change is counted."""
+"""From sources to encoded rows: chats are filtered, encoded and cut in batches."""
 
 import itertools
 import multiprocessing
@@ -30,10 +30,7 @@ OTHER_ASSISTANTS = (
 
 
 def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator[tuple[int, str, list]]:
-    """Yield (repetitions, `file:line`, chat); rows that give no chat are counted.
-
-    Raises UserError at an invalid row of a local file.
-    """
+    """Yield (repetitions, `file:line`, chat); other rows are counted, or an error in a local file."""
     for source in parts:
         for number, chat in sources.read_chats(source, vocabulary):
             counts["rows"] += 1
@@ -50,10 +47,9 @@ def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) ->
 
 
 def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator[tuple[int, Encoded]]:
-    """Yield (repetitions, row) of each chat in order, without duplicates; many chats go to worker processes.
+    """Yield (repetitions, row) of each chat in order, without duplicates.
 
-    arguments: the first of `encode_batch`. Chats to evaluate on have 0 repetitions and come last; UserError
-    where one is trained on, too.
+    arguments: the first of `encode_batch`. Chats to evaluate on have 0 repetitions and come last.
     """
     batches = iter(lambda: list(itertools.islice(chats, BATCH)), [])
     head = list(itertools.islice(batches, POOL_FROM))
@@ -114,7 +110,7 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
 
 
 def matcher(pattern: str | None):
-    """A function that says whether a chat matches DROP_PATTERN in any case; "auto" skips the user's turns."""
+    """Whether a chat matches DROP_PATTERN, as a function; "auto" skips the user's turns."""
     if pattern == "auto":
         search = re.compile(OTHER_ASSISTANTS).search  # lower-casing is twice as fast as ignoring the case
         return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)

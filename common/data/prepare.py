@@ -1,4 +1,4 @@
-"""Preparing: sources are encoded and split into a folder of Parquet files, with an account of every row."""
+"""Preparing: sources become a folder of Parquet files, with an account of every row."""
 
 import itertools
 import json
@@ -23,10 +23,10 @@ ROW_GROUP = 4096  # rows in a row group of the files
 
 
 def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest=None):
-    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is prepared already.
+    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is already.
 
-    The datasets have input_ids and labels. keep_unlearned: whether chats without a token in the loss are of use.
-    manifest: of the checkpoint to resume from, with the data it began with; if that changed, exit code 3.
+    The datasets have input_ids and labels. keep_unlearned: also chats without a token in the loss.
+    manifest: of the checkpoint to resume from; exit code 3 if its data changed.
     """
     is_prepared = Path(settings["DATA"]).is_dir()
     if is_prepared:
@@ -55,10 +55,9 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
 
 
 def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
-    """Write train.parquet and eval.parquet into the folder; returns the account.
+    """Write train.parquet and eval.parquet; returns the account, to be written to report.json.
 
-    Once the account is in report.json, the folder can be trained on. Memory: one row group and about 100 bytes a
-    chat, whatever the size of the sources.
+    Memory: one row group and about 100 bytes a chat.
     """
     # Every row once, encoded, to disk
     parts, counts = sources.parse(settings["DATA"]), Counter()
@@ -102,7 +101,7 @@ def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
 
 
 def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
-    """Copy rows of a file, ascending numbers in each pass, one row group at a time."""
+    """Copy rows, in each pass by ascending numbers, one row group at a time."""
     with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, prepared.SCHEMA) as writer:
         for rows in passes:
             for group in range(file.num_row_groups):

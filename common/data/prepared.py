@@ -1,4 +1,4 @@
-"""A folder of prepared data: its Parquet files, read as datasets, and its account of every row."""
+"""A folder of prepared data: its files, read as datasets, and its account of every row."""
 
 import json
 import random
@@ -20,10 +20,7 @@ FILES = ("train.parquet", "eval.parquet")
 
 
 def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
-    """(train, evaluation or None, account) of a folder; UserError when it was prepared for something else.
-
-    The datasets have input_ids and labels. keep_unlearned: as in `prepare.datasets_for`.
-    """
+    """What `prepare.datasets_for` returns; UserError when it was prepared for something else."""
     if not (folder / "report.json").is_file():
         raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
@@ -57,7 +54,7 @@ def load(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: boo
 
 
 def as_dataset(table: pa.Table):
-    """A dataset of input_ids and labels, IGNORE_INDEX where a token is not in the loss."""
+    """A dataset of input_ids and labels."""
     import datasets  # slow import
 
     ids, masks = (table.column(name).combine_chunks() for name in SCHEMA.names)
@@ -69,14 +66,13 @@ def as_dataset(table: pa.Table):
 
 
 def sample(folder: Path):
-    """A dataset of rows from all over the training file: four row groups at most."""
+    """A dataset of four row groups at most, from all over the training file."""
     with parquet.ParquetFile(folder / "train.parquet") as file:
         chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
         return as_dataset(file.read_row_groups(list(chosen)))
 
 
 def describe(account: dict) -> str:
-    """The account in a few lines."""
     rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
     lines = [rows.format(sum(account["dropped"].values()), **account)]
     for kind in ("dropped", "changed"):

