@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -89,9 +90,8 @@ def padding_problems(rows: list[dict], tokenizer) -> Iterator[str]:
     """Whether the collator masks a token in the loss, taking an end token for padding."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # slow import
 
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows[:8]]
-    labels = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows)["labels"]
-    in_loss = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    labels = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows[:8])["labels"]
+    in_loss = sum(label != IGNORE_INDEX for row in rows[:8] for label in row["labels"])
     if int((labels != IGNORE_INDEX).sum()) != in_loss:
         yield "padding hides tokens in the loss: pad and end token are the same. Choose another pad token."
 
@@ -101,8 +101,7 @@ def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
     question, answer = PROBE
     for chat in ([question], [question, answer, question]):
         row = encoder.encode([[*chat, answer]])[0]
-        previous_end = row.ends[-2] if len(row.ends) > 1 else 0
-        start = previous_end + int(row.learned[previous_end:].argmax())
+        start = np.flatnonzero(~row.learned[: row.ends[-1]])[-1] + 1  # of the last answer
         seen = row.ids[:start].tolist()
         theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         for who, sent in (("our chat", encoder.prompt(chat)), ("other programs", theirs["input_ids"])):

@@ -77,8 +77,7 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple[list, Counter]:
     """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason).
 
-    keep_unlearned: whether chats without a token in the loss are of use, as for KL regularization.
-    Raises UserError at a chat over MAX_LENGTH where TOO_LONG=error.
+    keep_unlearned: also chats without a token in the loss, which KL regularization uses.
     """
     matches, max_length = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
     chats, rows, counts = [], [], Counter()
@@ -130,13 +129,9 @@ def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Itera
             yield future.result()
 
 
-worker_arguments = ()  # in a worker process: those of encode_batch but the last
-
-
 def start_worker(*arguments) -> None:
-    global worker_arguments
-    worker_arguments = arguments
+    run_worker.arguments = arguments  # of encode_batch, once for all batches
 
 
-def run_worker(batch):
-    return encode_batch(*worker_arguments, batch)
+def run_worker(batch: list) -> tuple[list, Counter]:
+    return encode_batch(*run_worker.arguments, batch)

@@ -25,12 +25,12 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
     if (trained := location.trained_with(source)) != quantization and source.adapter:
-        note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
-        print(note, file=sys.stderr)
+        difference = f"with QUANTIZATION={trained}, here it is {quantization}"
+        print(f"note: the adapter was trained {difference}", file=sys.stderr)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    dtype = load.choose_dtype(dtype)
-    model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer))
+    arguments = source, quantization, load.choose_dtype(dtype), "sdpa"
+    model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         model = model.merge_and_unload()
     return model.eval(), tokenizer
@@ -52,7 +52,7 @@ def encoder_of(tokenizer, template: str) -> ChatEncoder:
 
 
 def shared(one: list[int], other: list[int]) -> int:
-    """The length of the longest common prefix of two token sequences."""
+    """The length of the longest common prefix of two lists of tokens."""
     return len(os.path.commonprefix([one, other]))
 
 
@@ -173,7 +173,8 @@ def answers(
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
     context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
-    settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0, do_sample=temperature > 0)
+    settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    settings |= dict(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if temperature:
         settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
@@ -182,7 +183,6 @@ def answers(
         read = inputs["input_ids"].shape[1]  # (B, T)
         if read >= context:
             raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
-        settings |= dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
         settings["max_new_tokens"] = min(context - read, max_new_tokens)
         for new in model.generate(**inputs, **settings)[:, read:].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
