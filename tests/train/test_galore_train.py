@@ -11,7 +11,8 @@ from test_checkpoints import assert_same_run
 from transformers import AutoModelForCausalLM
 
 from common.train import batch_plan, checkpoints
-from common.train.trainer import ChatTrainer, learning_rate_factor
+from common.train.optimizers import learning_rate_factor
+from common.train.trainer import ChatTrainer
 
 
 @pytest.fixture
