@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
 
-START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+MARKS = START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
 class Prefix(NamedTuple):
     """How a tokenizer of SentencePiece's kind puts a space before text."""
 
-    everywhere: bool  # after every special token, not only at the start
+    everywhere: bool  # after every special token
     once: bool  # not where there is a space already
 
 
@@ -53,14 +53,15 @@ class ChatEncoder:
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         special.sort(key=lambda token: len(token.content), reverse=True)
         self.control = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
-        self.rstrip_tokens = {token.content for token in special if token.rstrip}  # take the white space after them
+        self.rstrip_tokens = {token.content for token in special if token.rstrip}
         self.adds_bos = adds_bos(tokenizer)
-        self.new_token_ids: list[int] = []  # control tokens that the base has hardly seen; from set_template
+        self.new_token_ids: list[int] = []  # that the base has hardly seen; from set_template
         try:
             answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
         except UserError:  # good for chatting; set_template refuses to train on it
             answer = ""
-        self.end_token = next((token.content for token in special if answer.endswith(token.content)), None)
+        ends = (token.content for token in special if answer.endswith(token.content))
+        self.end_token = next(ends, None)
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -69,10 +70,10 @@ class ChatEncoder:
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
         self.prefix = remove_prefix_space(self.backend, json.loads(spec))
         # An end token that takes the white space after it must do so with our mark in between, too.
-        rstrip = {END: self.end_token in self.rstrip_tokens}
-        marks = [AddedToken(m, normalized=False, rstrip=rstrip.get(m, False)) for m in (START, END, BREAK)]
+        rstrip = self.end_token in self.rstrip_tokens
+        marks = [AddedToken(m, normalized=False, rstrip=rstrip and m == END) for m in MARKS]
         self.backend.add_special_tokens(marks)
-        self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
+        self.mark_ids = [self.backend.token_to_id(mark) for mark in MARKS]
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         """The text of a chat and the (start, end) of its marked passages."""
@@ -108,10 +109,9 @@ class ChatEncoder:
         prompt = self.render(before, add_generation_prompt=True)[0]
         answered = self.render([*before, answer])[0]
         if not text.startswith(answered) or not answered.startswith(prompt):
-            raise UserError(
-                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is undefined. Copy it "
-                "to a file, put {% generation %} marks around each answer, and set CHAT_TEMPLATE=file.jinja."
-            )
+            problem = "this one rewrites earlier turns, so what to learn of its answers is undefined"
+            remedy = "Copy it to a file, put {% generation %} marks around each answer"
+            raise UserError(f"CHAT_TEMPLATE: {problem}. {remedy}, and set CHAT_TEMPLATE=file.jinja.")
         ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
         return len(prompt), ends[-1] if ends else len(answered)
 
@@ -119,7 +119,7 @@ class ChatEncoder:
         """The messages with control tokens in them broken up, to be encoded as text."""
         escaped = []
         for message in messages:
-            content = self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], message["content"])
+            content = self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], message["content"])
             escaped.append({"role": message["role"], "content": content})
         return escaped
 
@@ -129,7 +129,8 @@ class ChatEncoder:
             return text
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
-            marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
+            bare = pieces[i].lstrip("".join(MARKS))
+            marks = pieces[i].removesuffix(bare)
             if i and pieces[i - 1] in self.rstrip_tokens:
                 bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
@@ -143,8 +144,8 @@ class ChatEncoder:
         rows = []
         for chat, encoding in zip(chats, batch, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
-            starts, ends = ids == self.start_id, ids == self.end_id
-            kept = ~(starts | ends | (ids == self.break_id))
+            starts, ends, breaks = (ids == mark for mark in self.mark_ids)
+            kept = ~(starts | ends | breaks)
             answer, answered = starts.cumsum(), ends.cumsum()
             weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
             learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
@@ -160,7 +161,7 @@ class ChatEncoder:
         except UserError:  # a template that rewrites earlier turns, so not trained on here
             text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
         ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
-        return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
+        return [i for i in ids if i not in self.mark_ids]
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
