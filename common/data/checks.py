@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common.cli import UserError
 from common.data.encoder import PROBE, ChatEncoder
-from common.data.prepared import IGNORE_INDEX
+from common.data.prepare import IGNORE_INDEX
 
 ROWS = 1000  # rows checked, evenly spaced over the set
 SHOWN = 2  # rows printed
