@@ -38,7 +38,8 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
         return
     text = "\n".join(f"doctor: {problem}" for problem in problems)
     if settings["DOCTOR"] == "stop":
-        raise UserError(f"the data would teach something wrong (DOCTOR=warn trains on it anyway).\n{text}")
+        problem = "the data would teach something wrong (DOCTOR=warn trains on it anyway)"
+        raise UserError(f"{problem}.\n{text}")
     print(text, file=sys.stderr)
 
 

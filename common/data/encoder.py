@@ -40,9 +40,9 @@ class Prefix(NamedTuple):
 
 
 class ChatEncoder:
-    """Encodes chats by a tokenizer's template. It can be pickled, for worker processes.
+    """Encodes chats by a tokenizer's template; can be pickled.
 
-    end_token: the token that ends an answer, or None where the template writes none.
+    end_token: ends an answer; None where the template writes none.
     fingerprint: differs between tokenizers and templates that give other tokens.
     """
 
@@ -69,7 +69,7 @@ class ChatEncoder:
         state = spec + self.template + str(self.variables)
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
         self.prefix = remove_prefix_space(self.backend, json.loads(spec))
-        # An end token that takes the white space after it must do so with our mark in between, too.
+        # An end token that takes the white space after it must do so past our mark, too.
         rstrip = self.end_token in self.rstrip_tokens
         marks = [AddedToken(m, normalized=False, rstrip=rstrip and m == END) for m in MARKS]
         self.backend.add_special_tokens(marks)
@@ -84,7 +84,8 @@ class ChatEncoder:
             )  # fmt: skip
         except TEMPLATE_ERRORS as error:
             chat = ", ".join(m["role"] for m in messages)
-            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change one of them.") from error
+            problem = f"refuses a chat ({chat}): {error}"
+            raise UserError(f"CHAT_TEMPLATE {problem}. Change one of them.") from error
         return texts[0], passages[0] if self.marked else []
 
     def mark(self, messages: list[dict], **options) -> str:
@@ -105,7 +106,7 @@ class ChatEncoder:
         return text
 
     def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
-        """Where an answer with its end token stands in a chat's text, by a template without marks."""
+        """Where an answer with its end token stands, by a template without marks."""
         prompt = self.render(before, add_generation_prompt=True)[0]
         answered = self.render([*before, answer])[0]
         if not text.startswith(answered) or not answered.startswith(prompt):
@@ -116,7 +117,6 @@ class ChatEncoder:
         return len(prompt), ends[-1] if ends else len(answered)
 
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        """The messages with control tokens in them broken up, to be encoded as text."""
         escaped = []
         for message in messages:
             content = self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], message["content"])
@@ -124,7 +124,7 @@ class ChatEncoder:
         return escaped
 
     def add_prefix_space(self, text: str) -> str:
-        """The text with the spaces that its tokenizer would put before passages without our marks."""
+        """The text with the spaces that its tokenizer would put."""
         if self.prefix is None:
             return text
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
@@ -165,7 +165,7 @@ class ChatEncoder:
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
-    """Keep a tokenizer from putting a space after each of our marks; spec: its JSON."""
+    """Keep a tokenizer from putting a space after our marks; spec: its JSON."""
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
         others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]
@@ -181,4 +181,5 @@ def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
 
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer puts a BOS token before plain text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos

@@ -1,4 +1,4 @@
-"""Formats: a row of any known schema becomes a chat, or says why not. Rows of each: tests/data/test_sources.py."""
+"""Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_sources.py."""
 
 import re
 from collections import defaultdict
@@ -60,7 +60,7 @@ def check_turns(convert, *arguments) -> Chat:
         turns = convert(*arguments)
     except ValueError as error:
         return InvalidRow(error)
-    except (AttributeError, TypeError, KeyError) as error:  # such as an object where the schema has a text
+    except (AttributeError, TypeError, KeyError) as error:
         return invalid("row", f"a field has another type than in its schema ({error})", arguments[0])
     if isinstance(turns, SkippedRow):
         return turns
@@ -81,10 +81,12 @@ def check_turns(convert, *arguments) -> Chat:
             return invalid(field, "the weight must be 0 (not in the loss) or 1", weight)
         before = chat[-1]["role"] if chat else "the start"
         if name == before == "user" and len(chat) >= 3:
-            break  # the chat ends at a question without an answer, which is left out and counted later
+            break  # the question is left out and counted later
         if before not in FOLLOWS[name]:
-            return invalid(field, f"turns must alternate, the user first; {name} follows {before}", content)
-        chat.append({"role": name, "content": content} | ({"weight": weight} if weight is not None else {}))
+            problem = f"turns must alternate, the user first; {name} follows {before}"
+            return invalid(field, problem, content)
+        turn = {"role": name, "content": content}
+        chat.append(turn if weight is None else turn | {"weight": weight})
     if chat[-1]["role"] not in ("assistant", "text") and len(chat) < 3:
         field = turns[0][0].partition("[")[0]
         return invalid(field, "no turn of the assistant, nothing to learn", chat)
@@ -175,7 +177,7 @@ def is_tree_message(row) -> bool:
 
 
 def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
-    """Every row of a table of messages: a tree's chat for its root, the others are skipped."""
+    """A tree's chat for its root; its other messages are skipped."""
     replies = defaultdict(list)
     for _, row in rows:
         if is_tree_message(row):
@@ -188,7 +190,8 @@ def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
             waiting += replies[message["message_id"]]
     for number, row in rows:
         if not is_tree_message(row):
-            yield number, row if isinstance(row, InvalidRow) else invalid("row", "no message of a tree", row)
+            is_invalid = isinstance(row, InvalidRow)
+            yield number, row if is_invalid else invalid("row", "no message of a tree", row)
         elif row["parent_id"] is None:
             yield number, check_turns(best_path, row, lambda message: replies[message["message_id"]])
         elif id(row) in found:
@@ -197,7 +200,7 @@ def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
             yield number, SkippedRow("OpenAssistant: the message it answers is missing")
 
 
-# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`, UltraChat's `prompt`.
+# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`.
 FORMATS = {
     ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,

@@ -59,7 +59,7 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
     else:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked as long as this runs
         results = (encode_batch(*arguments, batch) for batch in batches)
-    seen = {}  # repetitions by hash, whose 64 bits give one false duplicate in a billion for 200,000 chats
+    seen = {}  # repetitions by hash: one false duplicate in a billion for 200,000 chats
     for rows, reasons in results:
         counts.update(reasons)
         for times, place, row in rows:
@@ -75,10 +75,7 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
 
 
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple[list, Counter]:
-    """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason).
-
-    keep_unlearned: also chats without a token in the loss, which KL regularization uses.
-    """
+    """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason)."""
     matches, max_length = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
     chats, rows, counts = [], [], Counter()
     for times, place, chat in batch:
@@ -118,7 +115,7 @@ def matcher(pattern: str | None):
 
 
 def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Iterator:
-    """Yield what `encode_batch` returns, in order; few batches are in memory at any time."""
+    """Yield what `encode_batch` returns, in order; few batches are in memory."""
     context, waiting = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(processes, context, start_worker, arguments) as pool:
         for batch in batches:

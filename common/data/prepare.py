@@ -51,7 +51,8 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
             if not changed and account["digest"] != manifest["data"]:
                 changed = ["the prepared data"]
             if changed:
-                raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
+                problem = f"{', '.join(changed)} is not what it began with"
+                raise UserError(f"{problem}. Set it back, or ALLOW_CHANGE=DATA.")
     except UserError as error:
         if not manifest:
             raise
@@ -77,7 +78,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
         which = "EVAL_DATA" if times.any() else "DATA"
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
         raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons}).")
-    # Rows held out; a pass over the spool for each repetition, so that the copies of a chat are far apart
+    # Rows held out; a pass for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
         size = settings["EVAL_SIZE"]
         held_out = round(size * len(times)) if size < 1 else int(size)
@@ -95,13 +96,14 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
 
 
 def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
-    """Write rows to a file; returns (3, rows): their repetitions, tokens, and tokens in the loss."""
+    """Write rows; returns (3, rows): their repetitions, tokens, and tokens in the loss."""
     sizes = [np.zeros((0, 3), dtype=np.int32)]
     with parquet.ParquetWriter(file, SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
             columns = [[row.ids for _, row in group], [row.learned.astype(np.int8) for _, row in group]]
             writer.write_table(pa.table(columns, schema=SCHEMA))
-            sizes.append(np.array([(times, len(row.ids), row.learned.sum()) for times, row in group], dtype=np.int32))
+            counts = [(times, len(row.ids), row.learned.sum()) for times, row in group]
+            sizes.append(np.array(counts, dtype=np.int32))
     return np.concatenate(sizes).T
 
 
@@ -117,10 +119,7 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
 
 
 def account_for(counts: Counter, times: np.ndarray, tokens: np.ndarray, in_loss: np.ndarray, max_length: int) -> dict:
-    """What became of every row: rows = trained + held_out + all dropped.
-
-    Of each chat: its repetitions, 0 where it is held out, its tokens, and its tokens in the loss.
-    """
+    """What became of every row: rows = trained + held_out + all dropped. Times, tokens: of each chat."""
     reasons = {"dropped": {}, "changed": {}}
     for reason, n in sorted(counts.items()):
         kind, _, what = reason.partition(": ")

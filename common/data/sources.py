@@ -39,7 +39,7 @@ class Source:
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
-    """Read the local files that settings (DATA="chats.jsonl") name; exit code 2 where a row is invalid."""
+    """Read the local files that settings name; exit code 2 where a row is invalid."""
     setting = data = None
     try:
         tokens = readers.read_vocabulary(vocabulary) if vocabulary else None
@@ -66,7 +66,7 @@ def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
 
 
 def parse(data: str, setting: str = "DATA") -> list[Source]:
-    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"; UserError where one is wrong."""
+    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"."""
     parts = []
     for text in (part.strip() for part in data.split(",")):
         if not text:
@@ -89,7 +89,6 @@ def parse(data: str, setting: str = "DATA") -> list[Source]:
 
 
 def find_problem(name: str, path: Path) -> str:
-    """Why a part of DATA is neither a file of chats nor a hub set."""
     if os.path.isfile(path):
         return f"files end in {', '.join(readers.READERS)}."
     if os.path.isdir(path):

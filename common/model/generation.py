@@ -57,7 +57,7 @@ def shared(one: list[int], other: list[int]) -> int:
 
 
 def identify_weights(source: location.Source) -> str:
-    """Tells apart models of one name: when their weights were written, or their commit on the hub."""
+    """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
     folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
     times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
@@ -76,10 +76,7 @@ class Answer(NamedTuple):
 
 
 class Generator:
-    """A model in a conversation; it keeps its keys and values, so that a turn reads only what is new.
-
-    last: the last `Answer`. context: tokens that the model has positions for.
-    """
+    """A model in a conversation; it keeps keys and values, so that a turn reads only what is new."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -95,7 +92,7 @@ class Generator:
         self.last: Answer | None = None
 
     def limit(self, context: int | None) -> int:
-        """Tokens in view: the setting CONTEXT, but not more than the model takes."""
+        """Tokens in view: CONTEXT, but not more than the model takes."""
         return min(context or self.context, self.context)
 
     def fit_context(
@@ -169,7 +166,7 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 def answers(
     model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
 ) -> Iterator[Answer]:
-    """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
+    """Yield one answer per chat, the same as one by one up to rounding."""
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
     context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
@@ -187,4 +184,7 @@ def answers(
         for new in model.generate(**inputs, **settings)[:, read:].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")
+            if end is None:
+                yield Answer(text, len(new), "length")
+            else:
+                yield Answer(text, end + 1, "end")

@@ -20,15 +20,15 @@ from common.model.quantize import BITS, quantization_config, quantize_hqq
 
 
 def from_hub(load, source: Source, **kwargs):
-    """Call a from_pretrained on the source; what it raises becomes a UserError of one line."""
+    """Call a from_pretrained on the source; what it raises becomes a UserError."""
     if source.gguf and not Path(source.path).is_dir():
         convert_gguf(Path(source.gguf), Path(source.path))
     try:
         return load(source.path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        remedy = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error
+        hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -41,8 +41,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
         print(f"converting {file.name} once, to {folder}", file=sys.stderr)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        options = dict(gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        options = dict(gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -50,7 +50,6 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def load_config(source: Source):
-    """The base model's config, the first thing to fail for a hub id without network."""
     return from_hub(AutoConfig.from_pretrained, source)
 
 
@@ -75,20 +74,19 @@ def choose_dtype(name: str | None) -> torch.dtype:
     if name is not None:
         return getattr(torch, name)
     device = distributed.device().type
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
     if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32
     return torch.bfloat16
 
 
 def choose_attention(name: str | None, packing: bool) -> str:
-    """The attention asked for; None: SDPA, per document where rows are packed on a CPU."""
+    """The attention asked for, or SDPA: per document where rows are packed on a CPU."""
     return name or ("sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa")
 
 
 def count_weights(config) -> int:
-    """The number of weights of a model, by its config."""
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
@@ -99,7 +97,6 @@ def context_length(config) -> int:
 
 
 def check_length(source: Source, max_length: int) -> None:
-    """Refuse sequences longer than the model has positions for."""
     if max_length > (positions := context_length(load_config(source))):
         problem = f"{source.name} has {positions} positions. Set MAX_LENGTH={positions}."
         raise UserError(f"MAX_LENGTH={max_length}: {problem}")
@@ -125,9 +122,8 @@ def load_model(
     )
     if quantization in BITS:
         quantize_hqq(model, quantization, dtype, distributed.device())
-    model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
-    # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation on CPUs with AVX512-BF16, and the packed
-    # product has no gradient: training would go on with its gradients silently cut.
+    model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
+    # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
     for module in model.modules() if trainable else ():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
@@ -144,14 +140,13 @@ def load_model(
 
 
 def fingerprint(model) -> list[float]:
-    """Mean absolute value of 16 embedding rows, which tells two models of the same shape apart."""
+    """Mean absolute value of 16 embedding rows, to tell two models of one shape apart."""
     weight = model.get_input_embeddings().weight
     rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
     return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
 
 
 def check_adapter(model, source: Source) -> None:
-    """Refuse an adapter without safe weights, or whose base had other weights than the one loaded."""
     folder = Path(source.adapter)
     if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle another file
         raise UserError(f"MODEL={folder}: the adapter has no adapter_model.safetensors.")
@@ -162,7 +157,7 @@ def check_adapter(model, source: Source) -> None:
 
 
 def same_weights(one: list[float], other: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights, in any dtype."""
+    """Whether two fingerprints are alike, in any dtype."""
     one, other = torch.tensor(one), torch.tensor(other)
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.02)
 
@@ -177,7 +172,8 @@ def save_final(folder: Path, model, tokenizer, base_fingerprint=None, weights: d
     try:
         model.save_pretrained(partial, state_dict=weights, **options)
     except SafetensorError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
+        remedy = "Make room, then the same command again."
+        raise UserError(f"{folder} cannot be written: {error}. {remedy}") from error
     tokenizer.save_pretrained(partial)
     if is_adapter:
         (partial / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))

@@ -1,4 +1,4 @@
-"""Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq (mobiusml.github.io/hqq_blog)."""
+"""Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq."""
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -27,7 +27,8 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,  # FSDP knows one dtype
+            # FSDP knows one dtype.
+            bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
@@ -41,7 +42,7 @@ def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:
 
     kept = get_keys_to_not_convert(model)
     for name, layer in list(model.named_modules()):
-        if not (type(layer) is torch.nn.Linear or isinstance(layer, Conv1D)) or not should_convert_module(name, kept):
+        if type(layer) not in (torch.nn.Linear, Conv1D) or not should_convert_module(name, kept):
             continue
         if layer.weight.numel() % GROUP_SIZE:
             problem = f"{name} has {layer.weight.numel()} weights, which do not divide into groups of {GROUP_SIZE}"
