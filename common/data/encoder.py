@@ -8,6 +8,7 @@ the mask. A third one breaks up control tokens in a message. All three leave the
 import hashlib
 import json
 import re
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -24,19 +25,17 @@ GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a tem
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
+# How a tokenizer of SentencePiece's kind puts a space before text: after every special token, or only at
+# the start; not where there is a space already, or always.
+Prefix = namedtuple("Prefix", ["everywhere", "once"])
+
+
 class Encoded(NamedTuple):
     """An encoded chat of T tokens and A answers."""
 
     ids: np.ndarray  # (T,), int32
     learned: np.ndarray  # (T,), bool: the tokens in the loss
     ends: np.ndarray  # (A,), number of tokens up to the end of each answer
-
-
-class Prefix(NamedTuple):
-    """How a tokenizer of SentencePiece's kind puts a space before text."""
-
-    everywhere: bool  # after every special token
-    once: bool  # not where there is a space already
 
 
 class ChatEncoder:
@@ -96,25 +95,21 @@ class ChatEncoder:
             return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
         text, passages = self.render(messages, **options)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not self.marked:
-            passages = [self.find_answer(text, messages[:i], messages[i]) for i in answers]
+        for i in () if self.marked else answers:
+            prompt = self.render(messages[:i], add_generation_prompt=True)[0]
+            answered = self.render(messages[: i + 1])[0]
+            if not text.startswith(answered) or not answered.startswith(prompt):
+                problem = "this one rewrites earlier turns, so what to learn of its answers is undefined"
+                remedy = "Copy it to a file, put {% generation %} marks around each answer"
+                raise UserError(f"CHAT_TEMPLATE: {problem}. {remedy}, and set CHAT_TEMPLATE=file.jinja.")
+            ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
+            passages.append((len(prompt), ends[-1] if ends else len(answered)))
         if len(passages) != len(answers):
             found = f"{len(passages)} passages in a chat of {len(answers)} answers"
             raise UserError(f"CHAT_TEMPLATE marks {found}; mark each once.")
         for start, end in reversed(passages):
             text = text[:start] + START + text[start:end] + END + text[end:]
         return text
-
-    def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
-        """Where an answer with its end token stands, by a template without marks."""
-        prompt = self.render(before, add_generation_prompt=True)[0]
-        answered = self.render([*before, answer])[0]
-        if not text.startswith(answered) or not answered.startswith(prompt):
-            problem = "this one rewrites earlier turns, so what to learn of its answers is undefined"
-            remedy = "Copy it to a file, put {% generation %} marks around each answer"
-            raise UserError(f"CHAT_TEMPLATE: {problem}. {remedy}, and set CHAT_TEMPLATE=file.jinja.")
-        ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
-        return len(prompt), ends[-1] if ends else len(answered)
 
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
         escaped = []

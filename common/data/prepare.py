@@ -178,12 +178,12 @@ def as_dataset(table: pa.Table):
     """A dataset of input_ids and labels."""
     import datasets  # slow import
 
-    ids, masks = (table.column(name).combine_chunks() for name in SCHEMA.names)
+    ids, masks = (table[name].combine_chunks() for name in SCHEMA.names)
     offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
     tokens = ids.flatten().to_numpy()
     labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
     columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
-    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns, names=["input_ids", "labels"])))
+    return datasets.Dataset(pa.table(columns, names=["input_ids", "labels"]))
 
 
 def sample(folder: Path):

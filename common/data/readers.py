@@ -97,8 +97,7 @@ def read_csv(path: Path) -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    import pyarrow  # slow import
-    import pyarrow.parquet
+    import pyarrow.parquet  # slow import
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

@@ -83,19 +83,17 @@ def parse(data: str, setting: str = "DATA") -> list[Source]:
             parts.append(Source(hub_id, None, split or usual_split, *rows))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not has_reader and not os.path.isdir(path.parent):
             parts.append(Source(hub_id, None, split or "train", *rows))
+        elif os.path.isfile(path):
+            raise UserError(f"{setting}={text}: files end in {', '.join(readers.READERS)}.")
+        elif os.path.isdir(path):
+            remedy = "name a file in it, or a folder that prepare_data.py wrote."
+            raise UserError(f"{setting}={text}: it is a folder; {remedy}")
         else:
-            raise UserError(f"{setting}={text}: {find_problem(name, path)}")
+            siblings = map(str, path.parent.glob("*"))
+            hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
+            hint = f"{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
+            raise UserError(f"{setting}={text}: file not found.{hint}")
     return parts
-
-
-def find_problem(name: str, path: Path) -> str:
-    if os.path.isfile(path):
-        return f"files end in {', '.join(readers.READERS)}."
-    if os.path.isdir(path):
-        return "it is a folder; name a file in it, or a folder that prepare_data.py wrote."
-    siblings = map(str, path.parent.iterdir()) if os.path.isdir(path.parent) else []
-    hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
-    return f"file not found.{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
 
 
 def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, formats.Chat]]:
