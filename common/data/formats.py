@@ -4,11 +4,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
-    "text": "text",
-}  # fmt: skip
+ALIASES = dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
+ALIASES |= {"human": "user", "prompter": "user"}
 FOLLOWS = {
     "system": ("the start",), "user": ("the start", "system", "assistant"), "assistant": ("user",),
     "text": ("the start",),
@@ -24,7 +21,7 @@ class InvalidRow(str):
 
 
 class SkippedRow(str):
-    """Why a valid row is not used, in words to count by."""
+    """Why a valid row is not used."""
 
 
 Chat = list[dict] | InvalidRow | SkippedRow  # turns of {"role", "content"}, or why a row gives none
@@ -66,8 +63,8 @@ def check_turns(convert, *arguments) -> Chat:
         return turns
     chat = []
     for field, role, content, weight in turns:
-        name = ROLES.get(role) if isinstance(role, str) else None
-        if name is None or name == "text" != field:
+        name = ALIASES.get(role, role) if isinstance(role, str) else None
+        if name not in FOLLOWS or name == "text" != field:
             place = field.rpartition(".")[0] or field
             return invalid(place, "the role must be system, user or assistant", role)
         if isinstance(content, list):
@@ -128,7 +125,7 @@ def completion(row: dict) -> list[tuple]:
     if isinstance(row["prompt"], str):
         return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
     given = {"assistant": 0}  # weight of the answers in the prompt: not in the loss
-    prompt = [(*turn[:3], given.get(ROLES.get(turn[1]))) for turn in turns_in(row, "prompt")]
+    prompt = [(*turn[:3], given.get(ALIASES.get(turn[1], turn[1]))) for turn in turns_in(row, "prompt")]
     return prompt + turns_in(row, "completion")
 
 

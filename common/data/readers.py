@@ -138,7 +138,7 @@ def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
 
 
 def detokenize(row, vocabulary: tuple[dict[int, str], str]):
-    """The row with its lists of token ids turned back into text."""
+    """The row with its lists of token ids as text."""
     if not isinstance(row, dict):
         return row
     (tokens, glue), texts = vocabulary, {}

@@ -45,7 +45,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     if missing:
         note += f", with new tokens {' '.join(missing)}"
     if name:
-        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
+        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before chats without "
         note += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"

@@ -84,8 +84,8 @@ class Generator:
         self.ends = set(end_tokens(model, tokenizer))
         self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        # A layer with a sliding window cannot be cropped, so such models get plain layers, which keep everything.
-        # A running state cannot go back: each turn is read from the start.
+        # A sliding window cannot be cropped: such models get plain layers, which keep everything. A running
+        # state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
         self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.cache = None
@@ -95,9 +95,7 @@ class Generator:
         """Tokens in view: CONTEXT, but not more than the model takes."""
         return min(context or self.context, self.context)
 
-    def fit_context(
-        self, messages: list[dict], max_new_tokens: int, context: int | None = None
-    ) -> tuple[list[dict], list[int]]:
+    def fit_context(self, messages: list[dict], max_new_tokens: int, context: int | None = None):
         """Leave out the oldest turns until all fits: the messages that stay, and their token ids.
 
         A quarter of the context is enough for the answer. UserError where the last prompt is too long.
@@ -120,8 +118,7 @@ class Generator:
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
-        self.rewind(prompt)
-        new = prompt[len(self.seen) :]
+        new = self.rewind(prompt)
         read = len(new)
         try:
             while True:
@@ -143,8 +140,8 @@ class Generator:
         finally:  # also when the reader stops early (Ctrl-C)
             self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
-    def rewind(self, prompt: list[int]) -> None:
-        """Crop the cache to what the prompt begins with, but its last token, which must be read."""
+    def rewind(self, prompt: list[int]) -> list[int]:
+        """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
@@ -152,6 +149,7 @@ class Generator:
         else:
             same, self.cache = 0, DynamicCache() if self.can_rewind else None
         self.seen = self.seen[:same]
+        return prompt[same:]
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
