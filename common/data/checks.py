@@ -44,7 +44,7 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
 
 
 def show(row: dict, tokenizer) -> None:
-    """Print a row, its tokens in the loss green or, in a log, between [[ and ]]."""
+    """Print a row, tokens in the loss green or, in a log, between [[ and ]]."""
     console = Console(highlight=False, soft_wrap=True)
     colour = console.is_terminal and "NO_COLOR" not in os.environ
     shown = Text()
@@ -58,7 +58,7 @@ def show(row: dict, tokenizer) -> None:
 
 
 def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
-    """A row's tokens as (in the loss, ids) in runs."""
+    """A row's tokens in runs of (in the loss, ids)."""
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     for in_loss, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
         yield in_loss, [token for token, _ in run]
@@ -67,8 +67,7 @@ def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
 def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
     """Each kind of problem with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
-    bos = tokenizer.bos_token_id
-    longest = settings["MAX_LENGTH"]
+    bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
     tests = {
         "no token of it is in the loss (answers of weight 0? KL_WEIGHT=1 would use them)": lambda row: (
             not held and set(row["labels"]) == {IGNORE_INDEX}
@@ -81,8 +80,7 @@ def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: boo
         f"it is longer than MAX_LENGTH={longest}": lambda row: len(row["input_ids"]) > longest,
     }
     for problem, has_problem in tests.items():
-        found = [row for row in rows if has_problem(row)]
-        if found:
+        if found := [row for row in rows if has_problem(row)]:
             text = re.sub(r"\s+", " ", tokenizer.decode(found[0]["input_ids"][:30]))
             yield f"{len(found)} of {len(rows)} rows: {problem}. First: {text!r}"
 

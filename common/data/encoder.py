@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections import namedtuple
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -112,11 +113,8 @@ class ChatEncoder:
         return text
 
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        escaped = []
-        for message in messages:
-            content = self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], message["content"])
-            escaped.append({"role": message["role"], "content": content})
-        return escaped
+        escape = partial(self.control.sub, lambda found: found[0][0] + BREAK + found[0][1:])
+        return [{"role": turn["role"], "content": escape(turn["content"])} for turn in messages]
 
     def add_prefix_space(self, text: str) -> str:
         """The text with the spaces that its tokenizer would put."""

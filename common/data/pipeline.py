@@ -106,7 +106,7 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
 
 
 def matcher(pattern: str | None):
-    """Whether a chat matches DROP_PATTERN, as a function; "auto" skips the user's turns."""
+    """Tests a chat for DROP_PATTERN; "auto" skips the user's turns."""
     if pattern == "auto":
         search = re.compile(OTHER_ASSISTANTS).search  # lower-casing is twice as fast as ignoring the case
         return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)

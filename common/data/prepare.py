@@ -187,7 +187,7 @@ def as_dataset(table: pa.Table):
 
 
 def sample(folder: Path):
-    """A dataset of four row groups at most, from all over the training file."""
+    """Four row groups at most, from all over the training file."""
     with parquet.ParquetFile(folder / "train.parquet") as file:
         chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
         return as_dataset(file.read_row_groups(list(chosen)))

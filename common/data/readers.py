@@ -23,7 +23,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # NaN and Infinity a
 
 
 def read_jsonl(path: Path) -> Rows:
-    """(line number, row) of the lines that are not empty; an InvalidRow where one is not JSON."""
+    """(line number, row) of lines that are not empty; an InvalidRow where one is not JSON."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
             try:
@@ -72,7 +72,8 @@ def read_json(path: Path) -> Rows:
             DECODER.decode(text)  # raises an error that says what is wrong
     except (ValueError, RecursionError) as error:
         place = error.pos if isinstance(error, json.JSONDecodeError) else start
-        yield bisect_left(newlines, place) + 1, invalid("row", f"not valid JSON: {error}", text[place : place + 60])
+        problem = invalid("row", f"not valid JSON: {error}", text[place : place + 60])
+        yield bisect_left(newlines, place) + 1, problem
 
 
 def read_csv(path: Path) -> Rows:

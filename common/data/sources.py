@@ -28,9 +28,7 @@ PART = rf"(.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"
 
 @dataclass(frozen=True)
 class Source:
-    """One part of DATA."""
-
-    name: str  # file or hub id
+    name: str  # of one part of DATA: a file or a hub id
     file: Path | None  # None: a hub set
     split: str  # hub sets only
     start: str | None  # first row, "10" or "10%"

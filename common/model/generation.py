@@ -37,7 +37,7 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the usual ones."""
+    """Tokens that end an answer: the model's, the tokenizer's, and the usual ones."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
@@ -65,8 +65,6 @@ def identify_weights(source: location.Source) -> str:
 
 
 class Answer(NamedTuple):
-    """An answer and how it was generated."""
-
     text: str
     tokens: int
     stop: str  # "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader
@@ -111,10 +109,8 @@ class Generator:
         return messages, ids
 
     @torch.no_grad()
-    def stream(
-        self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, context: int | None = None
-    ) -> Iterator[str]:
-        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0."""
+    def stream(self, prompt, max_new_tokens: int, temperature: float, top_p: float, context=None) -> Iterator[str]:
+        """Yield the answer to token ids as pieces of text; greedy at temperature 0."""
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer

