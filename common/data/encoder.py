@@ -26,8 +26,7 @@ GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a tem
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-# How a tokenizer of SentencePiece's kind puts a space before text: after every special token, or only at
-# the start; not where there is a space already, or always.
+# SentencePiece's space before text: after every special token? not where there is one already?
 Prefix = namedtuple("Prefix", ["everywhere", "once"])
 
 

@@ -36,10 +36,7 @@ def invalid(field: str, problem: str, value) -> InvalidRow:
 
 
 def to_chat(row) -> Chat:
-    """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`.
-
-    The last turn is the user's where a question has no answer; the rest is left out.
-    """
+    """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`."""
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
     if "message_id" in row and "parent_id" in row:

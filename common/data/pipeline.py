@@ -47,9 +47,9 @@ def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) ->
 
 
 def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator[tuple[int, Encoded]]:
-    """Yield (repetitions, row) of each chat in order, without duplicates.
+    """Yield (repetitions, row) of each chat in order, without duplicates; 0 repetitions come last.
 
-    arguments: the first of `encode_batch`. Chats to evaluate on have 0 repetitions and come last.
+    arguments: of `encode_batch`, but the last.
     """
     batches = iter(lambda: list(itertools.islice(chats, BATCH)), [])
     head = list(itertools.islice(batches, POOL_FROM))

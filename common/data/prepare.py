@@ -30,8 +30,7 @@ ROW_GROUP = 4096  # rows in a row group of the files
 def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest=None):
     """(train, evaluation or None, account) of DATA, prepared into the folder unless it is already.
 
-    The datasets have input_ids and labels. keep_unlearned: also chats without a token in the loss.
-    manifest: of the checkpoint to resume from; exit code 3 if its data changed.
+    keep_unlearned: also chats without a token in the loss. manifest: of the checkpoint to resume from.
     """
     is_prepared = Path(settings["DATA"]).is_dir()
     if is_prepared:

@@ -19,10 +19,7 @@ SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
 
 
 def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
-    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done).
-
-    Raises UserError when answers would never end.
-    """
+    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done)."""
     own = tokenizer.chat_template or ""
     known_tokens, own_name = inspect(tokenizer, own)
     known_tokens |= {tokenizer.bos_token, tokenizer.eos_token}

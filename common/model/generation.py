@@ -94,10 +94,8 @@ class Generator:
         return min(context or self.context, self.context)
 
     def fit_context(self, messages: list[dict], max_new_tokens: int, context: int | None = None):
-        """Leave out the oldest turns until all fits: the messages that stay, and their token ids.
-
-        A quarter of the context is enough for the answer. UserError where the last prompt is too long.
-        """
+        """(messages, their token ids) without the oldest turns, so that the answer fits, too."""
+        # A quarter of the context is enough for the answer.
         room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
         first = int(messages[0]["role"] == "system")
         while len(ids := self.encoder.prompt(messages)) > room:

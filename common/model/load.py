@@ -105,10 +105,7 @@ def check_length(source: Source, max_length: int) -> None:
 def load_model(
     source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
-    """Load the base model onto this process's device, and the source's adapter, if any, on it.
-
-    vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
-    """
+    """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(

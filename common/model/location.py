@@ -32,10 +32,7 @@ def check_models(**settings: str | None) -> None:
 
 
 def locate(model: str, setting: str = "MODEL") -> Source:
-    """Find a model: embedded name, .gguf file, run folder, local folder (full or adapter) or hub id.
-
-    Raises UserError when nothing is there; a hub id is not looked up yet.
-    """
+    """Find a model: embedded name, .gguf file, folder, or hub id, which is not looked up yet."""
     path = Path(model).expanduser()
     if model in EMBEDDED or path.suffix == ".gguf":
         file = embedded_gguf(model) if model in EMBEDDED else path

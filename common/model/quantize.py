@@ -34,10 +34,7 @@ def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAnd
 
 
 def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:
-    """Put hqq's layers in the place of the linear ones that bitsandbytes would quantise: all but the head.
-
-    The device holds only the packed model, and may be meta. UserError for a layer that cannot be packed.
-    """
+    """Put hqq's layers in the place of linear ones, but the head, on a device that may be meta."""
     from hqq.core.quantize import HQQLinear, hqq_base_quant_config
 
     kept = get_keys_to_not_convert(model)
