@@ -1,4 +1,4 @@
-"""Turn sources of chats into tokens once: filtered, mixed, formatted, split, with an account of every row.
+"""Turn sources of chats into tokens once: filtered, mixed, formatted, split, every row accounted for.
 
     python prepare_data.py DATA="ultrachat[:10%], oasst2, data/brief.jsonl*20" RUN_NAME=mix
     python qlora_train.py DATA=out/mix RUN_NAME=first
@@ -63,7 +63,7 @@ def main():
     rows = prepare.sample(folder)
     checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.new_token_ids)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
-    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # makes the folder one to train on
+    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # now one can train on it
     print(f"\nprepared: {folder}")
     print(f"train on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}")
 

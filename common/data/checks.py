@@ -19,7 +19,7 @@ SHOWN = 2  # rows printed
 WIDTH = 1200  # characters of a printed row, the rest is left out
 
 
-def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
+def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
     """Print the first rows and check a thousand; UserError with all problems, unless DOCTOR=warn.
 
     held: whether rows without a token in the loss are of use. trained_rows: token ids.

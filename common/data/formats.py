@@ -199,7 +199,7 @@ FORMATS = {
     ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,
     ("conversation_a", "conversation_b", "winner"): arena,
-    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"], lambda message: message.get("replies") or []),
+    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"], lambda turn: turn.get("replies") or []),
     ("instruction", "output"): instruction,
     ("dialogue", "summary"): summary,
     ("prompt", "completion"): completion,

@@ -29,7 +29,7 @@ OTHER_ASSISTANTS = (
 )
 
 
-def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator[tuple[int, str, list]]:
+def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator:
     """Yield (repetitions, `file:line`, chat); other rows are counted, or an error in a local file."""
     for source in parts:
         for number, chat in sources.read_chats(source, vocabulary):
@@ -46,7 +46,7 @@ def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) ->
                 counts["dropped: broken, " + re.sub(r"\[\d+\]", "", problem)] += 1
 
 
-def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator[tuple[int, Encoded]]:
+def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator:
     """Yield (repetitions, row) of each chat in order, without duplicates; 0 repetitions come last.
 
     arguments: of `encode_batch`, but the last.
@@ -74,7 +74,7 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple[list, Counter]:
+def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple:
     """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason)."""
     matches, max_length = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
     chats, rows, counts = [], [], Counter()
@@ -108,7 +108,7 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
 def matcher(pattern: str | None):
     """Tests a chat for DROP_PATTERN; "auto" skips the user's turns."""
     if pattern == "auto":
-        search = re.compile(OTHER_ASSISTANTS).search  # lower-casing is twice as fast as ignoring the case
+        search = re.compile(OTHER_ASSISTANTS).search  # twice as fast as ignoring the case
         return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)
     search = re.compile(pattern or "(?!)", re.IGNORECASE).search
     return lambda chat: any(search(turn["content"]) for turn in chat)
@@ -130,5 +130,5 @@ def start_worker(*arguments) -> None:
     run_worker.arguments = arguments  # of encode_batch, once for all batches
 
 
-def run_worker(batch: list) -> tuple[list, Counter]:
+def run_worker(batch: list) -> tuple:
     return encode_batch(*run_worker.arguments, batch)

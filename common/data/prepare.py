@@ -37,7 +37,7 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
         folder = Path(settings["DATA"])
         if settings["EVAL_DATA"] and not manifest:
             raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
-    elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
+    elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):
         folder.mkdir(exist_ok=True)
         # One process, whose tokenizer has threads: workers would import the script with all its libraries.
         account = distributed.on_first(lambda: prepare(settings, encoder, folder, keep_unlearned, workers=1))
@@ -117,8 +117,8 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
                     writer.write_table(file.read_row_group(group).take(rows[first:last] - start))
 
 
-def account_for(counts: Counter, times: np.ndarray, tokens: np.ndarray, in_loss: np.ndarray, max_length: int) -> dict:
-    """What became of every row: rows = trained + held_out + all dropped. Times, tokens: of each chat."""
+def account_for(counts: Counter, times, tokens, in_loss, max_length: int) -> dict:
+    """What became of every row: rows = trained + held_out + all dropped. The arrays: of each chat."""
     reasons = {"dropped": {}, "changed": {}}
     for reason, n in sorted(counts.items()):
         kind, _, what = reason.partition(": ")

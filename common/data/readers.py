@@ -81,7 +81,7 @@ def read_csv(path: Path) -> Rows:
     csv.field_size_limit(MAX_FIELD)
     with open(path, "rb") as stream:
         lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
-        reader = csv.DictReader(lines, strict=True)  # surplus fields come under None, missing ones as None
+        reader = csv.DictReader(lines, strict=True)  # surplus fields: under None, missing ones: None
         line = 1
         try:
             header = reader.fieldnames

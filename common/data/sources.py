@@ -1,4 +1,4 @@
-"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row; imports nothing slow."""
+"""Sources: what DATA names, read row by row. Nothing slow is imported here."""
 
 import itertools
 import os

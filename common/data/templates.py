@@ -42,7 +42,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     if missing:
         note += f", with new tokens {' '.join(missing)}"
     if name:
-        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before chats without "
+        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
         note += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"
@@ -73,7 +73,7 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
     None: the model's own, with marks where TRL or one of ours has the same; for a model without
     one, the first of ours whose tokens it has, else zephyr.
     """
-    bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as the tokenizer puts it before plain text
+    bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as before plain text
     ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES}
     if choice is None and not own:
         known = tokenizer.get_vocab().keys()

@@ -62,7 +62,7 @@ def load_tokenizer(source: Source):
         templates = tokenizer.chat_template
         tokenizer.chat_template = templates.get("default", next(iter(templates.values())))
     vocab_size = load_config(source).get_text_config().vocab_size
-    if len(tokenizer) > vocab_size and not is_adapters:  # an adapter's own tokens come with rows for them
+    if len(tokenizer) > vocab_size and not is_adapters:  # an adapter has rows for its own
         problem = f"its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows"
         remedy = "Use the tokenizer that the model came with, or resize the embeddings first."
         raise UserError(f"MODEL={source.name}: {problem}. {remedy}")
