@@ -48,14 +48,14 @@ def to_chat(row) -> Chat:
     return invalid("row", f"none of the known sets of fields ({known})", list(row))
 
 
-def check_turns(convert, *arguments) -> Chat:
+def check_turns(convert, row: dict) -> Chat:
     """The chat of the turns (field, role, content, weight) that `convert` finds."""
     try:
-        turns = convert(*arguments)
+        turns = convert(row)
     except ValueError as error:
         return InvalidRow(error)
     except (AttributeError, TypeError, KeyError) as error:
-        return invalid("row", f"a field has another type than in its schema ({error})", arguments[0])
+        return invalid("row", f"a field has another type than in its schema ({error})", row)
     if isinstance(turns, SkippedRow):
         return turns
     chat = []
@@ -148,7 +148,7 @@ def arena(row: dict) -> list[tuple] | SkippedRow:
     return turns_in(row, f"conversation_{side}")
 
 
-def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
+def best_path(root: dict) -> list[tuple] | SkippedRow:
     """The turns of an OpenAssistant tree ranked highest; unranked ones come last."""
 
     def usable(message: dict) -> bool:
@@ -158,7 +158,7 @@ def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
     if not usable(root):
         return SkippedRow(f"OpenAssistant: deleted, rejected or not {LANGUAGE_NAME}")
     path = [root]
-    while replies := [r for r in replies_to(path[-1]) if usable(r) and not any(r is earlier for earlier in path)]:
+    while replies := [r for r in path[-1].get("replies") or [] if usable(r) and not any(r is p for p in path)]:
         path.append(min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank"))))
     if len(path) == 1:
         return SkippedRow("OpenAssistant: no answer")
@@ -181,13 +181,14 @@ def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
         message = waiting.pop()
         if id(message) not in found:
             found.add(id(message))
-            waiting += replies[message["message_id"]]
+            message["replies"] = replies[message["message_id"]]
+            waiting += message["replies"]
     for number, row in rows:
         if not is_tree_message(row):
             is_invalid = isinstance(row, InvalidRow)
             yield number, row if is_invalid else invalid("row", "no message of a tree", row)
         elif row["parent_id"] is None:
-            yield number, check_turns(best_path, row, lambda message: replies[message["message_id"]])
+            yield number, check_turns(best_path, row)
         elif id(row) in found:
             yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
         else:
@@ -199,7 +200,7 @@ FORMATS = {
     ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,
     ("conversation_a", "conversation_b", "winner"): arena,
-    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"], lambda turn: turn.get("replies") or []),
+    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"]),
     ("instruction", "output"): instruction,
     ("dialogue", "summary"): summary,
     ("prompt", "completion"): completion,

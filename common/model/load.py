@@ -97,9 +97,8 @@ def context_length(config) -> int:
 
 
 def check_length(source: Source, max_length: int) -> None:
-    if max_length > (positions := context_length(load_config(source))):
-        problem = f"{source.name} has {positions} positions. Set MAX_LENGTH={positions}."
-        raise UserError(f"MAX_LENGTH={max_length}: {problem}")
+    if max_length > (most := context_length(load_config(source))):
+        raise UserError(f"MAX_LENGTH={max_length}: {source.name} has {most} positions. Set MAX_LENGTH={most}.")
 
 
 def load_model(

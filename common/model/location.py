@@ -56,15 +56,14 @@ def locate_folder(folder: Path, setting: str) -> Source:
         if not (folder / "final").is_dir():
             hint = f"Take a checkpoint: {folder}/checkpoint-N."
             raise UserError(f"{setting}={folder}: this run has no final/ yet. {hint}")
-        folder = folder / "final"
+        folder /= "final"
     for index in folder.glob("*.index.json"):
         # transformers 5.23 opens whatever path a shard's name makes (issue 47176).
         shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
         if outside := [name for name in shards if name != Path(name).name or "\\" in name]:
             raise UserError(f"{setting}={folder}: {index.name} names a file outside of the folder: {outside[0]}")
-    adapter_config = folder / "adapter_config.json"
-    if adapter_config.is_file():
-        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if (config := folder / "adapter_config.json").is_file():
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
         return replace(locate(base, f"{setting}={folder}, base model"), adapter=str(folder))
     if not (folder / "config.json").is_file():
         raise UserError(f"{setting}={folder}: the folder holds neither config.json nor adapter_config.json.")
