@@ -25,7 +25,7 @@ def check_combinations(settings: dict) -> None:
     if settings["MIN_LR"] > settings["LEARNING_RATE"]:
         raise UserError(f"MIN_LR={settings['MIN_LR']}: it must not be above LEARNING_RATE={settings['LEARNING_RATE']}.")
     if ("8bit" in optim or "paged" in optim) and not torch.cuda.is_available():
-        raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. On the CPU, adamw_torch_fused and adamw work.")
+        raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. OPTIM=adamw_torch_fused works without.")
     for name in filter(None, (settings["REPORT_TO"] or "").replace(" ", "").split(",")):
         check_package("REPORT_TO", settings["REPORT_TO"], "tensorboardX" if name == "tensorboard" else name, name)
     rows_per_step(settings)
