@@ -1,4 +1,4 @@
-"""Turn sources of chats into tokens once: filtered, mixed, formatted, split, with an account of every row.
+"""Turn sources of chats into tokens once: filtered, mixed, formatted, split, every row accounted for.
 
     python prepare_data.py DATA="ultrachat[:10%], oasst2, data/brief.jsonl*20" RUN_NAME=mix
     python qlora_train.py DATA=out/mix RUN_NAME=first
@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
-    from common.data import checks, prepare, prepared, templates
+    from common.data import checks, prepare, templates
     from common.files import write_atomic
     from common.model import load, location
     from common.run.folder import create_folder
@@ -57,13 +57,13 @@ def main():
 
     # Sources to tokens, to disk as they come, then into two files
     account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
-    print(prepared.describe(account))
+    print(prepare.describe(account))
 
     # What a run will learn
-    rows = prepared.sample(folder)
+    rows = prepare.sample(folder)
     checks.examine(rows, tokenizer, encoder, settings, held=True, trained_rows=encoder.new_token_ids)
     plot_lengths(account["length_histogram"], folder / "lengths.png")
-    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # makes the folder one to train on
+    write_atomic(folder / "report.json", json.dumps(account, indent=1))  # now one can train on it
     print(f"\nprepared: {folder}")
     print(f"train on it: python qlora_train.py DATA={folder} MODEL={MODEL} MAX_LENGTH={MAX_LENGTH}")
 

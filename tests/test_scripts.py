@@ -172,8 +172,12 @@ def test_a_base_model_learns_to_stop(architecture, settings, base_tokenizer_fold
     stop = "<|im_end|>" if "chatml" in settings else "<|endoftext|>"
     assert tokenizer.eos_token == stop
     chats = [formats.to_chat(row) for row in rows]
-    inputs = generation.prompts(model, tokenizer, [chat[:1] for chat in chats])
-    outputs = model.generate(**inputs, **generation.generation_settings(model, tokenizer, 40, 0.0, 1.0))
+    encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
+    inputs = {"input_ids": [encoder.prompt(chat[:1]) for chat in chats]}
+    inputs = tokenizer.pad(inputs, padding_side="left", return_tensors="pt")
+    outputs = model.generate(
+        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
     answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
     assert [answer.partition(stop)[0] for answer in answers] == [chat[1]["content"] for chat in chats]
     assert all(stop in answer for answer in answers)

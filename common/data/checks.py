@@ -1,4 +1,4 @@
-"""Checks of the rows that a run is about to learn from: some are shown, a problem stops the run."""
+"""Checks of the rows that a run will learn from: some are shown, a problem stops the run."""
 
 import itertools
 import os
@@ -6,27 +6,27 @@ import re
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from common.cli import UserError
 from common.data.encoder import PROBE, ChatEncoder
-from common.data.prepared import IGNORE_INDEX
+from common.data.prepare import IGNORE_INDEX
 
 ROWS = 1000  # rows checked, evenly spaced over the set
 SHOWN = 2  # rows printed
 WIDTH = 1200  # characters of a printed row, the rest is left out
 
 
-def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
-    """Print the first rows, tokens in the loss apart from context, and check a thousand.
+def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
+    """Print the first rows and check a thousand; UserError with all problems, unless DOCTOR=warn.
 
-    held: whether rows without a token in the loss are of use. trained_rows: tokens whose embeddings are trained.
-    Raises UserError with all problems, or prints them where DOCTOR=warn.
+    held: whether rows without a token in the loss are of use. trained_rows: token ids.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
-    with_loss = (row for row in rows if set(row["labels"]) != {IGNORE_INDEX})
-    for row in itertools.islice(with_loss, SHOWN):
+    with_loss = [row for row in rows if set(row["labels"]) != {IGNORE_INDEX}]
+    for row in with_loss[:SHOWN]:
         show(row, tokenizer)
     problems = list(row_problems(rows, tokenizer, encoder, settings, held))
     if frozen := set(encoder.new_token_ids) - set(trained_rows):
@@ -38,12 +38,13 @@ def examine(dataset, tokenizer, encoder: ChatEncoder, settings: dict, held: bool
         return
     text = "\n".join(f"doctor: {problem}" for problem in problems)
     if settings["DOCTOR"] == "stop":
-        raise UserError(f"the data would teach something wrong (DOCTOR=warn trains on it anyway).\n{text}")
+        problem = "the data would teach something wrong (DOCTOR=warn trains on it anyway)"
+        raise UserError(f"{problem}.\n{text}")
     print(text, file=sys.stderr)
 
 
 def show(row: dict, tokenizer) -> None:
-    """Print a row: tokens in the loss green on a terminal, between [[ and ]] in a log."""
+    """Print a row, tokens in the loss green or, in a log, between [[ and ]]."""
     console = Console(highlight=False, soft_wrap=True)
     colour = console.is_terminal and "NO_COLOR" not in os.environ
     shown = Text()
@@ -57,17 +58,16 @@ def show(row: dict, tokenizer) -> None:
 
 
 def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
-    """A row's tokens as (in the loss, ids) in runs."""
+    """A row's tokens in runs of (in the loss, ids)."""
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     for in_loss, run in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
         yield in_loss, [token for token, _ in run]
 
 
 def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
-    """Problems of the rows themselves, each kind with the number of rows and the first of them."""
+    """Each kind of problem with the number of rows and the first of them."""
     end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
-    bos = tokenizer.bos_token_id
-    longest = settings["MAX_LENGTH"]
+    bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
     tests = {
         "no token of it is in the loss (answers of weight 0? KL_WEIGHT=1 would use them)": lambda row: (
             not held and set(row["labels"]) == {IGNORE_INDEX}
@@ -80,8 +80,7 @@ def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: boo
         f"it is longer than MAX_LENGTH={longest}": lambda row: len(row["input_ids"]) > longest,
     }
     for problem, has_problem in tests.items():
-        found = [row for row in rows if has_problem(row)]
-        if found:
+        if found := [row for row in rows if has_problem(row)]:
             text = re.sub(r"\s+", " ", tokenizer.decode(found[0]["input_ids"][:30]))
             yield f"{len(found)} of {len(rows)} rows: {problem}. First: {text!r}"
 
@@ -90,20 +89,18 @@ def padding_problems(rows: list[dict], tokenizer) -> Iterator[str]:
     """Whether the collator masks a token in the loss, taking an end token for padding."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # slow import
 
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows[:8]]
-    labels = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows)["labels"]
-    in_loss = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    labels = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows[:8])["labels"]
+    in_loss = sum(label != IGNORE_INDEX for row in rows[:8] for label in row["labels"])
     if int((labels != IGNORE_INDEX).sum()) != in_loss:
         yield "padding hides tokens in the loss: pad and end token are the same. Choose another pad token."
 
 
 def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
-    """Whether a chat, here or in another program, sends exactly the tokens that training put before an answer."""
+    """Whether a chat sends exactly the tokens that training put before an answer."""
     question, answer = PROBE
     for chat in ([question], [question, answer, question]):
         row = encoder.encode([[*chat, answer]])[0]
-        previous_end = row.ends[-2] if len(row.ends) > 1 else 0
-        start = previous_end + int(row.learned[previous_end:].argmax())
+        start = np.flatnonzero(~row.learned[: row.ends[-1]])[-1] + 1  # of the last answer
         seen = row.ids[:start].tolist()
         theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         for who, sent in (("our chat", encoder.prompt(chat)), ("other programs", theirs["input_ids"])):

@@ -1,13 +1,15 @@
-"""Encoding: a chat becomes token ids and a mask of the tokens in the loss, the same in training and in chat.
+"""Encoding: a chat becomes token ids and a mask of the tokens in the loss.
 
-In the text that the template renders, each answer with its end token is put between two noncharacters that our copy
-of the tokenizer has as special tokens: the text is split there, as when the model answers a prompt, and their places
-give the mask. A third one breaks up control tokens in a message, which become text. All three leave the ids.
+In the text that the template renders, each answer is put between two noncharacters that our copy of the
+tokenizer has as special tokens: the text is split there, as when the model answers, and their places give
+the mask. A third one breaks up control tokens in a message. All three leave the ids.
 """
 
 import hashlib
 import json
 import re
+from collections import namedtuple
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +20,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
 
-START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+MARKS = START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+# SentencePiece's space before text: after every special token? not where there is one already?
+Prefix = namedtuple("Prefix", ["everywhere", "once"])
 
 
 class Encoded(NamedTuple):
@@ -32,17 +38,10 @@ class Encoded(NamedTuple):
     ends: np.ndarray  # (A,), number of tokens up to the end of each answer
 
 
-class Prefix(NamedTuple):
-    """How a tokenizer of SentencePiece's kind puts a space before text."""
-
-    everywhere: bool  # after every special token, not only at the start
-    once: bool  # not where there is a space already
-
-
 class ChatEncoder:
-    """Encodes chats by a tokenizer's template. It can be pickled, for worker processes.
+    """Encodes chats by a tokenizer's template; can be pickled.
 
-    end_token: the token that ends an answer, or None where the template writes none.
+    end_token: ends an answer; None where the template writes none.
     fingerprint: differs between tokenizers and templates that give other tokens.
     """
 
@@ -53,14 +52,15 @@ class ChatEncoder:
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         special.sort(key=lambda token: len(token.content), reverse=True)
         self.control = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
-        self.rstrip_tokens = {token.content for token in special if token.rstrip}  # take the white space after them
+        self.rstrip_tokens = {token.content for token in special if token.rstrip}
         self.adds_bos = adds_bos(tokenizer)
-        self.new_token_ids: list[int] = []  # control tokens that the base has hardly seen; from set_template
+        self.new_token_ids: list[int] = []  # that the base has hardly seen; from set_template
         try:
             answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
-        except UserError:  # answers cannot be told apart: good for chatting; set_template refuses to train on it
+        except UserError:  # good for chatting; set_template refuses to train on it
             answer = ""
-        self.end_token = next((token.content for token in special if answer.endswith(token.content)), None)
+        ends = (token.content for token in special if answer.endswith(token.content))
+        self.end_token = next(ends, None)
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -68,14 +68,14 @@ class ChatEncoder:
         state = spec + self.template + str(self.variables)
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
         self.prefix = remove_prefix_space(self.backend, json.loads(spec))
-        # An end token that takes the white space after it must do so with our mark in between, too.
-        rstrip = {END: self.end_token in self.rstrip_tokens}
-        marks = [AddedToken(m, normalized=False, rstrip=rstrip.get(m, False)) for m in (START, END, BREAK)]
+        # An end token that takes the white space after it must do so past our mark, too.
+        rstrip = self.end_token in self.rstrip_tokens
+        marks = [AddedToken(m, normalized=False, rstrip=rstrip and m == END) for m in MARKS]
         self.backend.add_special_tokens(marks)
-        self.start_id, self.end_id, self.break_id = map(self.backend.token_to_id, (START, END, BREAK))
+        self.mark_ids = [self.backend.token_to_id(mark) for mark in MARKS]
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a chat and the (start, end) of its marked passages; UserError where that fails."""
+        """The text of a chat and the (start, end) of its marked passages."""
         try:
             texts, passages = render_jinja_template(
                 [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
@@ -83,22 +83,27 @@ class ChatEncoder:
             )  # fmt: skip
         except TEMPLATE_ERRORS as error:
             chat = ", ".join(m["role"] for m in messages)
-            raise UserError(f"CHAT_TEMPLATE refuses a chat ({chat}): {error}. Change one of them.") from error
+            problem = f"refuses a chat ({chat}): {error}"
+            raise UserError(f"CHAT_TEMPLATE {problem}. Change one of them.") from error
         return texts[0], passages[0] if self.marked else []
 
     def mark(self, messages: list[dict], **options) -> str:
-        """The text of a chat with START and END around each answer.
-
-        Raises UserError when the answers cannot be told apart from what is around them.
-        """
+        """The text of a chat with START and END around each answer; UserError where that fails."""
         messages = self.escape_control_tokens(messages)
         if messages[0]["role"] == "text":
             bos = self.variables["bos_token"] if self.adds_bos else ""
             return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
         text, passages = self.render(messages, **options)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not self.marked:
-            passages = [self.find_answer(text, messages[:i], messages[i]) for i in answers]
+        for i in () if self.marked else answers:
+            prompt = self.render(messages[:i], add_generation_prompt=True)[0]
+            answered = self.render(messages[: i + 1])[0]
+            if not text.startswith(answered) or not answered.startswith(prompt):
+                problem = "this one rewrites earlier turns, so what to learn of its answers is undefined"
+                remedy = "Copy it to a file, put {% generation %} marks around each answer"
+                raise UserError(f"CHAT_TEMPLATE: {problem}. {remedy}, and set CHAT_TEMPLATE=file.jinja.")
+            ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
+            passages.append((len(prompt), ends[-1] if ends else len(answered)))
         if len(passages) != len(answers):
             found = f"{len(passages)} passages in a chat of {len(answers)} answers"
             raise UserError(f"CHAT_TEMPLATE marks {found}; mark each once.")
@@ -106,33 +111,18 @@ class ChatEncoder:
             text = text[:start] + START + text[start:end] + END + text[end:]
         return text
 
-    def find_answer(self, text: str, before: list[dict], answer: dict) -> tuple[int, int]:
-        """Where an answer with its end token stands in a chat's text, by a template without marks."""
-        prompt = self.render(before, add_generation_prompt=True)[0]
-        answered = self.render([*before, answer])[0]
-        if not text.startswith(answered) or not answered.startswith(prompt):
-            raise UserError(
-                "CHAT_TEMPLATE: this one rewrites earlier turns, so what to learn of its answers is undefined. Copy it "
-                "to a file, put {% generation %} marks around each answer, and set CHAT_TEMPLATE=file.jinja."
-            )
-        ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
-        return len(prompt), ends[-1] if ends else len(answered)
-
     def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        """The messages with control tokens in their contents broken up, to be encoded as text."""
-        escaped = []
-        for message in messages:
-            content = self.control.sub(lambda found: found[0][:1] + BREAK + found[0][1:], message["content"])
-            escaped.append({"role": message["role"], "content": content})
-        return escaped
+        escape = partial(self.control.sub, lambda found: found[0][0] + BREAK + found[0][1:])
+        return [{"role": turn["role"], "content": escape(turn["content"])} for turn in messages]
 
     def add_prefix_space(self, text: str) -> str:
-        """The text with the spaces that its tokenizer would put before passages without our marks."""
+        """The text with the spaces that its tokenizer would put."""
         if self.prefix is None:
             return text
         pieces = re.split(f"({self.control.pattern})", text)  # passage, control token, passage, ...
         for i in range(0, len(pieces) if self.prefix.everywhere else 1, 2):
-            marks, bare = re.fullmatch(f"([{START}{END}{BREAK}]*)(.*)", pieces[i], re.DOTALL).groups()
+            bare = pieces[i].lstrip("".join(MARKS))
+            marks = pieces[i].removesuffix(bare)
             if i and pieces[i - 1] in self.rstrip_tokens:
                 bare = bare.lstrip()
             if bare and not (bare.startswith(" ") and self.prefix.once):
@@ -140,17 +130,14 @@ class ChatEncoder:
         return "".join(pieces)
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
-        """Tokens, mask and ends of answers of each chat; answers of weight 0 are not in the loss.
-
-        train_on: "assistant", or "all" for every token.
-        """
+        """Each chat's tokens; answers of weight 0 are not in the loss. train_on: or "all"."""
         texts = [self.add_prefix_space(self.mark(chat)) for chat in chats]
         batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
         for chat, encoding in zip(chats, batch, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
-            starts, ends = ids == self.start_id, ids == self.end_id
-            kept = ~(starts | ends | (ids == self.break_id))
+            starts, ends, breaks = (ids == mark for mark in self.mark_ids)
+            kept = ~(starts | ends | breaks)
             answer, answered = starts.cumsum(), ends.cumsum()
             weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
             learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
@@ -160,17 +147,17 @@ class ChatEncoder:
         return rows
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Tokens that the next answer is generated from: exactly what training saw before an answer."""
+        """What the next answer is generated from: the tokens that training saw before it."""
         try:
             text = self.mark(messages, add_generation_prompt=True)
-        except UserError:  # a template that rewrites earlier turns, so not trained on here: its plain text
+        except UserError:  # a template that rewrites earlier turns, so not trained on here
             text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
         ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
-        return [i for i in ids if i not in (self.start_id, self.end_id, self.break_id)]
+        return [i for i in ids if i not in self.mark_ids]
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
-    """Keep a tokenizer, whose JSON is spec, from putting a space after each of our marks; how it did so."""
+    """Keep a tokenizer from putting a space after our marks; spec: its JSON."""
     steps = [spec["normalizer"] or {}, *(spec["normalizer"] or {}).get("normalizers", [])]
     if any(step.get("type") == "Prepend" for step in steps):
         others = [step for step in steps if step.get("type") not in ("Prepend", "Sequence")]
@@ -186,4 +173,5 @@ def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:
 
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer puts a BOS token before plain text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos

@@ -1,19 +1,11 @@
-"""Formats: a row of any known schema becomes a chat, a list of {"role", "content"}, or says why it does not.
-
-Schemas: `messages` (OpenAI), `conversations` (ShareGPT), instruction/input/output (Alpaca), prompt/completion,
-dialogue/summary (SAMSum), arena pairs (LMSYS), OpenAssistant trees, plain `text`; rows of each in
-tests/data/test_sources.py.
-"""
+"""Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_sources.py."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
-    "text": "text",
-}  # fmt: skip
+ALIASES = dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
+ALIASES |= {"human": "user", "prompter": "user"}
 FOLLOWS = {
     "system": ("the start",), "user": ("the start", "system", "assistant"), "assistant": ("user",),
     "text": ("the start",),
@@ -29,14 +21,13 @@ class InvalidRow(str):
 
 
 class SkippedRow(str):
-    """Why a valid row is not used, in words to count by."""
+    """Why a valid row is not used."""
 
 
 Chat = list[dict] | InvalidRow | SkippedRow  # turns of {"role", "content"}, or why a row gives none
 
 
 def invalid(field: str, problem: str, value) -> InvalidRow:
-    """The InvalidRow of a field, with an excerpt of its value."""
     try:
         excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
@@ -45,11 +36,7 @@ def invalid(field: str, problem: str, value) -> InvalidRow:
 
 
 def to_chat(row) -> Chat:
-    """The chat in a row, or why it gives none: an optional system turn, then user and assistant in turn.
-
-    The last turn is the user's where a question has no answer; what follows such a question is left out.
-    A row of plain text becomes one turn with the role `text`.
-    """
+    """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`."""
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
     if "message_id" in row and "parent_id" in row:
@@ -61,20 +48,20 @@ def to_chat(row) -> Chat:
     return invalid("row", f"none of the known sets of fields ({known})", list(row))
 
 
-def check_turns(convert, *arguments) -> Chat:
-    """The chat of the turns (field, role, content, weight) that `convert` finds, or what is wrong with them."""
+def check_turns(convert, row: dict) -> Chat:
+    """The chat of the turns (field, role, content, weight) that `convert` finds."""
     try:
-        turns = convert(*arguments)
+        turns = convert(row)
     except ValueError as error:
         return InvalidRow(error)
-    except (AttributeError, TypeError, KeyError) as error:  # such as an object where the schema has a text
-        return invalid("row", f"a field has another type than in its schema ({error})", arguments[0])
+    except (AttributeError, TypeError, KeyError) as error:
+        return invalid("row", f"a field has another type than in its schema ({error})", row)
     if isinstance(turns, SkippedRow):
         return turns
     chat = []
     for field, role, content, weight in turns:
-        name = ROLES.get(role) if isinstance(role, str) else None
-        if name is None or name == "text" != field:
+        name = ALIASES.get(role, role) if isinstance(role, str) else None
+        if name not in FOLLOWS or name == "text" != field:
             place = field.rpartition(".")[0] or field
             return invalid(place, "the role must be system, user or assistant", role)
         if isinstance(content, list):
@@ -88,10 +75,12 @@ def check_turns(convert, *arguments) -> Chat:
             return invalid(field, "the weight must be 0 (not in the loss) or 1", weight)
         before = chat[-1]["role"] if chat else "the start"
         if name == before == "user" and len(chat) >= 3:
-            break  # the chat ends at a question without an answer, which is left out and counted later
+            break  # the question is left out and counted later
         if before not in FOLLOWS[name]:
-            return invalid(field, f"turns must alternate, the user first; {name} follows {before}", content)
-        chat.append({"role": name, "content": content} | ({"weight": weight} if weight is not None else {}))
+            problem = f"turns must alternate, the user first; {name} follows {before}"
+            return invalid(field, problem, content)
+        turn = {"role": name, "content": content}
+        chat.append(turn if weight is None else turn | {"weight": weight})
     if chat[-1]["role"] not in ("assistant", "text") and len(chat) < 3:
         field = turns[0][0].partition("[")[0]
         return invalid(field, "no turn of the assistant, nothing to learn", chat)
@@ -99,7 +88,6 @@ def check_turns(convert, *arguments) -> Chat:
 
 
 def turns_in(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple]:
-    """The turns in a list of objects."""
     items = row[field]
     if not isinstance(items, list) or not items:
         raise ValueError(invalid(field, "must be a list of turns that is not empty", items))
@@ -134,7 +122,7 @@ def completion(row: dict) -> list[tuple]:
     if isinstance(row["prompt"], str):
         return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
     given = {"assistant": 0}  # weight of the answers in the prompt: not in the loss
-    prompt = [(*turn[:3], given.get(ROLES.get(turn[1]))) for turn in turns_in(row, "prompt")]
+    prompt = [(*turn[:3], given.get(ALIASES.get(turn[1], turn[1]))) for turn in turns_in(row, "prompt")]
     return prompt + turns_in(row, "completion")
 
 
@@ -146,7 +134,7 @@ def summary(row: dict) -> list[tuple]:
 
 
 def arena(row: dict) -> list[tuple] | SkippedRow:
-    """The winner's side of a pair, where a strong model won it in a clean conversation."""
+    """The winner's side of a pair."""
     if row["winner"] not in ("model_a", "model_b"):
         return SkippedRow("arena: a tie")
     side = row["winner"][-1]
@@ -160,8 +148,8 @@ def arena(row: dict) -> list[tuple] | SkippedRow:
     return turns_in(row, f"conversation_{side}")
 
 
-def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
-    """The turns of an OpenAssistant tree ranked highest at each step; unranked ones come last."""
+def best_path(root: dict) -> list[tuple] | SkippedRow:
+    """The turns of an OpenAssistant tree ranked highest; unranked ones come last."""
 
     def usable(message: dict) -> bool:
         rejected = message.get("deleted") or message.get("review_result") is False
@@ -170,7 +158,7 @@ def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
     if not usable(root):
         return SkippedRow(f"OpenAssistant: deleted, rejected or not {LANGUAGE_NAME}")
     path = [root]
-    while replies := [r for r in replies_to(path[-1]) if usable(r) and not any(r is earlier for earlier in path)]:
+    while replies := [r for r in path[-1].get("replies") or [] if usable(r) and not any(r is p for p in path)]:
         path.append(min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank"))))
     if len(path) == 1:
         return SkippedRow("OpenAssistant: no answer")
@@ -178,13 +166,12 @@ def best_path(root: dict, replies_to) -> list[tuple] | SkippedRow:
 
 
 def is_tree_message(row) -> bool:
-    """Whether a row is one message of an OpenAssistant tree, whose chat takes other rows of the table."""
     is_message = isinstance(row, dict) and isinstance(row.get("message_id"), str)
     return is_message and isinstance(row.get("parent_id", 0), str | None)
 
 
 def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
-    """What becomes of every row of a table of messages: a tree's chat for its root, the others are skipped."""
+    """A tree's chat for its root; its other messages are skipped."""
     replies = defaultdict(list)
     for _, row in rows:
         if is_tree_message(row):
@@ -194,24 +181,26 @@ def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
         message = waiting.pop()
         if id(message) not in found:
             found.add(id(message))
-            waiting += replies[message["message_id"]]
+            message["replies"] = replies[message["message_id"]]
+            waiting += message["replies"]
     for number, row in rows:
         if not is_tree_message(row):
-            yield number, row if isinstance(row, InvalidRow) else invalid("row", "no message of a tree", row)
+            is_invalid = isinstance(row, InvalidRow)
+            yield number, row if is_invalid else invalid("row", "no message of a tree", row)
         elif row["parent_id"] is None:
-            yield number, check_turns(best_path, row, lambda message: replies[message["message_id"]])
+            yield number, check_turns(best_path, row)
         elif id(row) in found:
             yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
         else:
             yield number, SkippedRow("OpenAssistant: the message it answers is missing")
 
 
-# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`, UltraChat's `prompt`.
+# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`.
 FORMATS = {
     ("messages",): lambda row: turns_in(row, "messages"),
     ("conversations",): sharegpt,
     ("conversation_a", "conversation_b", "winner"): arena,
-    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"], lambda message: message.get("replies") or []),
+    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"]),
     ("instruction", "output"): instruction,
     ("dialogue", "summary"): summary,
     ("prompt", "completion"): completion,

@@ -1,4 +1,4 @@
-"""Preparing: sources are encoded and split into a folder of Parquet files, with an account of every row."""
+"""Preparing: sources become a folder of Parquet files, with an account of every row."""
 
 import itertools
 import json
@@ -11,37 +11,47 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from common import distributed
 from common.cli import UserError
-from common.data import pipeline, prepared, readers, sources
+from common.data import pipeline, readers, sources
 from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
 
+IGNORE_INDEX = -100  # label of a token that is not in the loss
+# assistant_masks: 1 where a token is in the loss.
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
+FILES = ("train.parquet", "eval.parquet")
 ROW_GROUP = 4096  # rows in a row group of the files
 
 
 def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned: bool, manifest=None):
-    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is prepared already.
+    """(train, evaluation or None, account) of DATA, prepared into the folder unless it is already.
 
-    The datasets have input_ids and labels. keep_unlearned: whether chats without a token in the loss are of use.
-    manifest: of the checkpoint to resume from, with the data it began with; if that changed, exit code 3.
+    keep_unlearned: also chats without a token in the loss. manifest: of the checkpoint to resume from.
     """
     is_prepared = Path(settings["DATA"]).is_dir()
     if is_prepared:
         folder = Path(settings["DATA"])
         if settings["EVAL_DATA"] and not manifest:
             raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
-    elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):  # or removed since
+    elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):
         folder.mkdir(exist_ok=True)
         # One process, whose tokenizer has threads: workers would import the script with all its libraries.
         account = distributed.on_first(lambda: prepare(settings, encoder, folder, keep_unlearned, workers=1))
         distributed.on_first(lambda: write_atomic(folder / "report.json", json.dumps(account, indent=1)))
     try:
-        train, evaluation, account = prepared.load(folder, settings, encoder, keep_unlearned)
+        train, evaluation, account = load_folder(folder, settings, encoder, keep_unlearned)
         if manifest:
-            refuse_changes(account, {} if is_prepared else account["sources"], manifest)
+            hashes = {} if is_prepared else account["sources"]
+            changed = [name for name in hashes if hash_file(Path(name).expanduser()) != hashes[name]]
+            if not changed and account["digest"] != manifest["data"]:
+                changed = ["the prepared data"]
+            if changed:
+                problem = f"{', '.join(changed)} is not what it began with"
+                raise UserError(f"{problem}. Set it back, or ALLOW_CHANGE=DATA.")
     except UserError as error:
         if not manifest:
             raise
@@ -49,36 +59,25 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     return train, evaluation, account
 
 
-def refuse_changes(account: dict, hashes: dict[str, str], manifest: dict) -> None:
-    """UserError when source files, or the prepared data, are not what a checkpoint was trained on."""
-    changed = [name for name, before in hashes.items() if hash_file(Path(name).expanduser()) != before]
-    if not changed and account["digest"] != manifest["data"]:
-        changed = ["the prepared data"]
-    if changed:
-        raise UserError(f"{', '.join(changed)} is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
-
-
 def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
-    """Write train.parquet and eval.parquet into the folder; returns the account.
+    """Write train.parquet and eval.parquet; returns the account, to be written to report.json.
 
-    Once the account is in report.json, the folder can be trained on. Memory: one row group and about 100 bytes a
-    chat, whatever the size of the sources.
+    Memory: one row group and about 100 bytes a chat.
     """
     # Every row once, encoded, to disk
-    parts = sources.parse(settings["DATA"])
+    parts, counts = sources.parse(settings["DATA"]), Counter()
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    counts = Counter()
-    batches = pipeline.read_batches(parts, counts, readers.read_vocabulary(vocab) if vocab else None)
+    chats = pipeline.read_chats(parts, counts, vocab and readers.read_vocabulary(vocab))
     arguments = (encoder, settings, keep_unlearned)
-    rows = pipeline.encode_all(batches, arguments, counts, workers or os.cpu_count())
+    rows = pipeline.encode_all(chats, arguments, counts, workers or os.cpu_count())
     spool = folder / "spool.parquet"
-    sizes, times = write_spool(spool, rows)
+    times, *sizes = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
         raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons}).")
-    # Rows held out; a pass over the spool for each repetition, so that the copies of a chat are far apart
+    # Rows held out; a pass for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
         size = settings["EVAL_SIZE"]
         held_out = round(size * len(times)) if size < 1 else int(size)
@@ -88,59 +87,119 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
-    account = account_for(counts, sizes, times, settings["MAX_LENGTH"])
+    account = account_for(counts, times, *sizes, settings["MAX_LENGTH"])
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
     account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
     return account
 
 
-def write_spool(file: Path, rows: Iterator[tuple[Encoded, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Write rows to a file; returns their tokens and tokens in the loss, (rows, 2), and repetitions, (rows,)."""
-    sizes, times = [np.zeros((0, 2), dtype=np.int32)], [np.zeros(0, dtype=np.int16)]
-    with parquet.ParquetWriter(file, prepared.SCHEMA) as writer:
+def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
+    """Write rows; returns (3, rows): their repetitions, tokens, and tokens in the loss."""
+    sizes = [np.zeros((0, 3), dtype=np.int32)]
+    with parquet.ParquetWriter(file, SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
-            ids = [row.ids for row, _ in group]
-            masks = [row.learned.astype(np.int8) for row, _ in group]
-            writer.write_table(pa.table([ids, masks], schema=prepared.SCHEMA))
-            sizes.append(np.array([(len(mask), mask.sum()) for mask in masks], dtype=np.int32))
-            times.append(np.array([repetitions for _, repetitions in group], dtype=np.int16))
-    return np.concatenate(sizes), np.concatenate(times)
+            columns = [[row.ids for _, row in group], [row.learned.astype(np.int8) for _, row in group]]
+            writer.write_table(pa.table(columns, schema=SCHEMA))
+            counts = [(times, len(row.ids), row.learned.sum()) for times, row in group]
+            sizes.append(np.array(counts, dtype=np.int32))
+    return np.concatenate(sizes).T
 
 
 def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
-    """Copy rows of a file, ascending numbers in each pass, one row group at a time."""
-    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, prepared.SCHEMA) as writer:
+    """Copy rows, in each pass by ascending numbers, one row group at a time."""
+    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, SCHEMA) as writer:
         for rows in passes:
-            start = 0
             for group in range(file.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
-                if len(chosen):
-                    writer.write_table(file.read_row_group(group).take(chosen))
-                start = end
+                start = group * ROW_GROUP
+                first, last = np.searchsorted(rows, [start, start + ROW_GROUP])
+                if first < last:
+                    writer.write_table(file.read_row_group(group).take(rows[first:last] - start))
 
 
-def account_for(counts: Counter, sizes: np.ndarray, times: np.ndarray, max_length: int) -> dict:
-    """What became of every row: rows = trained + held_out + all dropped.
-
-    sizes: (chats, 2), tokens and tokens in the loss. times: (chats,), repetitions, 0 where held out.
-    """
+def account_for(counts: Counter, times, tokens, in_loss, max_length: int) -> dict:
+    """What became of every row: rows = trained + held_out + all dropped. The arrays: of each chat."""
     reasons = {"dropped": {}, "changed": {}}
     for reason, n in sorted(counts.items()):
         kind, _, what = reason.partition(": ")
-        if kind in reasons:
+        if what:
             reasons[kind][what] = n
-    tokens, in_loss = np.repeat(sizes, times, axis=0).T
+    lengths = np.repeat(tokens, times)
     return dict(
         rows=counts["rows"],
         trained=int((times > 0).sum()),
         held_out=int((times == 0).sum()),
         **reasons,
-        sequences=len(tokens),
-        tokens=int(tokens.sum()),
-        tokens_in_loss=int(in_loss.sum()),
-        held_out_tokens=int(sizes[times == 0, 0].sum()),
-        length_histogram=np.histogram(tokens, bins=50, range=(0, max_length))[0].tolist(),
-        length_percentiles={str(p): int(np.percentile(tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
+        sequences=len(lengths),
+        tokens=int(lengths.sum()),
+        tokens_in_loss=int(np.repeat(in_loss, times).sum()),
+        held_out_tokens=int(tokens[times == 0].sum()),
+        length_histogram=np.histogram(lengths, bins=50, range=(0, max_length))[0].tolist(),
+        length_percentiles={str(p): int(np.percentile(lengths, p)) for p in (0, 25, 50, 75, 95, 100)},
     )
+
+
+def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
+    """What `datasets_for` returns; UserError when it was prepared for something else."""
+    if not (folder / "report.json").is_file():
+        raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
+    try:
+        account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        before, now = account["prepared_with"], settings | {"encoding": encoder.fingerprint}
+        changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
+        train, evaluation = (parquet.read_table(folder / name) for name in FILES)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
+    if changed:
+        hint = "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
+        raise UserError(f"DATA={folder} was prepared with {', '.join(changed)}; set it back. {hint}")
+    masks = train["assistant_masks"].combine_chunks()
+    learned = np.unique(pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() == 1])
+    if not len(learned):
+        raise UserError(f"DATA={settings['DATA']}: no token is in the loss, every answer has weight 0.")
+    if not keep_unlearned and len(learned) < len(train):
+        reason = "sequences left out of training, all their answers have weight 0"
+        account["changed"][reason] = len(train) - len(learned)
+        train = train.take(learned)
+    most = settings["MAX_SAMPLES"] or len(train)
+    if most < len(train):
+        account["changed"]["sequences left out of training by MAX_SAMPLES"] = len(train) - most
+        train = train.take(random.Random(settings["SEED"]).sample(range(len(train)), most))
+    account["sequences"] = len(train)
+    account["tokens"] = pc.sum(pc.list_value_length(train["input_ids"])).as_py()
+    account["digest"] = "-".join(hash_file(folder / name)[:16] for name in FILES)
+    train = as_dataset(train).shuffle(settings["SEED"])
+    evaluate = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
+    return train, as_dataset(evaluation) if evaluate else None, account
+
+
+def as_dataset(table: pa.Table):
+    """A dataset of input_ids and labels."""
+    import datasets  # slow import
+
+    ids, masks = (table[name].combine_chunks() for name in SCHEMA.names)
+    offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+    tokens = ids.flatten().to_numpy()
+    labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
+    return datasets.Dataset(pa.table(columns, names=["input_ids", "labels"]))
+
+
+def sample(folder: Path):
+    """Four row groups at most, from all over the training file."""
+    with parquet.ParquetFile(folder / "train.parquet") as file:
+        chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
+        return as_dataset(file.read_row_groups(list(chosen)))
+
+
+def describe(account: dict) -> str:
+    rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
+    lines = [rows.format(sum(account["dropped"].values()), **account)]
+    for kind in ("dropped", "changed"):
+        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
+    repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
+    tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
+    lines.append("  " + (repeated + tokens).format(**account))
+    shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))
+    lines.append(f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}")
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # NaN and Infinity a
 
 
 def read_jsonl(path: Path) -> Rows:
-    """(line number, row) of a JSON-lines file; an InvalidRow where a line is not JSON. Skips empty lines."""
+    """(line number, row) of lines that are not empty; an InvalidRow where one is not JSON."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
             try:
@@ -37,10 +38,10 @@ def read_jsonl(path: Path) -> Rows:
                 yield number, invalid("row", f"not valid JSON: {error}{hint}", raw)
 
 
-def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, object]]:
-    """All that `read_jsonl` gives of the .jsonl file that a setting names; UserError where it is nothing."""
+def read_rows(file: str, setting: str) -> list[tuple[int, object]]:
+    """The rows of the .jsonl file that a setting names; UserError where it has none."""
     if not Path(file).is_file():
-        raise UserError(f"{setting}={file}: file not found.{remedy}")
+        raise UserError(f"{setting}={file}: file not found.")
     rows = list(read_jsonl(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")
@@ -48,7 +49,7 @@ def read_rows(file: str, setting: str, remedy: str = "") -> list[tuple[int, obje
 
 
 def read_json(path: Path) -> Rows:
-    """(line number, row) of one JSON array, held in memory, or of JSON lines where no bracket opens the file."""
+    """(line number, row) of a JSON array, held in memory, or of JSON lines."""
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
@@ -59,30 +60,28 @@ def read_json(path: Path) -> Rows:
     if not opening:
         yield from read_jsonl(path)
         return
+    newlines = [found.start() for found in re.finditer("\n", text)]
     sign, start = opening[1] or ",", opening.end()  # where the next row starts
-    line, counted = 1, 0
     try:
         while sign == ",":
             row, end = DECODER.raw_decode(text, start)
-            line += text.count("\n", counted, start)
-            counted = start
-            yield line, row
+            yield bisect_left(newlines, start) + 1, row
             gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
             sign, start = gap[1], gap.end()
         if sign != "]" or start < len(text):
             DECODER.decode(text)  # raises an error that says what is wrong
     except (ValueError, RecursionError) as error:
         place = error.pos if isinstance(error, json.JSONDecodeError) else start
-        line = text.count("\n", 0, place) + 1
-        yield line, invalid("row", f"not valid JSON: {error}", text[place : place + 60])
+        problem = invalid("row", f"not valid JSON: {error}", text[place : place + 60])
+        yield bisect_left(newlines, place) + 1, problem
 
 
 def read_csv(path: Path) -> Rows:
-    """(line number, row) of a file with a header line; a row is a dict of texts."""
+    """(line number, row) of a file with a header; a row is a dict of texts."""
     csv.field_size_limit(MAX_FIELD)
     with open(path, "rb") as stream:
         lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
-        reader = csv.DictReader(lines, strict=True)  # surplus fields come under None, missing ones as None
+        reader = csv.DictReader(lines, strict=True)  # surplus fields: under None, missing ones: None
         line = 1
         try:
             header = reader.fieldnames
@@ -99,9 +98,7 @@ def read_csv(path: Path) -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    """(row number, row) of a Parquet file."""
-    import pyarrow  # slow import
-    import pyarrow.parquet
+    import pyarrow.parquet  # slow import
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -115,7 +112,7 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 
 
 def read_hub(name: str, split: str) -> Rows:
-    """(row number, row) of a hub set, by way of its local cache."""
+    """(row number, row) of a hub set."""
     import datasets  # slow import
 
     try:
@@ -128,23 +125,21 @@ def read_hub(name: str, split: str) -> Rows:
 
 
 def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
-    """Token id -> text, and what joins the tokens: a space, unless some token contains one.
-
-    The file is JSON (a list, or an object either way round) or text, one token a line.
-    """
+    """Token id -> text, and what joins the tokens: a space, unless some token contains one."""
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
+        # A .json file holds a list, or an object either way round; another a token a line.
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        tokens = dict((value, key) if type(value) is int else (int(key), str(value)) for key, value in pairs)
+        tokens = dict((b, a) if type(b) is int else (int(a), str(b)) for a, b in pairs)
         return tokens, "" if any(" " in token for token in tokens.values()) else " "
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"VOCAB={file}: neither JSON of tokens and ids nor a token a line ({error}).") from error
 
 
 def detokenize(row, vocabulary: tuple[dict[int, str], str]):
-    """The row with its lists of token ids turned back into text."""
+    """The row with its lists of token ids as text."""
     if not isinstance(row, dict):
         return row
     (tokens, glue), texts = vocabulary, {}

@@ -1,7 +1,4 @@
-"""Sources: what DATA names (files, hub sets, slices, repetitions), read row by row with the line of each row.
-
-Nothing slow is imported here, so that a broken file is refused before torch is loaded.
-"""
+"""Sources: what DATA names, read row by row. Nothing slow is imported here."""
 
 import itertools
 import os
@@ -31,21 +28,16 @@ PART = rf"(.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"
 
 @dataclass(frozen=True)
 class Source:
-    """One part of DATA."""
-
-    name: str  # file or hub id
+    name: str  # of one part of DATA: a file or a hub id
     file: Path | None  # None: a hub set
-    split: str = "train"  # hub sets only
-    start: str | None = None  # first row, "10" or "10%"
-    stop: str | None = None  # the row after the last
-    times: int = 1  # repetitions in training; 0: evaluated on instead
+    split: str  # hub sets only
+    start: str | None  # first row, "10" or "10%"
+    stop: str | None  # the row after the last
+    times: int  # repetitions in training; 0: evaluated on instead
 
 
 def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
-    """Read every local file that settings (DATA="chats.jsonl") name; exit with code 2 where a row is invalid.
-
-    Up to 20 are printed, as `file:line: field: what is wrong: excerpt`.
-    """
+    """Read the local files that settings name; exit code 2 where a row is invalid."""
     setting = data = None
     try:
         tokens = readers.read_vocabulary(vocabulary) if vocabulary else None
@@ -72,48 +64,42 @@ def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
 
 
 def parse(data: str, setting: str = "DATA") -> list[Source]:
-    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"; UserError where one is wrong."""
+    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"."""
     parts = []
     for text in (part.strip() for part in data.split(",")):
         if not text:
             raise UserError(f"{setting}={data}: an empty part; name files or datasets, comma-separated.")
         name, start, stop, times = re.fullmatch(PART, text, re.DOTALL).groups()
-        rows = dict(start=start, stop=stop, times=int(times or 1))
+        rows = start, stop, int(times or 1)
         path = Path(os.path.expanduser(name))
         hub_id, _, split = name.partition(":")
         has_reader = path.suffix.lower() in readers.READERS
         if os.path.isfile(path) and has_reader:
-            parts.append(Source(name, path, **rows))
+            parts.append(Source(name, path, "train", *rows))
         elif hub_id in NAMED and not os.path.exists(path):
             hub_id, usual_split = NAMED[hub_id]
-            parts.append(Source(hub_id, None, split or usual_split, **rows))
+            parts.append(Source(hub_id, None, split or usual_split, *rows))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not has_reader and not os.path.isdir(path.parent):
-            parts.append(Source(hub_id, None, split or "train", **rows))
+            parts.append(Source(hub_id, None, split or "train", *rows))
+        elif os.path.isfile(path):
+            raise UserError(f"{setting}={text}: files end in {', '.join(readers.READERS)}.")
+        elif os.path.isdir(path):
+            remedy = "name a file in it, or a folder that prepare_data.py wrote."
+            raise UserError(f"{setting}={text}: it is a folder; {remedy}")
         else:
-            raise UserError(f"{setting}={text}: {find_problem(name, path)}")
+            siblings = map(str, path.parent.glob("*"))
+            hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
+            hint = f"{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
+            raise UserError(f"{setting}={text}: file not found.{hint}")
     return parts
 
 
-def find_problem(name: str, path: Path) -> str:
-    """Why a part of DATA is neither a file of chats nor a hub set, with the nearest names."""
-    if os.path.isfile(path):
-        return f"files end in {', '.join(readers.READERS)}."
-    if os.path.isdir(path):
-        return "it is a folder; name a file in it, or a folder that prepare_data.py wrote."
-    siblings = map(str, path.parent.iterdir()) if os.path.isdir(path.parent) else []
-    hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
-    return f"file not found.{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
-
-
 def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, formats.Chat]]:
-    """(line or row number, chat) of a source's slice; an InvalidRow or SkippedRow where a row gives none.
-
-    vocabulary: from `readers.read_vocabulary`, for rows of token ids.
-    """
+    """(line or row number, chat) of a source's slice; vocabulary: of `readers.read_vocabulary`."""
     start, stop = source.start, source.stop
     if re.search("[%-]", f"{start}{stop}"):
         count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), vocabulary))
-        bounds = [bound and row_number(bound, count) for bound in (start, stop)]
+        bounds = [b and (count * int(b[:-1]) // 100 if b.endswith("%") else int(b)) for b in (start, stop)]
         start, stop, _ = slice(*bounds).indices(count)
     if source.file:
         rows = readers.READERS[source.file.suffix.lower()](source.file)
@@ -128,11 +114,6 @@ def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tupl
     else:
         chats = ((number, formats.to_chat(row)) for number, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))
-
-
-def row_number(bound: str, count: int) -> int:
-    """The row at a bound, "10" or "10%", of a slice of a source with so many rows."""
-    return count * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
 
 
 def sound_chats(data: str, setting: str) -> Iterator[list[dict]]:

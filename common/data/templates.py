@@ -5,27 +5,21 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
+from common.bounds import TEMPLATES
 from common.cli import UserError
 from common.data.encoder import GENERATION, PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
 
 FOLDER = Path(__file__).parent / "chat_templates"
-# Our marked templates with the tokens each needs; those without write text around the model's own end token.
+# Tokens that our marked templates need; the others write text around the model's own end token.
 TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "zephyr": (),
-    "mistral": (),
-    "alpaca": (),
 }
 SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
 
 
 def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
-    """Give the tokenizer a template whose answers can be told apart, with an end token: (encoder, what was done).
-
-    choice: CHAT_TEMPLATE, see `choose`. Tokens that the template needs are added to the tokenizer.
-    Raises UserError when answers would never end.
-    """
+    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done)."""
     own = tokenizer.chat_template or ""
     known_tokens, own_name = inspect(tokenizer, own)
     known_tokens |= {tokenizer.bos_token, tokenizer.eos_token}
@@ -37,15 +31,16 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     encoder = ChatEncoder(tokenizer)
     if encoder.end_token is None:
         encoder.mark(PROBE)  # where the answer cannot even be found, this says so
-        raise UserError(
-            f"CHAT_TEMPLATE={label}: answers have no end token. Put {{% generation %}} before each answer and "
-            "{% endgeneration %} after its end token, or the model never learns to stop."
-        )
+        marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
+        problem = f"answers have no end token. {marks}, or the model never learns to stop."
+        raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
     tokens, name = inspect(tokenizer, tokenizer.chat_template)
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
-    note = f"chat template: {label}" + (f", with new tokens {' '.join(missing)}" if missing else "")
+    note = f"chat template: {label}"
+    if missing:
+        note += f", with new tokens {' '.join(missing)}"
     if name:
         note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
         note += "a system message; CHAT_TEMPLATE=chatml has no such line."
@@ -55,7 +50,7 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
 
 
 def inspect(tokenizer, template: str) -> tuple[set[str], str]:
-    """The special tokens that a template writes, and the line before a chat that names an assistant, or ""."""
+    """The special tokens that a template writes, and a line that names an assistant, or ""."""
     text = render(tokenizer, PROBE, template)
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
     before = render(tokenizer, [{"role": "user", "content": "\0"}], template).partition("\0")[0]
@@ -73,17 +68,16 @@ def render(tokenizer, messages: list[dict], template: str) -> str:
 
 
 def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...], str]:
-    """(template, tokens it needs, what to call it).
+    """(template, tokens it needs, what to call it) of CHAT_TEMPLATE.
 
-    choice: the name of one of ours, a .jinja file, or None: the model's own, with marks where TRL or one of ours
-    has the same; for a model without one, the first of ours whose tokens it has, else zephyr.
+    None: the model's own, with marks where TRL or one of ours has the same; for a model without
+    one, the first of ours whose tokens it has, else zephyr.
     """
-    bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as the tokenizer puts it before plain text
-    ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TOKENS}
+    bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as before plain text
+    ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES}
     if choice is None and not own:
-        vocabulary = tokenizer.get_vocab()
-        fitting = (name for name, tokens in TOKENS.items() if tokens and vocabulary.keys() >= set(tokens))
-        choice = next(fitting, "zephyr")
+        known = tokenizer.get_vocab().keys()
+        choice = next((name for name, tokens in TOKENS.items() if known >= set(tokens)), "zephyr")
     elif choice is None and not GENERATION.search(own):
         from trl.chat_template_utils import get_training_chat_template  # slow import
 
@@ -97,7 +91,7 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
     if choice is None:
         return own, (), "the model's own"
     if choice in ours:
-        return ours[choice], TOKENS[choice], choice
+        return ours[choice], TOKENS.get(choice, ()), choice
     try:
         return Path(choice).read_text(encoding="utf-8"), (), choice
     except UnicodeDecodeError as error:

@@ -1,6 +1,7 @@
-"""Answers: load a model for chatting, stream an answer token by token, or answer many prompts in batches."""
+"""Answers: load a model for chatting, stream an answer, or answer many prompts in batches."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,25 +19,25 @@ from common.model import load, location
 
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
-    """A model in evaluation mode, its adapter merged in memory unless the base is quantised, and its tokenizer."""
+    """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
     source = location.locate(model_name)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
     if (trained := location.trained_with(source)) != quantization and source.adapter:
-        note = f"note: the adapter was trained with QUANTIZATION={trained}, here it is {quantization}"
-        print(note, file=sys.stderr)
+        difference = f"with QUANTIZATION={trained}, here it is {quantization}"
+        print(f"note: the adapter was trained {difference}", file=sys.stderr)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    dtype = load.choose_dtype(dtype)
-    model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer))
+    arguments = source, quantization, load.choose_dtype(dtype), "sdpa"
+    model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         model = model.merge_and_unload()
     return model.eval(), tokenizer
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the usual end-of-turn tokens."""
+    """Tokens that end an answer: the model's, the tokenizer's, and the usual ones."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
@@ -45,47 +46,18 @@ def end_tokens(model, tokenizer) -> list[int]:
     return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
 
 
-def generation_settings(model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> dict:
-    """Arguments for generate(): greedy at temperature 0."""
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
-    return dict(
-        # A model's own generation_config may set these; `Generator` does not apply them.
-        top_k=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-
-
-def prompts(model, tokenizer, chats: list[list[dict]]):
-    """The chats as a batch of inputs, padded on the left: ids and attention mask, (B, T)."""
-    encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    ids = {"input_ids": [encoder.prompt(chat) for chat in chats]}
-    return tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-
-
 @functools.lru_cache(maxsize=4)
 def encoder_of(tokenizer, template: str) -> ChatEncoder:
-    """The encoder of a tokenizer with this template, built once."""
     return ChatEncoder(tokenizer)
 
 
-def context_of(model) -> int:
-    """Tokens that a model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
 def shared(one: list[int], other: list[int]) -> int:
-    """The length of the longest common prefix of two token sequences."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (token, same) in pairs if token != same), min(len(one), len(other)))
+    """The length of the longest common prefix of two lists of tokens."""
+    return len(os.path.commonprefix([one, other]))
 
 
 def identify_weights(source: location.Source) -> str:
-    """Tells apart models of one name: when their weights were written, for those of the hub their commit."""
+    """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
     folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
     times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
@@ -93,74 +65,54 @@ def identify_weights(source: location.Source) -> str:
 
 
 class Answer(NamedTuple):
-    """An answer and how it was generated.
-
-    stop: "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader.
-    read: tokens of the prompt that had to be read; those of earlier turns are in the cache.
-    """
-
     text: str
     tokens: int
-    stop: str
+    stop: str  # "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader
     prompt_tokens: int = 0
-    read: int = 0
+    read: int = 0  # tokens of the prompt that were not in the cache
     seconds: float = 0.0
 
 
 class Generator:
-    """A model in a conversation; it keeps its keys and values, so that a turn reads only what is new.
-
-    last: the last `Answer`. context: tokens that the model has positions for.
-    """
+    """A model in a conversation; it keeps keys and values, so that a turn reads only what is new."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = context_of(model)
+        self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        # A layer with a sliding window drops what leaves the window and cannot be cropped after that, so such models
-        # get plain layers, which keep everything. A running state cannot go back: each turn is read from the start.
+        # A sliding window cannot be cropped: such models get plain layers, which keep everything. A running
+        # state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
         self.can_rewind = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.cache = None
         self.last: Answer | None = None
 
     def limit(self, context: int | None) -> int:
-        """Tokens in view: the setting CONTEXT, but not more than the model takes."""
+        """Tokens in view: CONTEXT, but not more than the model takes."""
         return min(context or self.context, self.context)
 
-    def fit_context(
-        self, messages: list[dict], max_new_tokens: int, context: int | None = None
-    ) -> tuple[list[dict], list[int]]:
-        """Leave out the oldest turns until prompt and answer fit: the messages that stay, and their token ids.
-
-        A quarter of the context is enough room for the answer. Raises UserError where the last prompt is too long.
-        """
+    def fit_context(self, messages: list[dict], max_new_tokens: int, context: int | None = None):
+        """(messages, their token ids) without the oldest turns, so that the answer fits, too."""
+        # A quarter of the context is enough for the answer.
         room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
         first = int(messages[0]["role"] == "system")
         while len(ids := self.encoder.prompt(messages)) > room:
             later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
             if not later:
-                raise UserError(
-                    f"CONTEXT={self.limit(context)}: the prompt has {len(ids)} of {room} tokens. Shorten it."
-                )
+                problem = f"the prompt has {len(ids)} of {room} tokens. Shorten it."
+                raise UserError(f"CONTEXT={self.limit(context)}: {problem}")
             messages = messages[:first] + messages[later[0] :]
         return messages, ids
 
     @torch.no_grad()
-    def stream(
-        self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, context: int | None = None
-    ) -> Iterator[str]:
-        """Yield the answer to a prompt of token ids as pieces of text; greedy at temperature 0.
-
-        context: tokens in view at most; None: as many as the model takes.
-        """
+    def stream(self, prompt, max_new_tokens: int, temperature: float, top_p: float, context=None) -> Iterator[str]:
+        """Yield the answer to token ids as pieces of text; greedy at temperature 0."""
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
-        self.rewind(prompt)
-        new = prompt[len(self.seen) :]
+        new = self.rewind(prompt)
         read = len(new)
         try:
             while True:
@@ -182,8 +134,8 @@ class Generator:
         finally:  # also when the reader stops early (Ctrl-C)
             self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
 
-    def rewind(self, prompt: list[int]) -> None:
-        """Crop the cache to what the prompt begins with, without its last token, whose prediction is needed."""
+    def rewind(self, prompt: list[int]) -> list[int]:
+        """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
@@ -191,10 +143,11 @@ class Generator:
         else:
             same, self.cache = 0, DynamicCache() if self.can_rewind else None
         self.seen = self.seen[:same]
+        return prompt[same:]
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
-    """The next token, by its logits (1, vocabulary): the likeliest at temperature 0, else a sample of the top_p."""
+    """The next token by its logits, (1, vocabulary): the likeliest at temperature 0, else a sample."""
     if temperature == 0:
         return int(logits.argmax())
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
@@ -202,18 +155,28 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 
 
 @torch.no_grad()
-def answers(model, tokenizer, chats: list[list[dict]], batch_size: int = 32, **settings) -> Iterator[Answer]:
-    """Yield one answer per chat, generated in batches; the same as one by one up to rounding."""
-    arguments = generation_settings(model, tokenizer, **settings)
-    ends = set(arguments["eos_token_id"])
-    context = context_of(model)
+def answers(
+    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
+) -> Iterator[Answer]:
+    """Yield one answer per chat, the same as one by one up to rounding."""
+    encoder = encoder_of(tokenizer, tokenizer.chat_template)
+    context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
+    # A model's own generation_config may set these; `Generator` does not apply them.
+    settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    settings |= dict(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    if temperature:
+        settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
-        inputs = prompts(model, tokenizer, chats[start : start + batch_size])
-        left = context - inputs["input_ids"].shape[1]
-        if left < 1:
-            raise UserError(f"a prompt has {inputs['input_ids'].shape[1]} tokens, the model's context {context}.")
-        outputs = model.generate(**inputs, **arguments | {"max_new_tokens": min(left, arguments["max_new_tokens"])})
-        for new in outputs[:, inputs["input_ids"].shape[1] :].tolist():
+        ids = {"input_ids": [encoder.prompt(chat) for chat in chats[start : start + batch_size]]}
+        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+        read = inputs["input_ids"].shape[1]  # (B, T)
+        if read >= context:
+            raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
+        settings["max_new_tokens"] = min(context - read, max_new_tokens)
+        for new in model.generate(**inputs, **settings)[:, read:].tolist():
             end = next((i for i, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            yield Answer(text, len(new) if end is None else end + 1, "length" if end is None else "end")
+            if end is None:
+                yield Answer(text, len(new), "length")
+            else:
+                yield Answer(text, end + 1, "end")

@@ -20,103 +20,92 @@ from common.model.quantize import BITS, quantization_config, quantize_hqq
 
 
 def from_hub(load, source: Source, **kwargs):
-    """Call a from_pretrained on the source; what hub and file system raise becomes a UserError of one line."""
+    """Call a from_pretrained on the source; what it raises becomes a UserError."""
     if source.gguf and not Path(source.path).is_dir():
         convert_gguf(Path(source.gguf), Path(source.path))
     try:
         return load(source.path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        remedy = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"MODEL={source.name} cannot be loaded.{remedy} ({type(error).__name__}: {reason})") from error
+        hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to a bf16 folder in Hugging Face format, in a cache beside the hub's."""
+    """Dequantise a GGUF file to a bf16 folder in Hugging Face format."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # others may start at the same time
         if folder.is_dir():
             return
-        from transformers import GgufConfig  # not in older releases, which are good for all but GGUF files
+        from transformers import GgufConfig  # not in older releases
 
         print(f"converting {file.name} once, to {folder}", file=sys.stderr)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        options = dict(gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole: a killed run leaves no half
+        options = dict(gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
 
 
 def load_config(source: Source):
-    """The base model's config: cheap, and the first thing to fail for a hub id without network."""
     return from_hub(AutoConfig.from_pretrained, source)
 
 
 def load_tokenizer(source: Source):
-    """The tokenizer saved with the adapter, else the base model's, which is refused when larger than the embeddings."""
-    folder = source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists() else None
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, Source(source.name, folder) if folder else source)
+    """The adapter's tokenizer, else the base's, which must not be larger than the embeddings."""
+    is_adapters = source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists()
+    holder = Source(source.name, source.adapter) if is_adapters else source
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, holder)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         templates = tokenizer.chat_template
         tokenizer.chat_template = templates.get("default", next(iter(templates.values())))
     vocab_size = load_config(source).get_text_config().vocab_size
-    if len(tokenizer) > vocab_size and not folder:  # an adapter's own tokens come with rows for them
-        raise UserError(
-            f"MODEL={source.name}: its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows. "
-            "Use the tokenizer that the model came with, or resize the embeddings first."
-        )
+    if len(tokenizer) > vocab_size and not is_adapters:  # an adapter has rows for its own
+        problem = f"its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows"
+        remedy = "Use the tokenizer that the model came with, or resize the embeddings first."
+        raise UserError(f"MODEL={source.name}: {problem}. {remedy}")
     return tokenizer
 
 
 def choose_dtype(name: str | None) -> torch.dtype:
-    """The dtype asked for; for None the one the device computes well: bf16, on older GPUs fp16, on older CPUs fp32."""
+    """The dtype asked for; None: bf16, where the device computes it badly fp16 (GPU) or fp32 (CPU)."""
     if name is not None:
         return getattr(torch, name)
     device = distributed.device().type
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
     if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32
     return torch.bfloat16
 
 
 def choose_attention(name: str | None, packing: bool) -> str:
-    """The attention implementation asked for; for None, SDPA (per document where rows are packed on a CPU)."""
-    if name is not None:
-        return name
-    return "sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa"
+    """The attention asked for, or SDPA: per document where rows are packed on a CPU."""
+    return name or ("sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa")
 
 
 def count_weights(config) -> int:
-    """The number of weights of a model, by its config alone."""
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
+def context_length(config) -> int:
+    """Tokens that a model has positions for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_length(source: Source, max_length: int) -> None:
-    """Refuse sequences longer than the model has positions for."""
-    positions = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(
-            f"MAX_LENGTH={max_length}: {source.name} has {positions} positions. Set MAX_LENGTH={positions}."
-        )
+    if max_length > (most := context_length(load_config(source))):
+        raise UserError(f"MAX_LENGTH={max_length}: {source.name} has {most} positions. Set MAX_LENGTH={most}.")
 
 
 def load_model(
-    source: Source,
-    quantization: str | None,
-    dtype: torch.dtype,
-    attention: str,
-    trainable: bool = False,
-    vocabulary: int = 0,
+    source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
-    """Load the base model onto this process's device, and the source's adapter on it (trainable or frozen).
-
-    vocabulary: tokens of the tokenizer; embeddings with fewer rows get new ones.
-    """
-    # hqq's layers are packed one by one: they have to fit the device, the 16-bit model has not.
+    """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
+    # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(
         AutoModelForCausalLM.from_pretrained,
@@ -129,72 +118,60 @@ def load_model(
     )
     if quantization in BITS:
         quantize_hqq(model, quantization, dtype, distributed.device())
-    model.config.name_or_path = model.name_or_path = source.name  # peft writes it into adapter_config.json
-    if trainable:
-        keep_gradients(model)
+    model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
+    # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
+    for module in model.modules() if trainable else ():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
     model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
     if source.adapter:
-        check_fingerprint(model, source)
+        check_adapter(model, source)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
     if source.adapter:
         from peft import PeftModel
 
-        if not (Path(source.adapter) / "adapter_model.safetensors").is_file():  # peft would unpickle another file
-            raise UserError(f"MODEL={source.adapter}: the adapter has no adapter_model.safetensors.")
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
 
 
-def keep_gradients(model) -> None:
-    """Let bitsandbytes' 4-bit layers be trained through on CPUs with AVX512-BF16.
-
-    There, release 0.50 repacks weights at the first forward in evaluation mode, and the packed product has no gradient:
-    after one evaluation, training would go on with its gradients silently cut.
-    """
-    for module in model.modules():
-        if "support_avx512bf16_for_cpu" in vars(module):
-            module.support_avx512bf16_for_cpu = False
-
-
 def fingerprint(model) -> list[float]:
-    """Mean absolute value of 16 embedding rows: tells two models of the same shape apart, in any dtype."""
+    """Mean absolute value of 16 embedding rows, to tell two models of one shape apart."""
     weight = model.get_input_embeddings().weight
     rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
     return [round(x, 6) for x in weight.detach()[rows].float().abs().mean(dim=1).tolist()]
 
 
-def check_fingerprint(model, source: Source) -> None:
-    """Refuse an adapter whose base had other weights than the model loaded here, though the name is the same."""
-    file = Path(source.adapter) / "base_fingerprint.json"
-    if file.is_file():
-        if not same_weights(json.loads(file.read_text()), model.base_fingerprint):
-            raise UserError(
-                f"MODEL={source.adapter}: the adapter was trained on other weights than {source.name} holds now."
-            )
+def check_adapter(model, source: Source) -> None:
+    folder = Path(source.adapter)
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle another file
+        raise UserError(f"MODEL={folder}: the adapter has no adapter_model.safetensors.")
+    file = folder / "base_fingerprint.json"
+    if file.is_file() and not same_weights(json.loads(file.read_text()), model.base_fingerprint):
+        problem = f"the adapter was trained on other weights than {source.name} holds now."
+        raise UserError(f"MODEL={folder}: {problem}")
 
 
 def same_weights(one: list[float], other: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights, be it in another dtype."""
+    """Whether two fingerprints are alike, in any dtype."""
     one, other = torch.tensor(one), torch.tensor(other)
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.02)
 
 
 def save_final(folder: Path, model, tokenizer, base_fingerprint=None, weights: dict | None = None) -> None:
-    """Write adapter or model, tokenizer with its template, and for an adapter its base's fingerprint.
-
-    weights: where the model holds only a part of them.
-    """
-    # An adapter holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    """Write adapter or model and tokenizer; weights: where the model holds only a part of them."""
+    is_adapter = hasattr(model, "peft_config")
+    # It holds the rows of new tokens by itself; "auto" would ask the hub for the base's config.
+    options = {"save_embedding_layers": False} if is_adapter else {"max_shard_size": "5GB"}
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
-        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": "5GB"}
         model.save_pretrained(partial, state_dict=weights, **options)
     except SafetensorError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Make room, then the same command again.") from error
+        remedy = "Make room, then the same command again."
+        raise UserError(f"{folder} cannot be written: {error}. {remedy}") from error
     tokenizer.save_pretrained(partial)
-    if hasattr(model, "peft_config"):
+    if is_adapter:
         (partial / "base_fingerprint.json").write_text(json.dumps(base_fingerprint))
     sync_files(partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq (mobiusml.github.io/hqq_blog)."""
+"""Quantised bases: NF4 and int8 by bitsandbytes, 1 to 4 bits by hqq."""
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -12,49 +12,41 @@ from common.bounds import HQQ
 from common.cli import UserError
 
 BITS = {name: int(name[4]) for name in HQQ}  # by the value of QUANTIZATION
-
-
-# Weights that share a scale and a zero point, which in 16 bits add half a bit a weight; hqq's own default.
+# Weights that share a scale and a zero point, which add half a bit a weight; hqq's own default.
 GROUP_SIZE = 64
-
-# Groups along axis 0 are always 64 rows, which every packing divides (1 bit: by 8), whatever a layer's sizes. Loss of
-# SmolLM2-135M on 12 chats along axis 0 and 1: 4 bits 2.13 and 2.08, 3 bits 3.24 and 3.80 (16 bits: 1.96).
+# Groups along axis 0 are 64 rows, which every packing divides, whatever a layer's sizes. Loss of SmolLM2-135M
+# on 12 chats along axis 0 and 1: 4 bits 2.13 and 2.08, 3 bits 3.24 and 3.80 (16 bits: 1.96).
 AXIS = 0
 
 
 def quantization_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, int8; None for 16-bit weights and for hqq's (low_bit)."""
+    """bitsandbytes' settings: NF4 with double quantisation, int8; None for 16-bit weights and hqq's."""
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,  # FSDP knows one dtype
+            # FSDP knows one dtype.
+            bnb_4bit_quant_storage=dtype if distributed.engine() == "fsdp" else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
 def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:
-    """Put hqq's layers in the place of the linear ones that bitsandbytes would quantise: all but the head.
-
-    One layer after the other goes to the device, so that a device holds only the packed model. A model on the meta
-    device stays there, with layers of the same shapes and dtypes. Raises UserError for a layer that cannot be packed.
-    """
+    """Put hqq's layers in the place of linear ones, but the head, on a device that may be meta."""
     from hqq.core.quantize import HQQLinear, hqq_base_quant_config
 
     kept = get_keys_to_not_convert(model)
     for name, layer in list(model.named_modules()):
-        if not (type(layer) is torch.nn.Linear or isinstance(layer, Conv1D)) or not should_convert_module(name, kept):
+        if type(layer) not in (torch.nn.Linear, Conv1D) or not should_convert_module(name, kept):
             continue
         if layer.weight.numel() % GROUP_SIZE:
-            raise UserError(
-                f"QUANTIZATION={quantization}: {name} has {layer.weight.numel()} weights, which do not divide into "
-                f"groups of {GROUP_SIZE}. Set QUANTIZATION=int8 or None."
-            )
+            problem = f"{name} has {layer.weight.numel()} weights, which do not divide into groups of {GROUP_SIZE}"
+            raise UserError(f"QUANTIZATION={quantization}: {problem}. Set QUANTIZATION=int8 or None.")
         config = hqq_base_quant_config(nbits=BITS[quantization], group_size=GROUP_SIZE, axis=AXIS)
         weight = layer.weight.detach().to(device)
-        # The search for zero points looks at its error in each round, and on the meta device there is none.
+        # The search for zero points looks at its error, and on the meta device there is none.
         config["weight_quant_params"]["optimize"] = weight.device.type != "meta"
         packed = HQQLinear(None, config, compute_dtype=dtype, device=weight.device)
         config.pop("offload_meta")
@@ -75,10 +67,9 @@ def dequantize_hqq(model):
     """Put ordinary layers, with the weights that they stand for, in the place of hqq's."""
     for name in hqq_layer_names(model):
         packed = model.get_submodule(name)
-        is_conv = packed.source_class is Conv1D
-        sizes = (packed.out_features, packed.in_features) if is_conv else (packed.in_features, packed.out_features)
+        is_conv, sizes = packed.source_class is Conv1D, (packed.in_features, packed.out_features)
         with torch.device("meta"):
-            layer = packed.source_class(*sizes)
+            layer = packed.source_class(*(sizes[::-1] if is_conv else sizes))
         weight = packed.dequantize()
         layer.weight = torch.nn.Parameter(weight.T.contiguous() if is_conv else weight)
         layer.bias = None if packed.bias is None else torch.nn.Parameter(packed.bias)

@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from common import hardware
-from common.data import checks, prepare, prepared, templates
+from common.data import checks, prepare, templates
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
@@ -70,7 +70,7 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     manifest = run.checkpoint[1] if run.checkpoint and run.keeps_data else None
     datasets = prepare.datasets_for(settings, job.encoder, run.folder / "data", keep_unlearned, manifest)
     job.train_set, job.eval_set, account = datasets
-    print(prepared.describe(account))
+    print(prepare.describe(account))
     checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
     longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
     job.row_length, job.data_digest = min(longest, account["tokens"]), account["digest"]

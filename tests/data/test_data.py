@@ -12,8 +12,8 @@ import pytest
 from conftest import CHAT, ROOT, write_jsonl
 
 from common.cli import UserError
-from common.data import checks, pipeline, prepare, prepared, sources, templates
-from common.data.filters import matcher
+from common.data import checks, pipeline, prepare, sources, templates
+from common.data.pipeline import matcher
 
 SETTINGS = dict(
     EVAL_SIZE=0, MAX_SAMPLES=None, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto",
@@ -89,7 +89,7 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     assert sum(text == whole.rstrip() for text in both) == 1  # the long chat, without the turn that did not fit
     again, _, more = make(settings, encoder, keep_unlearned=True)
     assert len(again) == 11 and sum(more["dropped"].values()) == 5
-    report = prepared.describe(about)
+    report = prepare.describe(about)
     assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
 
 
@@ -197,9 +197,9 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
 
     def encoded(processes):
         counts = Counter()
-        batches = pipeline.read_batches(sources.parse(str(file)), counts)
-        rows = pipeline.encode_all(batches, (encoder, settings, True), counts, processes)
-        return [(row.ids.tolist(), row.learned.tolist(), times) for row, times in rows], counts
+        chats = pipeline.read_chats(sources.parse(str(file)), counts)
+        rows = pipeline.encode_all(chats, (encoder, settings, True), counts, processes)
+        return [(row.ids.tolist(), row.learned.tolist(), times) for times, row in rows], counts
 
     assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 50
 
@@ -306,7 +306,7 @@ def examine(rows, tokenizer, encoder, **changes):
 
 def row_of(encoder, chat=CHAT):
     row = encoder.encode([chat])[0]
-    labels = np.where(row.learned, row.ids, prepared.IGNORE_INDEX)
+    labels = np.where(row.learned, row.ids, prepare.IGNORE_INDEX)
     return {"input_ids": row.ids.tolist(), "labels": labels.tolist()}
 
 

@@ -465,7 +465,7 @@ def test_an_unknown_pre_tokenizer_is_refused(change, chat_model, export):
         assert code == 5 and "llama.cpp refuses it" in text and list(out.glob("*.rejected"))
 
 
-@pytest.mark.parametrize("template", list(templates.TOKENS))
+@pytest.mark.parametrize("template", templates.TEMPLATES)
 def test_the_modelfile_says_what_the_template_says(template, tokenizer_folder):
     """Go's template language, put into Jinja's word by word, gives the same text."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
