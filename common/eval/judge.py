@@ -39,24 +39,19 @@ briefly, then end with [[A]], [[B]], or [[C]] for neither."""
 
 
 def read_questions(file: str) -> list[dict]:
-    """Questions of one or more turns, from a file or from a hub set with MT-Bench's prompts."""
+    """Questions of one or more turns, from a file or from a hub set (org/name or org/name:split)."""
     if Path(file).is_file() or file.count("/") != 1 or file.endswith((".jsonl", ".json")):
         rows = readers.read_rows(file, "QUESTIONS")
     else:
-        import datasets  # slow import
-
-        try:
-            hub_rows = next(iter(datasets.load_dataset(file).values()))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"QUESTIONS={file} cannot be loaded from the hub: {reason}") from error
+        name, _, split = file.partition(":")
+        hub_rows = readers.read_hub(name, split or "train", "QUESTIONS")
         # HuggingFaceH4/mt_bench_prompts names the turns `prompt`.
-        rows = list(enumerate(({**row, "turns": row.get("turns") or row.get("prompt")} for row in hub_rows), 1))
+        rows = [(number, {"turns": row.get("prompt"), **row}) for number, row in hub_rows]
     for number, row in rows:
-        turns, reference = (row.get(name) if isinstance(row, dict) else None for name in ("turns", "reference"))
+        turns = row.get("turns") if isinstance(row, dict) else None
         if not turns or not are_texts(turns) or not all(turns):
             raise UserError(f"QUESTIONS={file}:{number}: `turns` must be a list of texts that are not empty.")
-        if reference is not None and not are_texts(reference):
+        if not are_texts(row.get("reference") or []):
             raise UserError(f"QUESTIONS={file}:{number}: `reference` must be a list of texts.")
     return [{"question_id": number, "category": "all", **row} for number, row in rows]
 
@@ -66,10 +61,7 @@ def are_texts(value) -> bool:
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:
-    """A model's answers of at most so many tokens, for each question those of its turns; the cache keeps them.
-
-    who: identifies the model in the cache.
-    """
+    """A model's answers, for each question those of its turns; the cache keeps them, with `who` for the model."""
     chats: list[list[dict]] = [[] for _ in questions]
     encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
     for turn in range(max(len(question["turns"]) for question in questions)):
@@ -87,13 +79,11 @@ def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: 
     return [[message["content"] for message in chat[1::2]] for chat in chats]
 
 
-def as_data(text: str) -> str:
-    """Text that cannot end its frame nor look like a verdict or a thought."""
-    return re.sub(r"(?<=([\[\]<>]))(?=\1)", " ", text).replace("<think>", "< think>").replace("</think>", "< /think>")
-
-
 def framed(role: str, text: str) -> str:
-    return f"{role}:\n<<<begin>>>\n{as_data(text)}\n<<<end>>>"
+    """Text that cannot end its frame nor look like a verdict or a thought."""
+    text = re.sub(r"(?<=([\[\]<>]))(?=\1)", " ", text)
+    text = text.replace("<think>", "< think>").replace("</think>", "< /think>")
+    return f"{role}:\n<<<begin>>>\n{text}\n<<<end>>>"
 
 
 def dialogue(turns: list[str], answers: list[str]) -> str:
@@ -123,8 +113,11 @@ def single_messages(question: dict, answers: list[str], turn: int, scale: str) -
 def pair_messages(question: dict, first: list[str], second: list[str]) -> list[dict]:
     """To compare the answers of two models to a question."""
     turns = question["turns"]
-    reference = reference_of(question, len(turns))
-    text = PAIR.format(first=dialogue(turns, first), second=dialogue(turns, second), reference=reference)
+    text = PAIR.format(
+        first=dialogue(turns, first),
+        second=dialogue(turns, second),
+        reference=reference_of(question, len(turns)),
+    )
     return [{"role": "system", "content": TASK}, {"role": "user", "content": text}]
 
 
@@ -135,10 +128,10 @@ def grade(reply: str | None, scale: str) -> float | None:
     return next((number for number in reversed(found) if low <= number <= high), None)
 
 
-def preference(reply: str | None) -> str | None:
-    """The last of [[A]], [[B]], [[C]]; None without one."""
+def preference(reply: str | None) -> float | None:
+    """Points of assistant A by the last of [[A]], [[B]], [[C]]; None without one."""
     found = re.findall(r"\[\[([ABC])\]\]", without_thoughts(reply))
-    return found[-1] if found else None
+    return {"A": 1.0, "B": 0.0, "C": 0.5}[found[-1]] if found else None
 
 
 def without_thoughts(reply: str | None) -> str:
@@ -150,10 +143,7 @@ def without_thoughts(reply: str | None) -> str:
 def score_answers(
     results: dict, server: Server, cache: Cache, questions: list[dict], answers: dict, settings: dict
 ) -> None:
-    """Let the judge compare or grade the answers (by name of the model), and score each model by that.
-
-    settings: those of evaluate_model.py by name.
-    """
+    """Score each model by what the judge makes of its answers. settings: those of evaluate_model.py by name."""
     pairs, scale, repeats = settings["JUDGE_MODE"] == "pair", settings["JUDGE_SCALE"], settings["JUDGE_REPEATS"]
     first, *others = answers
     tasks = {}  # by name, number of the question, and turn, or place in the pair
@@ -174,24 +164,24 @@ def score_answers(
     how = "each question in both orders" if pairs else f"scale {scale}"
     print(f"\n{settings['JUDGE_MODE']}, {len(questions)} questions, {how}, {repeats} judgments of each")
     for name, given in verdicts.items():
+        valid = {at: [number for number in found if number is not None] for at, found in given.items()}
+        medians = {at: statistics.median(found) for at, found in valid.items() if found}
         result = results[name]
         if pairs:
-            score_pairs(result, f"{name} against {first}", given)
+            score_pairs(result, f"{name} against {first}", medians)
         else:
             print(name)
-            score_grades(result, questions, given)
+            score_grades(result, questions, medians)
         missing = result["judge failures"] = sum(found.count(None) for found in given.values())
         print(f"  no verdict: {missing} of {len(given) * repeats} judgments")
     counts = ", ".join(f"{what} {count:,}" for what, count in server.counts.items())
     print(f"judge: {counts or f'all from {cache.file.name}'}")
 
 
-def score_grades(result: dict, questions: list[dict], given: dict) -> None:
-    """Means of the grades by turn and by category, with intervals over questions."""
-    valid = {at: [number for number in grades if number is not None] for at, grades in given.items()}
-    grades = {at: statistics.median(found) for at, found in valid.items() if found}
+def score_grades(result: dict, questions: list[dict], grades: dict) -> None:
+    """Means of the grades (by question and turn) by turn and by category, with intervals over questions."""
     result["judged"] = {f"{i}, turn {turn + 1}": number for (i, turn), number in grades.items()}
-    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in given})]
+    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in grades})]
     categories = list(dict.fromkeys(question["category"] for question in questions))
     for column in [*turns, "average", *(categories if len(categories) > 1 else ())]:
         means = means_by_question(
@@ -204,12 +194,13 @@ def score_grades(result: dict, questions: list[dict], given: dict) -> None:
             put(result, f"judge {column}", statistics.fmean(means), mean_interval(means), ".2f", more)
 
 
-def score_pairs(result: dict, versus: str, given: dict) -> None:
-    """The share of points over questions; a win in one order only is a tie."""
-    points = {at: [0.5 if v == "C" else float(v == at[1]) for v in found if v] for at, found in given.items()}
-    medians = {at: statistics.median(found) for at, found in points.items() if found}
+def score_pairs(result: dict, versus: str, points: dict) -> None:
+    """The share of points over questions; a win in one order only is a tie.
+
+    points: those of assistant A, by question and by the place of the model.
+    """
     # For each question, the model's points where it stands as A, and as B.
-    both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
+    both = [(one, 1 - points[i, "B"]) for (i, place), one in points.items() if place == "A" and (i, "B") in points]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
         low, high = mean_interval(shares)

@@ -1,5 +1,6 @@
 """A judge's server, OpenAI-compatible: requests that survive its failures, and a cache of its replies."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -8,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.pool import IMapIterator, ThreadPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import openai
@@ -19,15 +20,13 @@ TRIES = 6  # for a request; openai's client repeats it after dropped connections
 PAUSE = 2  # seconds, after a malformed reply
 MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # broken JSON, or JSON without a choice
 OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse
-
-
 REFUSED = "JUDGE_MODEL={model}: the server refuses the request"
 NO_ACCESS = "JUDGE_KEY: {url} refuses the key"
 UNKNOWN = "JUDGE_MODEL={model} or JUDGE_URL={url} is not known"
 PROBLEMS = {400: REFUSED, 401: NO_ACCESS, 403: NO_ACCESS, 404: UNKNOWN, 422: REFUSED}  # what the user can mend
 
 
-class Unfinished(Exception):
+class Unfinished(openai.OpenAIError):
     """A reply that was cut off before its first word."""
 
 
@@ -48,9 +47,8 @@ class Server:
         self.counts, self.lock = Counter(), threading.Lock()
         private = {"organization": "", "project": ""} if url else {}  # OpenAI's, which other servers must not see
         try:
-            self.client = openai.OpenAI(
-                base_url=self.url, api_key=key, timeout=timeout, max_retries=TRIES - 1, **private
-            )
+            options = dict(api_key=key, timeout=timeout, max_retries=TRIES - 1, **private)
+            self.client = openai.OpenAI(base_url=self.url, **options)
             self.client.with_options(max_retries=0).models.list()
         except openai.APIConnectionError as error:
             raise UserError(f"JUDGE_URL={self.url}: no server answers there ({error}).") from error
@@ -94,8 +92,8 @@ class Server:
         choice, usage = reply.choices[0], dict(reply.usage or {})
         text = choice.message.content or ""
         self.count("requests")
-        for name in ("prompt_tokens", "completion_tokens"):
-            self.count(name.replace("_", " "), usage.get(name) or 0)
+        self.count("prompt tokens", usage.get("prompt_tokens") or 0)
+        self.count("completion tokens", usage.get("completion_tokens") or 0)
         if choice.finish_reason == "length" and not text.strip():
             raise Unfinished("cut off before its first word: raise JUDGE_MAX_TOKENS")
         return text
@@ -109,24 +107,20 @@ class Cache:
     """Results by the hash of their request, one JSON line each; a line torn by a crash is left out."""
 
     def __init__(self, file: Path):
-        self.file, self.known, self.lock = file, {}, threading.Lock()
+        self.file, self.known = file, {}
         data = file.read_bytes() if file.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.split(b"\n")[:-1]:
-            try:
+        *lines, torn = data.split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # two processes wrote at once: requested again
                 entry = json.loads(line)
-            except ValueError:  # two processes wrote at once: requested again
-                continue
-            self.known[entry["key"]] = entry
-        if whole != data:
-            file.write_bytes(whole)
+                self.known[entry["key"]] = entry
+        if torn:
+            os.truncate(file, len(data) - len(torn))
 
-    def add(self, key: str, **entry) -> dict:
-        with self.lock:
-            self.known[key] = {"key": key, **entry}
-            with open(self.file, "ab") as stream:
-                stream.write(json.dumps(self.known[key]).encode() + b"\n")
-            return self.known[key]
+    def add(self, key: str, **entry) -> None:
+        self.known[key] = {"key": key, **entry}
+        with open(self.file, "ab") as stream:
+            stream.write(json.dumps(self.known[key]).encode() + b"\n")
 
 
 def key_of(*parts) -> str:
@@ -149,10 +143,10 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
                 requests.setdefault(key, (messages, repeat, []))[2].append(name)
 
     def ask(key: str):
+        messages, repeat, _ = requests[key]
         try:
-            reply = server.ask(*requests[key][:2])
-            return key, cache.add(key, judge=server.model, reply=reply)["reply"], None
-        except BaseException as error:  # raised again in the main thread
+            return key, server.ask(messages, repeat), None
+        except (openai.OpenAIError, *MALFORMED) as error:
             return key, None, error
 
     failures: list[str] = []
@@ -160,11 +154,11 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
         done = pool.imap_unordered(ask, requests)
         for _ in requests:
             key, reply, error = next_of(done)
-            if error is not None:
-                if not isinstance(error, (openai.OpenAIError, Unfinished, *MALFORMED)):
-                    raise error
+            if error:
                 server.count("failed requests")
                 failures.append(f"{type(error).__name__}: {error}")
+            else:
+                cache.add(key, judge=server.model, reply=reply)
             _, repeat, names = requests[key]
             for name in names:
                 yield name, repeat, reply
@@ -172,10 +166,8 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
         raise UserError(f"JUDGE_URL={server.url}: none of {len(requests)} requests was answered: {failures[0]}")
 
 
-def next_of(done: IMapIterator):
+def next_of(done):
     """The next result; waiting in short pieces lets Windows handle Ctrl-C."""
     while True:
-        try:
+        with contextlib.suppress(multiprocessing.TimeoutError):
             return done.next(timeout=0.5)
-        except multiprocessing.TimeoutError:
-            continue

@@ -26,7 +26,7 @@ def create_folder(settings: dict, script: str) -> Path:
     """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
 
     Raises UserError when the folder cannot be written, or holds a run that must not be resumed or would become another.
-    Ends the program with exit code 0 where that run is finished.
+    Ends the program where that run is finished.
     """
     out_dir, stem = settings["OUT_DIR"], Path(script).stem
     name = settings["RUN_NAME"] or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -46,13 +46,13 @@ def create_folder(settings: dict, script: str) -> Path:
         if (folder / "summary.json").exists():
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
-    metadata = dict(script=stem, settings=settings, **provenance())
+    metadata = {"script": stem, "settings": settings} | provenance()
     write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
     return folder
 
 
 def provenance() -> dict:
-    """What it takes to make a run again: command, time, commit, versions, processes."""
+    """What it takes to make a run again."""
     launcher, count = ["python"], distributed.count()
     if engine := distributed.engine():
         config = f"launch/{engine}.yaml" if engine != "zero1" else "CONFIG"

@@ -1,5 +1,6 @@
 """The rules of resuming: what may change when a run goes on, and what would make it another run."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,17 +15,16 @@ FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}  # chan
 
 def refuse_changes(folder: Path, settings: dict) -> None:
     """Exit code 3 when a resume would go on with other settings than the newest checkpoint, or the run, began with."""
-    now = {"settings": settings, "processes": distributed.count(), "engine": distributed.engine()}
-    begun = read_settings(folder) or now
-    processes, engine = begun.get("processes", 1), begun.get("engine")
-    if (processes, engine) != (distributed.count(), distributed.engine()):
+    now = settings, distributed.count(), distributed.engine()
+    before, processes, engine = read_settings(folder) or now
+    if (processes, engine) != now[1:]:
         # Optimizer states, random numbers and rows belong to processes.
         raise UserError(
-            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are "
-            f"{distributed.count()} ({distributed.engine()}). Start it as before, or start a new run.",
+            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are {now[1]} ({now[2]}). "
+            "Start it as before, or start a new run.",
             code=3,
         )
-    before, allowed = begun["settings"], FREE | allowed_changes(settings)
+    allowed = FREE | allowed_changes(settings)
     changed = [name for name, value in settings.items() if name not in allowed and before.get(name) != value]
     if changed:
         difference = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
@@ -34,16 +34,13 @@ def refuse_changes(folder: Path, settings: dict) -> None:
         )
 
 
-def read_settings(folder: Path) -> dict | None:
-    """settings.json as the newest checkpoint, or else the run, holds it; None where all are damaged."""
+def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
+    """Settings, processes and engine of the newest checkpoint, or else of the run; None where all are damaged."""
     manifests = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
     for file in [*manifests, folder / "settings.json"]:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             metadata = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(metadata, dict) and isinstance(metadata.get("settings"), dict):
-            return metadata
+            return metadata["settings"], metadata["processes"], metadata["engine"]
     return None
 
 

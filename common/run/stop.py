@@ -7,9 +7,7 @@ from pathlib import Path
 
 from common import distributed
 
-SIGNALS = [
-    signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if name in signal.Signals.__members__
-]
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")]
 
 
 class StopRequest:
@@ -35,8 +33,7 @@ class StopRequest:
         self.number = number
         if signal.Signals(number).name == "SIGHUP":  # the terminal is gone; writing to it would end the run
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        message = "Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now."
-        print(message, file=sys.stderr)
+        print("Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now.", file=sys.stderr)
 
     def requested(self) -> bool:
         if self.number is None and self.file.exists():

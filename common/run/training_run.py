@@ -1,6 +1,5 @@
 """A training run: its folder opened, its trainer executed, its result reported."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +32,16 @@ class TrainingRun:
         plan: the BatchPlan of the trainer; it goes into settings.json, and from there into checkpoints.
         save: called with the folder and gathered weights.
         """
-        settings_file = self.folder / "settings.json"
-        metadata = json.loads(settings_file.read_text(encoding="utf-8")) | {"plan": plan.settings()}
-        distributed.on_first(lambda: write_atomic(settings_file, json.dumps(metadata, indent=1)))
-        published = checkpoints.published(self.folder)
-        if published and published[0] != (self.checkpoint or [None])[0]:
+        metadata = json.dumps(trainer.metadata() | {"plan": plan.settings()}, indent=1)
+        distributed.on_first(lambda: write_atomic(self.folder / "settings.json", metadata))
+        if checkpoints.published(self.folder)[:1] != [self.checkpoint and self.checkpoint[0]]:
             self.checkpoint = checkpoints.latest_valid(self.folder)  # memory ran out after it was written
-        monitor = trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
-        log = MetricsLog(trainer, monitor)
+        trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
+        log = MetricsLog(trainer)
         trainer.add_callback(log)
         trainer.remove_callback(PrinterCallback)
         started = hardware.now()
-        with monitor, StopRequest(self.folder) as trainer.stop, contextlib.closing(log):
+        with trainer.monitor, StopRequest(self.folder) as trainer.stop, log.bar:
             train_loss = trainer.train(self.checkpoint).metrics["train_loss"]
             train_seconds = hardware.now() - started
             weights = gather_weights(trainer)
