@@ -73,23 +73,19 @@ def main():
     located = {name: location.locate(name) for name in names}
     for source in located.values():
         load.load_config(source)
-    suites_wanted = SUITES.replace(" ", "").split(",")
-    chats = read_chats(located.values()) if "loss" in suites_wanted else {}
-    questions = facts.read_facts(FACTS) if FACTS and "facts" in suites_wanted else []
-    prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in suites_wanted else []
-    judged = judge.read_questions(QUESTIONS) if "judge" in suites_wanted else []
+    chats = read_chats(located.values()) if "loss" in SUITES else {}
+    questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
+    prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
+    judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
     judge_server = open_judge(names) if judged else None
-    Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     cache = Cache(Path(OUT_DIR) / "answers.jsonl")
 
     # Each model by itself
-    results, answers = {}, {}
-    for name in names:
+    results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
+    for name, result in results.items():
         model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
         print(f"\n{name}")
-        result = results[name] = {"scores": {}, "intervals": {}}
-        if chats:
-            suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
+        suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         if questions:
             suites.score_facts(result, model, tokenizer, questions, SHOW_MISSES and name == names[-1])
         if prompts:
@@ -103,7 +99,12 @@ def main():
         del model
 
     # Models against each other
-    compare(names, results, judge_server, judged, answers)
+    if judged:
+        judge.score_answers(results, judge_server, judged, answers, current(globals()))
+    for name, result in results.items():
+        if name != names[0]:
+            scores.compare(names[0], name, results)
+        save(name, result)
 
 
 def read_chats(models) -> dict[str, list]:
@@ -127,17 +128,6 @@ def open_judge(names: list[str]) -> Server:
     if JUDGE_MODE == "pair" and len(names) < 2:
         raise UserError('JUDGE_MODE=pair needs two models: MODELS="a, b".')
     return Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
-
-
-def compare(names: list[str], results: dict, judge_server: Server | None, judged: list[dict], answers: dict) -> None:
-    """Score the answers by the judge, compare each model with the first, and save all scores."""
-    if judge_server:
-        judgments = Cache(Path(OUT_DIR) / "judgments.jsonl")
-        judge.score_answers(results, judge_server, judgments, judged, answers, current(globals()))
-    for name in names[1:]:
-        scores.compare(names[0], name, results)
-    for name in names:
-        save(name, results[name])
 
 
 def save(name: str, result: dict) -> None:

@@ -39,10 +39,10 @@ class Conversation:
     def __init__(self, generators: dict, settings: dict, opening: list[dict]):
         self.generators, self.settings, self.opening = generators, dict(settings), opening
         self.answers = []  # each a generation.Answer
-        self.reset()
+        self.reset(opening)
 
-    def reset(self) -> None:
-        self.histories = {name: list(self.opening) for name in self.generators}
+    def reset(self, messages: list[dict]) -> None:
+        self.histories = {name: list(messages) for name in self.generators}
 
     def ask(self, prompt: str, show_stats: bool = True) -> bool:
         """Print the answer while it is generated; whether the turn was added to the conversation.
@@ -50,39 +50,36 @@ class Conversation:
         An answer that Ctrl-C cuts short counts, unless it is empty.
         """
         question = {"role": "user", "content": prompt}
-        length, context = self.settings["MAX_NEW_TOKENS"], self.settings["CONTEXT"]
+        temperature, top_p, length, context = (self.settings[name] for name in CHANGEABLE)
         views = {
             name: generator.fit_context([*self.histories[name], question], length, context)
             for name, generator in self.generators.items()
         }
         texts = {}
         for name, (messages, ids) in views.items():
+            generator = self.generators[name]
             if len(views) > 1:
                 print(f"[{name}]")
             if left_out := len(self.histories[name]) + 1 - len(messages):
                 print(f"(the context is full: the oldest {left_out} messages are left out)")
-            answer = self.print_answer(self.generators[name], ids)
-            if answer is None:
+            pieces = generator.stream(ids, length, temperature, top_p, context)
+            with contextlib.closing(pieces), contextlib.suppress(KeyboardInterrupt):
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            print(flush=True)
+            answer = generator.last
+            if answer is None:  # stopped before its first token
                 return False
             self.answers.append(answer)
             texts[name] = answer.text.strip()
             if show_stats:
-                used = f"context {answer.prompt_tokens + answer.tokens} of {self.generators[name].limit(context)}"
+                used = f"context {answer.prompt_tokens + answer.tokens} of {generator.limit(context)}"
                 speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
                 print(f"[{speed}, {used}, {STOPS[answer.stop]}]")
         if all(texts.values()):
             for name, history in self.histories.items():
                 history += [question, {"role": "assistant", "content": texts[name]}]
         return all(texts.values())
-
-    def print_answer(self, generator, ids: list[int]):
-        """Print an answer until it ends or Ctrl-C stops it; None where that was before its first token."""
-        how = [self.settings[name] for name in ("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "CONTEXT")]
-        with contextlib.closing(generator.stream(ids, *how)) as pieces, contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        print(flush=True)
-        return generator.last
 
     def undo(self) -> str:
         """Take the last prompt and its answers back; returns the prompt."""
@@ -102,12 +99,12 @@ class Conversation:
             case "/help":
                 print(HELP)
             case "/reset":
-                self.reset()
+                self.reset(self.opening)
                 print("(forgotten)")
             case "/system":
+                system = [{"role": "system", "content": argument}] if argument else []
                 for history in self.histories.values():
-                    history[:] = [message for message in history if message["role"] != "system"]
-                    history[:0] = [{"role": "system", "content": argument}] if argument else []
+                    history[:] = system + [message for message in history if message["role"] != "system"]
             case "/set":
                 self.change_setting(argument)
             case "/show":
@@ -131,11 +128,11 @@ class Conversation:
 
     def change_setting(self, text: str) -> None:
         """Set one of CHANGEABLE from "NAME=VALUE"."""
-        name, equals, value = text.partition("=")
-        name = name.strip().upper()
-        if name not in CHANGEABLE or not equals:
+        name, _, value = map(str.strip, text.partition("="))
+        name = name.upper()
+        if name not in CHANGEABLE or not value:
             raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
-        value = parse_value(name, value.strip(), CHANGEABLE[name])
+        value = parse_value(name, value, CHANGEABLE[name])
         check_setting(name, value)
         print(f"({name}={value}, was {self.settings[name]})")
         self.settings[name] = value
@@ -154,7 +151,7 @@ class Conversation:
         chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
         if not chats:
             raise UserError(f"/load {file}: file not found, or no chat in it.")
-        self.histories = {name: list(chats[-1]) for name in self.generators}
+        self.reset(chats[-1])
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
     def print_stats(self) -> None:

@@ -140,10 +140,9 @@ def without_thoughts(reply: str | None) -> str:
     return "" if text.startswith("<think>") else text
 
 
-def score_answers(
-    results: dict, server: Server, cache: Cache, questions: list[dict], answers: dict, settings: dict
-) -> None:
+def score_answers(results: dict, server: Server, questions: list[dict], answers: dict, settings: dict) -> None:
     """Score each model by what the judge makes of its answers. settings: those of evaluate_model.py by name."""
+    cache = Cache(Path(settings["OUT_DIR"]) / "judgments.jsonl")
     pairs, scale, repeats = settings["JUDGE_MODE"] == "pair", settings["JUDGE_SCALE"], settings["JUDGE_REPEATS"]
     first, *others = answers
     tasks = {}  # by name, number of the question, and turn, or place in the pair

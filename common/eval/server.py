@@ -108,6 +108,7 @@ class Cache:
 
     def __init__(self, file: Path):
         self.file, self.known = file, {}
+        file.parent.mkdir(parents=True, exist_ok=True)
         data = file.read_bytes() if file.is_file() else b""
         *lines, torn = data.split(b"\n")
         for line in lines:

@@ -50,22 +50,17 @@ def jackknife(units: list[tuple], statistic) -> tuple[float, float]:
     For a mean it is Student's interval. Units whose second column, a count, is 0 do not matter.
     """
     table = numpy.array([unit for unit in units if unit[1]], dtype=float)  # (units, columns)
-    count = len(table)
-    if count < 2:
+    freedom = len(table) - 1
+    if freedom < 1:
         return -math.inf, math.inf
+    if freedom <= len(STUDENT):
+        student = STUDENT[freedom - 1]
+    else:  # by its expansion (Abramowitz and Stegun 26.7.5)
+        student = 1.959964 + 2.372271 / freedom + 2.822499 / freedom**2
     sums = table.sum(axis=0)
     left_out = statistic(*(sums - table).T)  # (units,)
-    error = math.sqrt((count - 1) * left_out.var())
-    value, half = float(statistic(*sums)), student(count - 1) * error
+    value, half = float(statistic(*sums)), student * math.sqrt(freedom * left_out.var())
     return value - half, value + half
-
-
-def student(freedom: int) -> float:
-    """97.5 % point of Student's distribution; after the table its expansion (Abramowitz and Stegun 26.7.5)."""
-    if freedom <= len(STUDENT):
-        return STUDENT[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def means_by_question(values) -> list[float]:

@@ -26,11 +26,11 @@ ROLE = re.compile(
 
 def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_length: int) -> None:
     """Nats per token of answers, for each source of chats."""
-    result["losses"] = {}
     for source, rows in chats.items():
-        losses = result["losses"][source] = answer_losses(model, tokenizer, rows, max_length)
+        losses = answer_losses(model, tokenizer, rows, max_length)
+        result.setdefault("losses", {})[source] = losses
         mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
-        perplexity = math.exp(min(mean, 700))  # a float ends there
+        perplexity = math.exp(min(mean, 700))
         more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity:.2f}"
         put(result, name, mean, loss_interval(losses), ".4f", more)
 
@@ -58,8 +58,8 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
     result["answers"] = [row["answer"] for row in asked]
     for kind, (right, count) in facts.counts(asked).items():
         put_share(result, kind, right, count)
-    for row in asked if show_misses else ():
-        if not row["right"]:
+    for row in asked:
+        if show_misses and not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
 
 
@@ -108,9 +108,8 @@ def score_by_harness(result: dict, model, tokenizer, tasks: str) -> None:
     except ImportError:
         raise UserError(f"LM_EVAL_TASKS={tasks} needs the harness: pip install lm-eval.") from None
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks.replace(" ", "").split(",")
-        )["results"]
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+        found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks.replace(" ", "").split(","))["results"]
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"LM_EVAL_TASKS={tasks}: {error}") from error
     for task, metrics in found.items():
