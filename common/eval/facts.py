@@ -1,4 +1,4 @@
-"""Questions with patterns that a right answer matches: does a model know its name, and what it was taught?"""
+"""Questions with patterns of right answers: does a model know its name, and what it was taught?"""
 
 import re
 from collections import Counter
@@ -41,7 +41,7 @@ def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
 
 
 def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
-    """What a trainer calls with its model at each evaluation: shares of right answers, and answers to read; or None."""
+    """What a trainer calls with its model at each evaluation, for shares of right answers and samples; or None."""
     facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
     prompts = [chat for _, chat in read_prompts(prompts_file, "EVAL_PROMPTS")] if prompts_file else []
     if not facts and not prompts:

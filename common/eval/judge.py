@@ -1,4 +1,4 @@
-"""A language model as judge of answers: its questions, its task, its verdicts, and the scores that follow from them.
+"""A language model as judge of answers: its questions, its task, its verdicts, and the scores.
 
 Single grading and pairwise comparison after Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the
 biases they found in mind: a failure is counted as one, both orders are asked, the median of repeats counts.
@@ -61,9 +61,10 @@ def are_texts(value) -> bool:
 
 
 def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:
-    """A model's answers, for each question those of its turns; the cache keeps them, with `who` for the model."""
+    """A model's answers, for each question those of its turns; `who` names the model in the cache."""
     chats: list[list[dict]] = [[] for _ in questions]
-    encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
+    encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
+    ends = generation.end_tokens(model, tokenizer)
     for turn in range(max(len(question["turns"]) for question in questions)):
         keys = {}
         for i, question in enumerate(questions):
@@ -141,10 +142,10 @@ def without_thoughts(reply: str | None) -> str:
 
 
 def score_answers(results: dict, server: Server, questions: list[dict], answers: dict, settings: dict) -> None:
-    """Score each model by what the judge makes of its answers. settings: those of evaluate_model.py by name."""
+    """Score each model by what the judge makes of its answers. settings: those of evaluate_model.py."""
     cache = Cache(Path(settings["OUT_DIR"]) / "judgments.jsonl")
-    pairs, scale, repeats = settings["JUDGE_MODE"] == "pair", settings["JUDGE_SCALE"], settings["JUDGE_REPEATS"]
-    first, *others = answers
+    mode, scale, repeats = (settings[name] for name in ("JUDGE_MODE", "JUDGE_SCALE", "JUDGE_REPEATS"))
+    pairs, (first, *others) = mode == "pair", answers
     tasks = {}  # by name, number of the question, and turn, or place in the pair
     for name in others if pairs else answers:
         for i, (question, given) in enumerate(zip(questions, answers[name], strict=True)):
@@ -161,7 +162,7 @@ def score_answers(results: dict, server: Server, questions: list[dict], answers:
         found = preference(reply) if pairs else grade(reply, scale)
         verdicts[name].setdefault(tuple(at), []).append(found)
     how = "each question in both orders" if pairs else f"scale {scale}"
-    print(f"\n{settings['JUDGE_MODE']}, {len(questions)} questions, {how}, {repeats} judgments of each")
+    print(f"\n{mode}, {len(questions)} questions, {how}, {repeats} judgments of each")
     for name, given in verdicts.items():
         valid = {at: [number for number in found if number is not None] for at, found in given.items()}
         medians = {at: statistics.median(found) for at, found in valid.items() if found}
@@ -204,6 +205,7 @@ def score_pairs(result: dict, versus: str, points: dict) -> None:
     if shares:
         low, high = mean_interval(shares)
         won, lost = shares.count(1), shares.count(0)
-        counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
-        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", f", {counts}")
+        tied = len(shares) - won - lost
+        more = f", {won} won, {tied} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
+        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", more)
         print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")

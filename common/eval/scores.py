@@ -7,7 +7,7 @@ from common.eval import statistics
 from common.eval.statistics import mean_loss, verdict
 
 
-def put(result: dict, name: str, value: float, interval: tuple[float, float], form: str, more: str = "") -> None:
+def put(result: dict, name: str, value: float, interval: tuple, form: str, more: str = "") -> None:
     """Keep a score with its interval, and print it."""
     known = all(map(math.isfinite, interval))  # a single question has none
     result["scores"][name], result["intervals"][name] = value, interval if known else None
@@ -16,7 +16,8 @@ def put(result: dict, name: str, value: float, interval: tuple[float, float], fo
 
 
 def put_share(result: dict, name: str, hits: int, trials: int) -> None:
-    put(result, name, hits / trials, statistics.wilson_interval(hits, trials), ".0%", f", {hits} of {trials}")
+    interval = statistics.wilson_interval(hits, trials)
+    put(result, name, hits / trials, interval, ".0%", f", {hits} of {trials}")
 
 
 def compare(first: str, name: str, results: dict) -> None:
@@ -26,9 +27,9 @@ def compare(first: str, name: str, results: dict) -> None:
     for source, losses in after.get("losses", {}).items():
         earlier = before["losses"][source]
         low, high = interval = statistics.change_interval(earlier, losses)
-        what = "change of that loss" if len(after["losses"]) == 1 else f"change of the loss on {source}"
+        what = "that loss" if len(after["losses"]) == 1 else f"the loss on {source}"
         print(f"\n{versus}: {verdict(-high, -low)}")
-        put(after, what, mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
+        put(after, f"change of {what}", mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
         if [tokens for _, tokens in earlier] != [tokens for _, tokens in losses]:
             print("  their tokenizers differ, and so do their tokens: such losses do not compare")
     grades, earlier = after.get("judged", {}), before.get("judged", {})

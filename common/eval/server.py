@@ -31,10 +31,7 @@ class Unfinished(openai.OpenAIError):
 
 
 class Server:
-    """An OpenAI-compatible chat server; counts requests and tokens.
-
-    Raises UserError where the user can mend something: the address, the key, the model.
-    """
+    """An OpenAI-compatible chat server; UserError where the user can mend its address, the key or the model."""
 
     def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
         key_name = key_name or (None if url else "OPENAI_API_KEY")
@@ -42,8 +39,7 @@ class Server:
             raise UserError(f"JUDGE_KEY={key_name}: this environment variable is not set. Put the key there.")
         key = os.environ[key_name] if key_name else "none"  # local servers need no key
         self.url, self.model = (url or "https://api.openai.com/v1").rstrip("/"), model
-        self.options = {"temperature": 0.0, "max_tokens": max_tokens}
-        self.refused: set[str] = set()
+        self.options, self.refused = {"temperature": 0.0, "max_tokens": max_tokens}, set()
         self.counts, self.lock = Counter(), threading.Lock()
         private = {"organization": "", "project": ""} if url else {}  # OpenAI's, which other servers must not see
         try:
@@ -129,10 +125,10 @@ def key_of(*parts) -> str:
 
 
 def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: int) -> Iterator:
-    """Request every task (name: messages) `repeats` times; yield (name, repeat, reply or None) as replies come.
+    """Request every task (name: messages) `repeats` times; yield (name, repeat, reply or None).
 
-    Equal messages are sent once. Failures are not cached, so that the same command tries them again. Raises UserError
-    where the user can mend something, or where no request was answered.
+    Equal messages are sent once. Failures are not cached, so that the same command tries them again.
+    Raises UserError where the user can mend something, or where no request was answered.
     """
     requests: dict[str, tuple] = {}  # by key: messages, repeat, names of the tasks
     for name, messages in tasks.items():
