@@ -57,7 +57,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common.data import sources
-from common.eval import facts, judge, scores, suites
+from common.eval import facts, judge, statistics, suites
 from common.eval.answers import read_prompts
 from common.eval.server import Cache, Server
 from common.files import write_atomic
@@ -103,7 +103,7 @@ def main():
         judge.score_answers(results, judge_server, judged, answers, current(globals()))
     for name, result in results.items():
         if name != names[0]:
-            scores.compare(names[0], name, results)
+            statistics.compare(names[0], name, results)
         save(name, result)
 
 
@@ -137,7 +137,7 @@ def save(name: str, result: dict) -> None:
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
-    scores.draw(folder / "scores.png", name, result)
+    statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())

@@ -14,9 +14,8 @@ from rich.progress import track
 
 from common.cli import UserError
 from common.data import readers
-from common.eval.scores import put
 from common.eval.server import Cache, Server, ask_all, key_of
-from common.eval.statistics import mean_interval, means_by_question, verdict
+from common.eval.statistics import mean_interval, means_by_question, put, verdict
 from common.model import generation
 
 TASK = """You grade the answers of an AI assistant. Judge how correct, helpful, clear and complete the answer is, and \

@@ -58,21 +58,20 @@ class Server:
         problem = PROBLEMS[error.status_code].format(model=self.model, url=self.url)
         return UserError(f"{problem}: {error}")
 
-    def ask(self, messages: list[dict], seed: int) -> str:
-        """The model's reply, requested again while it is malformed, which openai's client does not do."""
-        for _ in range(TRIES - 1):
-            try:
-                return self.ask_once(messages, seed)
-            except MALFORMED:
-                self.count("malformed replies")
-                time.sleep(PAUSE)
-        return self.ask_once(messages, seed)
-
-    def ask_once(self, messages: list[dict], seed: int) -> str:
+    def ask(self, messages: list[dict], seed: int, tries: int = TRIES) -> str:
         """The model's reply. Raises UserError for a wrong key or model, else openai's errors."""
-        options = {name: value for name, value in (self.options | {"seed": seed}).items() if name not in self.refused}
+        wanted = self.options | {"seed": seed}
+        options = {name: value for name, value in wanted.items() if name not in self.refused}
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, **options)
+            choice, usage = reply.choices[0], dict(reply.usage or {})
+            text = choice.message.content or ""
+        except MALFORMED:  # openai's client does not repeat these
+            if tries == 1:
+                raise
+            self.count("malformed replies")
+            time.sleep(PAUSE)
+            return self.ask(messages, seed, tries - 1)
         except openai.APIStatusError as error:
             wrong = error.status_code in (400, 422)
             if wrong and (named := [name for name in OPTIONAL if name in str(error) and name in options]):
@@ -80,13 +79,11 @@ class Server:
                     self.refused.update(named)  # for all later requests
                     if "max_completion_tokens" in str(error):
                         self.options["max_completion_tokens"] = self.options["max_tokens"]
-                return self.ask_once(messages, seed)
+                return self.ask(messages, seed, tries)
             only_this = wrong and self.counts["requests"]  # too long, or filtered
             if only_this or error.status_code not in PROBLEMS:
                 raise
             raise self.explain(error) from error
-        choice, usage = reply.choices[0], dict(reply.usage or {})
-        text = choice.message.content or ""
         self.count("requests")
         self.count("prompt tokens", usage.get("prompt_tokens") or 0)
         self.count("completion tokens", usage.get("completion_tokens") or 0)

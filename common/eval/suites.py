@@ -14,8 +14,7 @@ import torch
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.eval import facts
-from common.eval.scores import put, put_share
-from common.eval.statistics import loss_interval, mean_loss
+from common.eval.statistics import loss_interval, mean_loss, put, put_share
 from common.model import generation
 
 REPEATS = 0.3  # share of runs of four words that stood in the answer before

@@ -1,11 +1,13 @@
-"""Run folders: created, locked, and described by settings.json."""
+"""Run folders: created, locked, described by settings.json, resumed as the run they hold, and asked to stop."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common import distributed
+from common.bounds import CHANGEABLE
 from common.cli import UserError
 from common.files import METRICS, write_atomic
-from common.run import resume
 from common.train import checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
+DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}  # decide what rows become
+FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}  # change nothing of a run
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")]
 
 
 def create_folder(settings: dict, script: str) -> Path:
@@ -42,13 +47,49 @@ def create_folder(settings: dict, script: str) -> Path:
     if checkpoints.folders(folder) or any((folder / file).exists() for file in (METRICS, "report.json", "final")):
         if not settings.get("RESUME"):
             raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove it.")
-        resume.refuse_changes(folder, settings)
+        refuse_changes(folder, settings)
         if (folder / "summary.json").exists():
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
     metadata = {"script": stem, "settings": settings} | provenance()
     write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
     return folder
+
+
+def refuse_changes(folder: Path, settings: dict) -> None:
+    """Exit code 3 when a resume would go on with other settings than the newest checkpoint, or the run, began with."""
+    now = settings, distributed.count(), distributed.engine()
+    before, processes, engine = read_settings(folder) or now
+    if (processes, engine) != now[1:]:
+        # Optimizer states, random numbers and rows belong to processes.
+        raise UserError(
+            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are {now[1]} ({now[2]}). "
+            "Start it as before, or start a new run.",
+            code=3,
+        )
+    allowed = FREE | allowed_changes(settings)
+    changed = [name for name, value in settings.items() if name not in allowed and before.get(name) != value]
+    if changed:
+        difference = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
+        allowing = f"allow it (ALLOW_CHANGE={','.join(changed)}), " if set(changed) <= set(CHANGEABLE) else ""
+        raise UserError(
+            f"RESUME=auto would change the run: {difference}. Set it back, {allowing}or start a new run.", code=3
+        )
+
+
+def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
+    """Settings, processes and engine of the newest checkpoint, or else of the run; None where all are damaged."""
+    manifests = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
+    for file in [*manifests, folder / "settings.json"]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            return metadata["settings"], metadata["processes"], metadata["engine"]
+    return None
+
+
+def allowed_changes(settings: dict) -> set[str]:
+    """The settings that ALLOW_CHANGE names."""
+    return set(filter(None, settings["ALLOW_CHANGE"].replace(" ", "").split(",")))
 
 
 def provenance() -> dict:
@@ -78,3 +119,38 @@ def git_commit() -> str | None:
     except FileNotFoundError:  # no git
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+class StopRequest:
+    """Turns SIGTERM, Ctrl-C, SIGBREAK or a file STOP in the run folder into a request, as a context manager.
+
+    number: the signal, None until there is one. A second signal interrupts at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.file, self.number, self.before = folder / "STOP", None, {}
+
+    def __enter__(self):
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number: int, frame) -> None:
+        if self.number is not None:
+            if distributed.count() > 1 and number != signal.SIGINT:
+                return  # a launcher passes on what a terminal or a scheduler has sent to every process
+            raise KeyboardInterrupt
+        self.number = number
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone; writing to it would end the run
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        print("Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now.", file=sys.stderr)
+
+    def requested(self) -> bool:
+        if self.number is None and self.file.exists():
+            self.number = signal.SIGINT
+        return self.number is not None
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

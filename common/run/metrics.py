@@ -57,9 +57,8 @@ class MetricsLog(TrainerCallback):
         self.bar.update(self.task, line=line)
         if "eval_loss" in entry or self.bar.disable:
             print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         if state.is_world_process_zero:
-            self.trainer.metrics_log.append(json.dumps(entry) + "\n")
+            self.trainer.metrics_log.append(json.dumps(finite(entry)) + "\n")
 
 
 def describe(entry: dict) -> str:
@@ -71,6 +70,11 @@ def describe(entry: dict) -> str:
     memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"
     watts = "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"
     return f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}{watts}"
+
+
+def finite(entry: dict) -> dict:
+    """The entry with None for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -2,23 +2,23 @@
 
 import datetime
 import json
-import math
 import statistics
 from pathlib import Path
 
 from common import distributed, hardware
 from common.cli import RANK
 from common.files import METRICS, write_atomic
-from common.run.metrics import perplexity
+from common.run.metrics import finite, perplexity
 
 # The columns of runs.md; `row` fills them from a summary.
 COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
 
 
-def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: float | None, seconds: float, plan):
+def finish(folder: Path, trainer, results: dict, events: dict) -> None:
     """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
 
-    events: how often what cost time, by name; seconds: of training. Of several processes all have to call it.
+    results: of the training, by name in summary.json. events: how often what cost time, by name. Of several processes
+    all have to call it.
     """
     trainer.monitor.exchange()
     peaks = hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True)
@@ -27,16 +27,8 @@ def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: fl
     if RANK:
         return
     trainer.monitor.write()
-    if eval_loss is not None and not math.isfinite(eval_loss):
-        eval_loss = None
-    results = dict(
-        train_loss=train_loss,
-        eval_loss=eval_loss,
-        eval_perplexity=perplexity(eval_loss),
-        train_seconds=seconds,
-        predicted_peak_gib=plan.predicted_peak_gib,
-    )
-    summary = results | summarize(trainer, peaks, events)
+    results["eval_perplexity"] = perplexity(results["eval_loss"])
+    summary = finite(results | summarize(trainer, peaks, events))
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
     plot(folder)

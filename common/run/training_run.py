@@ -9,10 +9,9 @@ from transformers import PrinterCallback
 from common import distributed, hardware
 from common.files import METRICS, LineLog, write_atomic
 from common.monitor import HardwareMonitor
-from common.run import report, resume
-from common.run.folder import create_folder
+from common.run import report
+from common.run.folder import DATA_SETTINGS, StopRequest, allowed_changes, create_folder
 from common.run.metrics import MetricsLog
-from common.run.stop import StopRequest
 from common.train import checkpoints
 from common.train.parallel import gather_weights
 
@@ -42,21 +41,21 @@ class TrainingRun:
         trainer.remove_callback(PrinterCallback)
         started = hardware.now()
         with trainer.monitor, StopRequest(self.folder) as trainer.stop, log.bar:
-            train_loss = trainer.train(self.checkpoint).metrics["train_loss"]
-            train_seconds = hardware.now() - started
+            results = {"train_loss": trainer.train(self.checkpoint).metrics["train_loss"]}
+            results["train_seconds"] = hardware.now() - started
             weights = gather_weights(trainer)
-            distributed.on_first(lambda: save(self.folder / "final", weights))  # before the evaluation, which may crash
-            eval_loss = evaluate(trainer) if trainer.eval_dataset else None
-        report.finish(self.folder, trainer, dict(log.watch.counts), train_loss, eval_loss, train_seconds, plan)
+            # Before the evaluation, which may crash.
+            distributed.on_first(lambda: save(self.folder / "final", weights))
+            results["eval_loss"] = evaluate(trainer) if trainer.eval_dataset else None
+        results["predicted_peak_gib"] = plan.predicted_peak_gib
+        report.finish(self.folder, trainer, results, dict(log.watch.counts))
 
 
 def open_run(settings: dict, script: str) -> TrainingRun:
     """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint in it. Errors: see `create_folder`."""
     folder = distributed.on_first(lambda: create_folder(settings, script))
     checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder)) if settings["RESUME"] else None
-    return TrainingRun(
-        folder, checkpoint, not resume.allowed_changes(settings) & resume.DATA_SETTINGS, LineLog(folder / METRICS)
-    )
+    return TrainingRun(folder, checkpoint, not allowed_changes(settings) & DATA_SETTINGS, LineLog(folder / METRICS))
 
 
 def evaluate(trainer) -> float:
