@@ -65,9 +65,10 @@ def write_answers(generator: generation.Generator, prompts: Prompts, file: Path,
             batch = slice(start, start + batch_size)
             chats, ids = zip(*views[batch], strict=True)
             left = min(length, limit - max(map(len, ids)))
-            how = dict(max_new_tokens=left, temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"])
+            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"], max_new_tokens=left)
             set_seed(settings["SEED"] + start)
-            answers = generation.answers(generator.model, generator.tokenizer, chats, batch_size, **how)
+            model, tokenizer = generator.model, generator.tokenizer
+            answers = generation.answers(model, tokenizer, chats, batch_size, **how)
             for row, (text, tokens, stop, *_) in zip(rows[batch], answers, strict=True):
                 stream.write(to_line(row | {"answer": text, "tokens": tokens, "stop": stop, "by": by}))
             stream.flush()
@@ -86,4 +87,5 @@ def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:
 
 
 def to_line(row: dict) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")  # half a surrogate pair

@@ -1,7 +1,7 @@
 """A language model as judge of answers: its questions, its task, its verdicts, and the scores.
 
-Single grading and pairwise comparison after Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the
-biases they found in mind: a failure is counted as one, both orders are asked, the median of repeats counts.
+After Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the biases they found in mind: a
+failure is counted as one, both orders are asked, the median of repeats counts.
 """
 
 import re
@@ -92,8 +92,8 @@ def dialogue(turns: list[str], answers: list[str]) -> str:
 
 
 def reference_of(question: dict, turns: int) -> str:
-    references = enumerate((question.get("reference") or [])[:turns], 1)
-    return "".join(framed(f"A good answer to message {i}", text) + "\n\n" for i, text in references if text)
+    texts = enumerate((question.get("reference") or [])[:turns], 1)
+    return "".join(framed(f"A good answer to message {i}", text) + "\n\n" for i, text in texts if text)
 
 
 def single_messages(question: dict, answers: list[str], turn: int, scale: str) -> list[dict]:
@@ -178,7 +178,7 @@ def score_answers(results: dict, server: Server, questions: list[dict], answers:
 
 
 def score_grades(result: dict, questions: list[dict], grades: dict) -> None:
-    """Means of the grades (by question and turn) by turn and by category, with intervals over questions."""
+    """Means of the grades (by question and turn) by turn and by category."""
     result["judged"] = {f"{i}, turn {turn + 1}": number for (i, turn), number in grades.items()}
     turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in grades})]
     categories = list(dict.fromkeys(question["category"] for question in questions))
@@ -199,7 +199,8 @@ def score_pairs(result: dict, versus: str, points: dict) -> None:
     points: those of assistant A, by question and by the place of the model.
     """
     # For each question, the model's points where it stands as A, and as B.
-    both = [(one, 1 - points[i, "B"]) for (i, place), one in points.items() if place == "A" and (i, "B") in points]
+    questions = [i for i, place in points if place == "A" and (i, "B") in points]
+    both = [(points[i, "A"], 1 - points[i, "B"]) for i in questions]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
         low, high = mean_interval(shares)

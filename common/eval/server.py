@@ -1,4 +1,4 @@
-"""A judge's server, OpenAI-compatible: requests that survive its failures, and a cache of its replies."""
+"""An OpenAI-compatible server: requests that survive its failures, and a cache of its replies."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ class Unfinished(openai.OpenAIError):
 
 
 class Server:
-    """An OpenAI-compatible chat server; UserError where the user can mend its address, the key or the model."""
+    """A chat server; raises UserError where the user can mend its address, the key or the model."""
 
     def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
         key_name = key_name or (None if url else "OPENAI_API_KEY")

@@ -1,4 +1,4 @@
-"""Scores with their 95 % intervals: computed, printed, compared with another model's, and drawn."""
+"""Scores with their 95 % intervals: computed, printed, compared and drawn."""
 
 import math
 import statistics
@@ -8,47 +8,49 @@ import numpy
 
 from common.cli import UserError
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, 1 to 8 degrees of freedom
+Losses = list[tuple[float, int]]  # of each chat: summed nats, and tokens
+Interval = tuple[float, float]
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, from 1 degree of freedom
 
 
-def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): right for small numbers and near 0 and 1."""
+def wilson_interval(hits: int, trials: int) -> Interval:
+    """Of a share (Wilson, J. Am. Stat. Assoc. 22, 1927), also for small numbers and near 0 and 1."""
+    z = 1.96
     share, scale = hits / trials, 1 + z * z / trials
     middle = (share + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # 0 of 40: middle - half = 7e-18
+    # For 0 of 40, middle - half is 7e-18.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
-def mean_loss(losses: list[tuple[float, int]]) -> float:
-    """Nats per token over all chats, from the summed nats and tokens of each."""
+def mean_loss(losses: Losses) -> float:
+    """Nats per token over all chats."""
     nats, tokens = map(sum, zip(*losses, strict=True))
     if not tokens:
         raise UserError("MAX_LENGTH: no answer of CHATS begins before it. Raise it.")
     return nats / tokens
 
 
-def loss_interval(losses: list[tuple[float, int]]) -> tuple[float, float]:
+def loss_interval(losses: Losses) -> Interval:
     """Of mean_loss."""
     return jackknife(losses, lambda nats, tokens: nats / tokens)
 
 
-def change_interval(before: list[tuple[float, int]], after: list[tuple[float, int]]) -> tuple[float, float]:
+def change_interval(before: Losses, after: Losses) -> Interval:
     """Of mean_loss(after) / mean_loss(before) - 1 on the same chats."""
     pairs = [(*one, *other) for one, other in zip(before, after, strict=True)]
-    return jackknife(
-        pairs, lambda nats, tokens, nats_after, tokens_after: nats_after / tokens_after * tokens / nats - 1
-    )
+    return jackknife(pairs, lambda nats, tokens, later, later_tokens: later / later_tokens * tokens / nats - 1)
 
 
-def mean_interval(values) -> tuple[float, float]:
-    """Of the mean of values, one a question: grades, or differences of two models' grades."""
+def mean_interval(values) -> Interval:
+    """Of the mean of values, one for each question."""
     return jackknife([(value, 1) for value in values], lambda total, count: total / count)
 
 
-def jackknife(units: list[tuple], statistic) -> tuple[float, float]:
-    """Of a statistic of the sums of units' columns, by leaving out each unit once (Tukey 1958), with Student's t.
+def jackknife(units: list[tuple], statistic) -> Interval:
+    """Of a statistic of the sums of units' columns, leaving out each unit once (Tukey 1958), with Student's t.
 
-    For a mean it is Student's interval. Units whose second column, a count, is 0 do not matter.
+    Units whose second column, a count, is 0 do not matter.
     """
     table = numpy.array([unit for unit in units if unit[1]], dtype=float)  # (units, columns)
     freedom = len(table) - 1
@@ -77,7 +79,7 @@ def verdict(low: float, high: float) -> str:
     return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
 
 
-def put(result: dict, name: str, value: float, interval: tuple, form: str, more: str = "") -> None:
+def put(result: dict, name: str, value: float, interval: Interval, form: str, more: str = "") -> None:
     """Keep a score with its interval, and print it."""
     known = all(map(math.isfinite, interval))  # a single question has none
     result["scores"][name], result["intervals"][name] = value, interval if known else None
@@ -91,7 +93,7 @@ def put_share(result: dict, name: str, hits: int, trials: int) -> None:
 
 
 def compare(first: str, name: str, results: dict) -> None:
-    """Print whether a model differs from the first one, on the same chats and on the same questions."""
+    """Print whether a model differs from the first one."""
     before, after = results[first], results[name]
     versus = f"{name} against {first}"
     for source, losses in after.get("losses", {}).items():
@@ -117,9 +119,10 @@ def draw(file: Path, title: str, result: dict) -> None:
 
     panels = {}
     for name, value in result["scores"].items():
-        kind = next((kind for kind in ("judge", "change", "loss") if name.startswith(kind)), "share")
+        kind = name.split()[0] if name.startswith(("judge", "change", "loss")) else "share"
         low, high = result["intervals"][name] or (value, value)
-        panels.setdefault(kind, []).append((name.removeprefix("judge "), value, value - low, high - value))
+        row = name.removeprefix("judge "), value, value - low, high - value
+        panels.setdefault(kind, []).append(row)
     if not panels:
         return
     sizes = [len(rows) for rows in panels.values()]

@@ -1,4 +1,4 @@
-"""Suites: how well a model predicts answers, what it knows, how its answers look, and EleutherAI's tasks.
+"""Suites: how well a model predicts answers, what it knows, how its answers look, EleutherAI's tasks.
 
 Each writes its scores into `result` ({"scores", "intervals", ...}) and prints them.
 """
@@ -14,13 +14,11 @@ import torch
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.eval import facts
-from common.eval.statistics import loss_interval, mean_loss, put, put_share
+from common.eval.statistics import Losses, loss_interval, mean_loss, put, put_share
 from common.model import generation
 
 REPEATS = 0.3  # share of runs of four words that stood in the answer before
-ROLE = re.compile(
-    r"<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:", re.IGNORECASE | re.MULTILINE
-)
+ROLE = re.compile(r"(?im)<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:")
 
 
 def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_length: int) -> None:
@@ -35,11 +33,10 @@ def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_len
 
 
 @torch.no_grad()
-def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) -> list[tuple[float, int]]:
+def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) -> Losses:
     """Per chat, the summed negative log-likelihood of the assistants' tokens (nats) and their number.
 
-    The model's own template is used, with no marks needed: an answer is what follows its generation prompt. Each chat
-    is computed by itself: padded rows slow a CPU down (455 tokens/s against 604).
+    Each chat is computed by itself: padded rows slow a CPU down (455 tokens/s against 604).
     """
     losses = []
     for row in ChatEncoder(tokenizer).encode(chats):
@@ -93,14 +90,14 @@ def repetition(text: str) -> float:
 
 
 def script_of(text: str) -> str:
-    """The script of most of a text's letters (LATIN, CYRILLIC, CJK ...), by their Unicode names."""
+    """The script of most of a text's letters: LATIN, CYRILLIC, CJK ..."""
     names = (unicodedata.name(letter, "") for letter in text if letter.isalpha())
     counts = Counter(name.partition(" ")[0] for name in names)
     return max(counts, key=counts.get, default="")
 
 
 def score_by_harness(result: dict, model, tokenizer, tasks: str) -> None:
-    """Tasks of EleutherAI's lm-eval, by its own interface; its standard errors give the intervals."""
+    """Tasks of EleutherAI's lm-eval, whose standard errors give the intervals."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
