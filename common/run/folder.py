@@ -1,4 +1,4 @@
-"""Run folders: created, locked, described by settings.json, resumed as the run they hold, and asked to stop."""
+"""Run folders: created, locked, described by settings.json; rules of resuming; requests to stop."""
 
 import contextlib
 import datetime
@@ -30,7 +30,7 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SI
 def create_folder(settings: dict, script: str) -> Path:
     """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
 
-    Raises UserError when the folder cannot be written, or holds a run that must not be resumed or would become another.
+    Raises UserError when it cannot be written, or holds a run that must not be resumed or would become another.
     Ends the program where that run is finished.
     """
     out_dir, stem = settings["OUT_DIR"], Path(script).stem
@@ -44,7 +44,8 @@ def create_folder(settings: dict, script: str) -> Path:
     except OSError as error:
         raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
     (folder / "STOP").unlink(missing_ok=True)  # of an earlier time
-    if checkpoints.folders(folder) or any((folder / file).exists() for file in (METRICS, "report.json", "final")):
+    results = (METRICS, "report.json", "final")
+    if checkpoints.folders(folder) or any((folder / file).exists() for file in results):
         if not settings.get("RESUME"):
             raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove it.")
         refuse_changes(folder, settings)
@@ -57,18 +58,18 @@ def create_folder(settings: dict, script: str) -> Path:
 
 
 def refuse_changes(folder: Path, settings: dict) -> None:
-    """Exit code 3 when a resume would go on with other settings than the newest checkpoint, or the run, began with."""
+    """Exit code 3 when a resume would go on with other settings than the run began with."""
     now = settings, distributed.count(), distributed.engine()
     before, processes, engine = read_settings(folder) or now
     if (processes, engine) != now[1:]:
         # Optimizer states, random numbers and rows belong to processes.
         raise UserError(
-            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are {now[1]} ({now[2]}). "
-            "Start it as before, or start a new run.",
+            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are {now[1]} "
+            f"({now[2]}). Start it as before, or start a new run.",
             code=3,
         )
-    allowed = FREE | allowed_changes(settings)
-    changed = [name for name, value in settings.items() if name not in allowed and before.get(name) != value]
+    checked = settings.keys() - FREE - allowed_changes(settings)
+    changed = [name for name in settings if name in checked and before.get(name) != settings[name]]
     if changed:
         difference = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
         allowing = f"allow it (ALLOW_CHANGE={','.join(changed)}), " if set(changed) <= set(CHANGEABLE) else ""
@@ -78,7 +79,7 @@ def refuse_changes(folder: Path, settings: dict) -> None:
 
 
 def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
-    """Settings, processes and engine of the newest checkpoint, or else of the run; None where all are damaged."""
+    """Settings, processes and engine of the newest checkpoint or of the run; None where all are damaged."""
     manifests = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
     for file in [*manifests, folder / "settings.json"]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -100,7 +101,7 @@ def provenance() -> dict:
         launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
         if (machines := count // int(os.environ.get("LOCAL_WORLD_SIZE", count))) > 1:
             launcher += ["--num_machines", str(machines)]
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     return dict(
         command=shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -122,7 +123,7 @@ def git_commit() -> str | None:
 
 
 class StopRequest:
-    """Turns SIGTERM, Ctrl-C, SIGBREAK or a file STOP in the run folder into a request, as a context manager.
+    """Turns signals or a file STOP in the run folder into a request, as a context manager.
 
     number: the signal, None until there is one. A second signal interrupts at once.
     """

@@ -1,4 +1,4 @@
-"""metrics.jsonl and what is shown while a run goes on: a bar on a terminal, plain lines in a log file."""
+"""metrics.jsonl and what is shown of a run: a bar on a terminal, plain lines in a log file."""
 
 import json
 import math
@@ -16,9 +16,9 @@ LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "facts", "sam
 
 
 class MetricsLog(TrainerCallback):
-    """Writes metrics.jsonl, shows progress, and tells of events that cost time.
+    """Writes metrics.jsonl, shows progress, and tells of events that cost time. Changes nothing of its trainer.
 
-    trainer: a ChatTrainer with its monitor, which stays as it is. bar: to be entered for the time of training.
+    bar: to be entered for the time of training.
     """
 
     def __init__(self, trainer):
@@ -47,12 +47,16 @@ class MetricsLog(TrainerCallback):
         entry |= {name: logs[name] for name in LOGGED if name in logs}
         if "eval_loss" in logs:
             entry["eval_perplexity"] = perplexity(logs["eval_loss"])
-        entry["tokens"] = progress.tokens
-        if "loss" in logs:
+        else:
             entry["step_seconds"] = self.trainer.step_seconds[-1]
             entry["tokens_per_second"] = progress.tokens_per_second()
-        entry["seconds"] = progress.seconds
-        entry |= {"rss_gib": hardware.rss_gib(), "vram_gib": hardware.vram_gib(), "power_w": monitor.power_w()}
+        entry |= dict(
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            rss_gib=hardware.rss_gib(),
+            vram_gib=hardware.vram_gib(),
+            power_w=monitor.power_w(),
+        )
         line = describe(entry)
         self.bar.update(self.task, line=line)
         if "eval_loss" in entry or self.bar.disable:

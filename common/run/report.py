@@ -15,20 +15,19 @@ COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak Gi
 
 
 def finish(folder: Path, trainer, results: dict, events: dict) -> None:
-    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
+    """Write plot.png, run_row.md and summary.json, which finishes the run; print the row last.
 
-    results: of the training, by name in summary.json. events: how often what cost time, by name. Of several processes
-    all have to call it.
+    results: of the training, for summary.json. events: how often what cost time, by name.
+    Of several processes all have to call it.
     """
     trainer.monitor.exchange()
     peaks = hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True)
     peaks = zip(*distributed.gather(peaks), strict=True)
-    peaks = [None if None in peak else max(peak) for peak in peaks]  # of the process that held most
+    peaks = [None if None in peak else max(peak) for peak in peaks]  # the most of a process
     if RANK:
         return
     trainer.monitor.write()
-    results["eval_perplexity"] = perplexity(results["eval_loss"])
-    summary = finite(results | summarize(trainer, peaks, events))
+    summary = finite(summarize(trainer, results, peaks, events))
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
     plot(folder)
@@ -36,28 +35,33 @@ def finish(folder: Path, trainer, results: dict, events: dict) -> None:
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
 
 
-def summarize(trainer, peaks: list, events: dict) -> dict:
-    """What the trainer knows for summary.json; peaks: GiB of VRAM, main memory, and VRAM reserved by torch."""
+def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
+    """summary.json; peaks: GiB of VRAM, of main memory, and of VRAM reserved by torch."""
     progress, steps, joules = trainer.progress, trainer.step_seconds, trainer.energy_j()
     metadata, device, guard = trainer.metadata(), hardware.device_name(), progress.guard
     events = events | ({"loss spike": guard.spikes} if guard.spikes else {})
     bad = [f"{guard.bad_steps} steps not finite"] if guard.bad_steps else []
     return dict(
+        train_loss=results["train_loss"],
+        eval_loss=results["eval_loss"],
+        eval_perplexity=perplexity(results["eval_loss"]),
         steps=trainer.state.global_step,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens_per_second(),
+        train_seconds=results["train_seconds"],
         median_step_seconds=statistics.median(steps) if steps else None,
         max_step_seconds=max(steps, default=None),
         peak_vram_gib=peaks[0],
         peak_rss_gib=peaks[1],
-        peak_vram_reserved_gib=peaks[2],
+        predicted_peak_gib=results["predicted_peak_gib"],
         mean_power_w=trainer.monitor.mean_power_w(),
         energy_wh=None if joules is None else joules / 3600,
-        tokens_per_joule=progress.tokens / joules if joules else None,
         device=f"{distributed.count()} x {device}" if distributed.count() > 1 else device,
         command=metadata["command"],
         commit=metadata["commit"],
         verdict=", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
+        peak_vram_reserved_gib=peaks[2],
+        tokens_per_joule=progress.tokens / joules if joules else None,
         events=events,
     )
 
@@ -79,12 +83,13 @@ def row(summary: dict, note: str = "") -> str:
 
 
 def plot(folder: Path) -> None:
-    """Draw metrics.jsonl into plot.png: loss and learning rate over steps, above memory and, where known, power."""
+    """Draw plot.png: loss and learning rate over steps, above memory and, where known, power."""
     import matplotlib  # slow imports
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update({"font.size": 15, "lines.linewidth": 2.5})  # to be read on a phone
-    metrics = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
     memory = "vram_gib" if any(m["vram_gib"] is not None for m in metrics) else "rss_gib"
     figure = Figure(figsize=(8, 8), layout="tight")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

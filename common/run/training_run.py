@@ -28,8 +28,7 @@ class TrainingRun:
     def execute(self, trainer, plan, save) -> None:
         """Train (from the checkpoint), save, evaluate, and write the results into the run folder.
 
-        plan: the BatchPlan of the trainer; it goes into settings.json, and from there into checkpoints.
-        save: called with the folder and gathered weights.
+        plan: the trainer's BatchPlan, for settings.json. save: called with the folder and gathered weights.
         """
         metadata = json.dumps(trainer.metadata() | {"plan": plan.settings()}, indent=1)
         distributed.on_first(lambda: write_atomic(self.folder / "settings.json", metadata))
@@ -52,10 +51,12 @@ class TrainingRun:
 
 
 def open_run(settings: dict, script: str) -> TrainingRun:
-    """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint in it. Errors: see `create_folder`."""
-    folder = distributed.on_first(lambda: create_folder(settings, script))
-    checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder)) if settings["RESUME"] else None
-    return TrainingRun(folder, checkpoint, not allowed_changes(settings) & DATA_SETTINGS, LineLog(folder / METRICS))
+    """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint. Errors: see `create_folder`."""
+    folder, checkpoint = distributed.on_first(lambda: create_folder(settings, script)), None
+    if settings["RESUME"]:
+        checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder))
+    keeps_data = not allowed_changes(settings) & DATA_SETTINGS
+    return TrainingRun(folder, checkpoint, keeps_data, LineLog(folder / METRICS))
 
 
 def evaluate(trainer) -> float:
