@@ -26,13 +26,13 @@ HELP = '''\
 COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
 CHANGEABLE = {"TEMPERATURE": (float,), "TOP_P": (float,), "MAX_NEW_TOKENS": (int,), "CONTEXT": (int, type(None))}
 STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
-QUOTES = '"' * 3
+QUOTES = '"' * 3  # around a prompt of several lines
 
 
 class Conversation:
     """A conversation with one model, or with two side by side.
 
-    generators: generation.Generator by name of the model. settings: those of chat_pipe.py by name, which /set changes.
+    generators: generation.Generator by name of the model. settings: those of chat_pipe.py.
     histories: the messages exchanged with each model.
     """
 
@@ -92,7 +92,7 @@ class Conversation:
         return prompt
 
     def run_command(self, line: str) -> None:
-        """Execute a command of HELP; raises UserError for an unknown one, or where it is not possible."""
+        """Execute a command of HELP; raises UserError where that is not possible."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         match command:
@@ -122,7 +122,11 @@ class Conversation:
             case "/load":
                 self.load(argument)
             case "/stats":
-                self.print_stats()
+                tokens = sum(answer.tokens for answer in self.answers)
+                seconds = sum(answer.seconds for answer in self.answers)
+                print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}")
+                vram = hardware.vram_gib()
+                print(f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM")
             case _:
                 raise UserError(f"unknown command {command}.{nearest(command, COMMANDS)} /help lists all commands.")
 
@@ -154,12 +158,6 @@ class Conversation:
         self.reset(chats[-1])
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
 
-    def print_stats(self) -> None:
-        tokens, seconds = sum(answer.tokens for answer in self.answers), sum(answer.seconds for answer in self.answers)
-        vram = hardware.vram_gib()
-        memory = f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM"
-        print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}, {memory}")
-
 
 def run_terminal(conversation: Conversation, history_file: str | None) -> None:
     """Read prompts and commands from the terminal until /quit or Ctrl-D."""
@@ -177,7 +175,10 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
     print(f"{' and '.join(conversation.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
-            prompt = read_prompt(session)
+            prompt = session.prompt("\n> ").strip()
+            while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
+                prompt += "\n" + session.prompt(". ").rstrip()
+            prompt = prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()
             if prompt == "/quit":
                 return
             if prompt.startswith("/"):
@@ -190,11 +191,3 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
             return
         except (UserError, OSError) as error:
             print(f"({error})")
-
-
-def read_prompt(session) -> str:
-    """A line, or the lines between two QUOTES."""
-    prompt = session.prompt("\n> ").strip()
-    while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
-        prompt += "\n" + session.prompt(". ").rstrip()
-    return prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()

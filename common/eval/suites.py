@@ -27,8 +27,7 @@ def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_len
         losses = answer_losses(model, tokenizer, rows, max_length)
         result.setdefault("losses", {})[source] = losses
         mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
-        perplexity = math.exp(min(mean, 700))
-        more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity:.2f}"
+        more = f" nats per token of the answers of {len(rows)} chats, perplexity {math.exp(min(mean, 700)):.2f}"
         put(result, name, mean, loss_interval(losses), ".4f", more)
 
 

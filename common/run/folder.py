@@ -115,11 +115,9 @@ def provenance() -> dict:
 def git_commit() -> str | None:
     """Short commit of the scripts, with -dirty when files were edited; None outside a git checkout."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
-    try:
+    with contextlib.suppress(FileNotFoundError):  # no git
         result = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:  # no git
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+        return result.stdout.strip() or None
 
 
 class StopRequest:
@@ -129,12 +127,11 @@ class StopRequest:
     """
 
     def __init__(self, folder: Path):
-        self.file, self.number, self.before = folder / "STOP", None, {}
+        self.file, self.number = folder / "STOP", None
 
     def __enter__(self):
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.before[number] = signal.signal(number, self.receive)
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+        self.before = {number: signal.signal(number, self.receive) for number in heeded}
         return self
 
     def receive(self, number: int, frame) -> None:
