@@ -108,7 +108,7 @@ def main():
 
 
 def read_chats(models) -> dict[str, list]:
-    """The chats to measure the loss on, by source; UserError where a model has fewer positions than MAX_LENGTH."""
+    """The chats of each source; UserError where a model has fewer positions than MAX_LENGTH."""
     if not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
         return {}
@@ -131,7 +131,7 @@ def open_judge(names: list[str]) -> Server:
 
 
 def save(name: str, result: dict) -> None:
-    """Write scores.json, the picture and the row into the run folder; for other models into a folder of OUT_DIR."""
+    """Write scores.json, the picture and the row into the run folder, or else into OUT_DIR."""
     folder = Path(name)
     if not (folder / "settings.json").is_file():
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")

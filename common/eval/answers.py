@@ -1,4 +1,4 @@
-"""A file of prompts becomes a file of answers; the same command continues after an interruption."""
+"""A file of prompts becomes a file of answers, which the same command continues."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,8 @@ def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     beginnings, end = [to_line(row)[:-2] for row in rows], to_line({"by": by})[1:]
-    same = all(line[: len(begin)] == begin[: len(line)] for line, begin in zip(lines, beginnings, strict=False))
+    pairs = zip(lines, beginnings, strict=False)
+    same = all(line[: len(begin)] == begin[: len(line)] for line, begin in pairs)
     if not same or len(lines) > len(rows) or not all(line.endswith(end) for line in whole):
         raise UserError(f"ANSWERS={file} holds other content, or answers by other settings: name another file.", code=3)
     return whole

@@ -1,4 +1,4 @@
-"""Questions with patterns of right answers: does a model know its name, and what it was taught?"""
+"""Questions with patterns of right answers: does a model know what it was taught?"""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ ANSWER_TOKENS = 64  # enough for a name or a fact
 
 
 def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
-    """Questions, each with a kind and the pattern (regular expression) that a right answer matches."""
+    """Questions, each with a kind and a regular expression that right answers match."""
     facts = []
     for number, row in readers.read_rows(file, setting):
         try:
@@ -41,7 +41,7 @@ def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
 
 
 def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
-    """What a trainer calls with its model at each evaluation, for shares of right answers and samples; or None."""
+    """What a trainer calls with its model at each evaluation, for shares and samples; or None."""
     facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
     prompts = [chat for _, chat in read_prompts(prompts_file, "EVAL_PROMPTS")] if prompts_file else []
     if not facts and not prompts:

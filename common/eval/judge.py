@@ -38,7 +38,7 @@ briefly, then end with [[A]], [[B]], or [[C]] for neither."""
 
 
 def read_questions(file: str) -> list[dict]:
-    """Questions of one or more turns, from a file or from a hub set (org/name or org/name:split)."""
+    """Questions of one or more turns, from a file or a hub set (org/name or org/name:split)."""
     if Path(file).is_file() or file.count("/") != 1 or file.endswith((".jsonl", ".json")):
         rows = readers.read_rows(file, "QUESTIONS")
     else:
@@ -59,8 +59,8 @@ def are_texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:
-    """A model's answers, for each question those of its turns; `who` names the model in the cache."""
+def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list:
+    """A model's answers, for each question a list; `who` names the model in the cache."""
     chats: list[list[dict]] = [[] for _ in questions]
     encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
     ends = generation.end_tokens(model, tokenizer)
@@ -124,8 +124,8 @@ def pair_messages(question: dict, first: list[str], second: list[str]) -> list[d
 def grade(reply: str | None, scale: str) -> float | None:
     """The last grade in double brackets that lies on the scale; None without one."""
     low, high = map(int, scale.split("-"))
-    found = [float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", without_thoughts(reply))]
-    return next((number for number in reversed(found) if low <= number <= high), None)
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", without_thoughts(reply))
+    return next((number for number in map(float, reversed(found)) if low <= number <= high), None)
 
 
 def preference(reply: str | None) -> float | None:
@@ -135,13 +135,13 @@ def preference(reply: str | None) -> float | None:
 
 
 def without_thoughts(reply: str | None) -> str:
-    """What a reasoning model says after thinking; nothing where it never ended that."""
+    """What a reasoning model says after thinking, if that ended."""
     text = (reply or "").rpartition("</think>")[2].strip()
     return "" if text.startswith("<think>") else text
 
 
 def score_answers(results: dict, server: Server, questions: list[dict], answers: dict, settings: dict) -> None:
-    """Score each model by what the judge makes of its answers. settings: those of evaluate_model.py."""
+    """Score each model by the judge. settings: those of evaluate_model.py by name."""
     cache = Cache(Path(settings["OUT_DIR"]) / "judgments.jsonl")
     mode, scale, repeats = (settings[name] for name in ("JUDGE_MODE", "JUDGE_SCALE", "JUDGE_REPEATS"))
     pairs, (first, *others) = mode == "pair", answers
@@ -208,4 +208,5 @@ def score_pairs(result: dict, versus: str, points: dict) -> None:
         tied = len(shares) - won - lost
         more = f", {won} won, {tied} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
         put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", more)
-        print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")
+        agreed = sum(one == other for one, other in both)
+        print(f"  both orders agree on {agreed} of {len(both)}")

@@ -16,7 +16,7 @@ import openai
 
 from common.cli import UserError
 
-TRIES = 6  # for a request; openai's client repeats it after dropped connections, time-outs, status 429 and 5xx
+TRIES = 6  # for a request; openai's client repeats it after time-outs, status 429, 5xx ...
 PAUSE = 2  # seconds, after a malformed reply
 MALFORMED = (ValueError, TypeError, AttributeError, IndexError)  # broken JSON, or JSON without a choice
 OPTIONAL = ("temperature", "max_tokens", "seed")  # parameters that some servers refuse
@@ -24,10 +24,6 @@ REFUSED = "JUDGE_MODEL={model}: the server refuses the request"
 NO_ACCESS = "JUDGE_KEY: {url} refuses the key"
 UNKNOWN = "JUDGE_MODEL={model} or JUDGE_URL={url} is not known"
 PROBLEMS = {400: REFUSED, 401: NO_ACCESS, 403: NO_ACCESS, 404: UNKNOWN, 422: REFUSED}  # what the user can mend
-
-
-class Unfinished(openai.OpenAIError):
-    """A reply that was cut off before its first word."""
 
 
 class Server:
@@ -41,7 +37,7 @@ class Server:
         self.url, self.model = (url or "https://api.openai.com/v1").rstrip("/"), model
         self.options, self.refused = {"temperature": 0.0, "max_tokens": max_tokens}, set()
         self.counts, self.lock = Counter(), threading.Lock()
-        private = {"organization": "", "project": ""} if url else {}  # OpenAI's, which other servers must not see
+        private = {"organization": "", "project": ""} if url else {}  # for OpenAI only
         try:
             options = dict(api_key=key, timeout=timeout, max_retries=TRIES - 1, **private)
             self.client = openai.OpenAI(base_url=self.url, **options)
@@ -88,7 +84,7 @@ class Server:
         self.count("prompt tokens", usage.get("prompt_tokens") or 0)
         self.count("completion tokens", usage.get("completion_tokens") or 0)
         if choice.finish_reason == "length" and not text.strip():
-            raise Unfinished("cut off before its first word: raise JUDGE_MAX_TOKENS")
+            raise openai.OpenAIError("cut off before its first word: raise JUDGE_MAX_TOKENS")
         return text
 
     def count(self, what: str, number: int = 1) -> None:

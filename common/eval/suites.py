@@ -27,7 +27,8 @@ def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_len
         losses = answer_losses(model, tokenizer, rows, max_length)
         result.setdefault("losses", {})[source] = losses
         mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
-        more = f" nats per token of the answers of {len(rows)} chats, perplexity {math.exp(min(mean, 700)):.2f}"
+        perplexity = math.exp(min(mean, 700))
+        more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity:.2f}"
         put(result, name, mean, loss_interval(losses), ".4f", more)
 
 
@@ -71,7 +72,7 @@ def score_health(result: dict, model, tokenizer, prompts: list[list[dict]]) -> N
 def examine(prompts: list[str], answers: list[generation.Answer]) -> dict[str, list[bool]]:
     """By name of a property: which answers have it."""
     texts = [answer.text for answer in answers]
-    scripts = [(script_of(prompt), script_of(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    scripts = zip(map(script_of, prompts), map(script_of, texts), strict=True)
     return {
         "answers end by themselves": [answer.stop == "end" for answer in answers],
         "answers are empty": [not text.strip() for text in texts],

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 
+import openai
 import pytest
 from conftest import ROOT, write_jsonl
 from fake_judge import QUESTIONS, Handler, chatty, evaluate, fake  # noqa: F401
@@ -18,7 +19,7 @@ from fake_judge import QUESTIONS, Handler, chatty, evaluate, fake  # noqa: F401
 import common.eval.server
 from common.cli import UserError
 from common.eval import judge
-from common.eval.server import Cache, Server, Unfinished, ask_all
+from common.eval.server import Cache, Server, ask_all
 from common.export import verify
 from common.model import location
 
@@ -271,7 +272,7 @@ def test_replies_without_usage_count_and_cut_off_ones_do_not(fake):
     sent["usage"] = {"prompt_tokens": 7}
     assert server.ask(asked, 1) == "[[4]]" and server.counts["prompt tokens"] == 7 and odd.number == 2
     sent.update(content="", reason="length")
-    with pytest.raises(Unfinished, match="JUDGE_MAX_TOKENS"):
+    with pytest.raises(openai.OpenAIError, match="JUDGE_MAX_TOKENS"):
         server.ask(asked, 2)
 
 
