@@ -51,7 +51,7 @@ def read(file: Path) -> dict:
 
 
 def print_table(runs: dict[str, dict]) -> None:
-    """A column for each run; settings only where they differ, figures only where some run has them."""
+    """A column for each run: settings that differ, and figures that some run has."""
     rows = [["", *runs]]
     for part, form in (("settings", str), ("figures", show)):
         for name in dict.fromkeys(name for run in runs.values() for name in run[part]):
@@ -61,7 +61,8 @@ def print_table(runs: dict[str, dict]) -> None:
                 rows.append([name, *cells])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
-        print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        columns = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:{first}}", *columns, sep="  ")
 
 
 def show(value) -> str:
@@ -74,7 +75,7 @@ def show(value) -> str:
 
 
 def draw(runs: dict[str, dict], file: Path) -> None:
-    """Losses over tokens and over the time spent in steps: lines in training, dots on what was held out."""
+    """Losses over tokens and over the time spent in steps."""
     import matplotlib  # slow imports
     from matplotlib.figure import Figure
 

@@ -140,7 +140,7 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
             return key, None, error
 
     failures: list[str] = []
-    with ThreadPool(max(1, min(in_flight, len(requests)))) as pool:  # daemon threads: Ctrl-C waits for no reply
+    with ThreadPool(in_flight) as pool:  # daemon threads: Ctrl-C waits for no reply
         done = pool.imap_unordered(ask, requests)
         for _ in requests:
             key, reply, error = next_of(done)

@@ -21,9 +21,10 @@ from common.files import METRICS, write_atomic
 from common.train import checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
-DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}  # decide what rows become
-FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}  # change nothing of a run
+LOCKS: dict[Path, FileLock] = {}  # of run folders, held until this process ends
+# Settings that decide what rows become, and those that change nothing of a run.
+DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}
+FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")]
 
 
@@ -113,7 +114,7 @@ def provenance() -> dict:
 
 
 def git_commit() -> str | None:
-    """Short commit of the scripts, with -dirty when files were edited; None outside a git checkout."""
+    """Short commit of the scripts, with -dirty when files were edited; None outside of git."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
     with contextlib.suppress(FileNotFoundError):  # no git
         result = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -130,17 +131,17 @@ class StopRequest:
         self.file, self.number = folder / "STOP", None
 
     def __enter__(self):
-        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.receive) for number in heeded}
         return self
 
     def receive(self, number: int, frame) -> None:
         if self.number is not None:
             if distributed.count() > 1 and number != signal.SIGINT:
-                return  # a launcher passes on what a terminal or a scheduler has sent to every process
+                return  # a launcher passes on what every process got already
             raise KeyboardInterrupt
         self.number = number
-        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone; writing to it would end the run
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone
             sys.stdout = sys.stderr = open(os.devnull, "w")
         print("Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now.", file=sys.stderr)
 

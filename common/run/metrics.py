@@ -16,7 +16,7 @@ LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "facts", "sam
 
 
 class MetricsLog(TrainerCallback):
-    """Writes metrics.jsonl, shows progress, and tells of events that cost time. Changes nothing of its trainer.
+    """Writes metrics.jsonl, shows progress, and tells of events that cost time; changes no trainer.
 
     bar: to be entered for the time of training.
     """

@@ -26,7 +26,7 @@ class TrainingRun:
     log: LineLog
 
     def execute(self, trainer, plan, save) -> None:
-        """Train (from the checkpoint), save, evaluate, and write the results into the run folder.
+        """Train, save, evaluate, and write the results into the run folder.
 
         plan: the trainer's BatchPlan, for settings.json. save: called with the folder and gathered weights.
         """
