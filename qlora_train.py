@@ -32,13 +32,11 @@ EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
 MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
 TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
-DROP_PATTERN: str | None = (
-    "auto"  # regex, case ignored: matching chats are dropped; auto: claims to be another assistant
-)
+DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
 PACKING = True  # fill rows with several chats that do not see each other
 TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
-DOCTOR = "stop"  # stop: a fault in what would be learned ends the run; warn: it is printed
+DOCTOR = "stop"  # stop: a problem in what would be learned ends the run; warn: it is printed
 # Optimization
 NUM_TRAIN_EPOCHS: int | float = 2
 MAX_STEPS: int | None = None  # optimizer steps; overrules NUM_TRAIN_EPOCHS

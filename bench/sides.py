@@ -13,8 +13,7 @@ from common import hardware
 from common.files import GIB, METRICS, LineLog
 from common.hardware import now
 from common.train import galore
-from common.train.galore_trainer import GaloreTrainer
-from common.train.trainer import ChatTrainer
+from common.train.trainer import ChatTrainer, GaloreTrainer
 
 SIDES = ("trl", "ours")
 

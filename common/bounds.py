@@ -90,6 +90,9 @@ def check_setting(name: str, value, script: str = "") -> None:
         return
     if name in LISTS:
         for item in filter(None, value.replace(" ", "").split(",")):
+            if name == "ALLOW_CHANGE" and item not in CHANGEABLE:
+                these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
+                raise UserError(f"{name}={value}: {item} cannot change within a run; start a new one.{these}")
             check_choice(name, item, LISTS[name])
     elif problem := find_problem(name, value):
         raise UserError(f"{name}={value}: {problem}")

@@ -11,15 +11,18 @@ from common.settings import declared, parse_value
 
 PAGES = [ROOT / "README.md", ROOT / "runs.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
-SCRIPTS = [*ROOT.glob("*.py"), *(p for p in ROOT.glob("bench/*.py") if "apply_overrides(" in p.read_text("utf-8"))]
+SCRIPTS = [
+    *ROOT.glob("*.py"),
+    ROOT / "tests/survival_sweep.py",
+    *(p for p in ROOT.glob("bench/*.py") if "apply_overrides(" in p.read_text("utf-8")),
+]
 SETTINGS = {script.relative_to(ROOT).as_posix(): {s["name"]: s for s in declared(script)} for script in SCRIPTS}
 # Written as settings are, but read by other programs from the environment.
 ENVIRONMENT = set(
     "DS_ACCELERATOR ENGINE OPENAI_API_KEY TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_PER_PROCESS_MEMORY_LIMIT".split()
 )
-NO_SETTINGS = {"NAME", "RLIMIT_FSIZE"}
+NO_SETTINGS = {"NAME", "RLIMIT_FSIZE", "TEST_DTYPE"}
 OTHER_PROGRAMS = {"touch", "ollama"}
-COMING = pytest.mark.xfail(strict=True, reason="the setting comes with another branch; take this mark away then")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -38,7 +41,7 @@ INLINE = re.findall(r"`((?:python \w+\.py|make) [^`<]+)`", NOW)
 COMMANDS = sorted({line for block in BASH for line in block.splitlines()} | {c for c in INLINE if "..." not in c})
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=COMING if " BATCH_SIZE=" in c else ()) for c in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_works_with_these_scripts(command):
     words = shlex.split(command.rpartition(" | ")[2])
     program = words[0].rpartition("/")[2]
@@ -67,7 +70,7 @@ def test_commands_with_launchers_are_run_by_test_recipes():
     assert all(command in tried for command in COMMANDS if command.startswith(("accelerate", "sbatch")))
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=COMING if p == "docs/chat.md" else ()) for p in TEXTS])
+@pytest.mark.parametrize("page", TEXTS)
 def test_settings_and_paths_in_the_text_exist(page):
     known = set().union(*SETTINGS.values()) | ENVIRONMENT | NO_SETTINGS
     for code in re.findall(r"`([^`]+)`", prose(TEXTS[page])):
@@ -120,7 +123,6 @@ def test_readme_is_short():
     assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
-@COMING
 def test_file_tree_names_what_is_there():
     tree = blocks(TEXTS["README.md"].partition("## What is where")[2])[0][1]
     files = [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]

@@ -248,11 +248,9 @@ def check_mistake(name, word, code, error):
 
 
 def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here, monkeypatch):
-    loaded = []
+    loaded, load_model = [], load.load_model
     for name, (arguments, word) in mistakes(tmp_path, tiny, trained[0]).items():
-        monkeypatch.setattr(
-            load, "load_model", lambda *a, name=name, **k: loaded.append(name) or load.load_model(*a, **k)
-        )
+        monkeypatch.setattr(load, "load_model", lambda *a, name=name, **k: loaded.append(name) or load_model(*a, **k))
         defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0",
                 "MAX_LENGTH=256"]  # fmt: skip
         code, _, error = run_here("qlora_train.py", *defaults, *arguments)

@@ -1,5 +1,7 @@
 """Settings: types, nearest names, help, and the contract that names mean the same in every script."""
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -97,3 +99,43 @@ def test_every_setting_of_every_script_is_explained(script):
         "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "LOGGING_STEPS", "OUT_DIR",
         "MAX_NEW_TOKENS")]  # fmt: skip
     assert not unexplained
+
+
+BOUNDS = {
+    "qlora_train.py": """WARMUP_RATIO=1.5 WARMUP_RATIO=-1 LORA_ALPHA=0 KL_WEIGHT=-1 WEIGHT_DECAY=-1 LORA_R=100000
+        NEFTUNE_NOISE_ALPHA=-5 DOCTOR=stopp ALLOW_CHANGE=LEARNIN_RATE OPTIM=lion LORA_DROPOUT=1 LORA_DROPOUT=-0.1
+        LEARNING_RATE=0 MAX_STEPS=0 BATCH_SIZE=0 EVAL_SIZE=1.5 EVAL_SIZE=-1 SAVE_STEPS=-1 SAVE_STEPS=2.5 SEED=-1
+        MAX_GRAD_NORM=-1 MIN_LR=-1 LR_SCHEDULER=cosin TRAIN_ON=answers TOO_LONG=keep DROP_PATTERN=( QUANTIZATION=nf5
+        RUN_NAME=a/b RUN_NAME=.. CHAT_TEMPLATE=none.jinja CHAT_TEMPLATE=chatlm ADAPTER=lorra MEMORY_LIMIT=1.5
+        REPORT_TO=tensorbord LOGGING_STEPS=0 MAX_LENGTH=0 NUM_TRAIN_EPOCHS=0 RESUME=yes EVAL_FACTS=none.jsonl
+        SAVE_TOTAL_LIMIT=0 MAX_SAMPLES=0 DTYPE=float8 MODEL= DATA=""",
+    "galore_train.py": "GALORE_RANK=0 GALORE_SCALE=0 GALORE_UPDATE_GAP=0 OPTIM=adamw_torch OPTIM=galore_exact_svd",
+    "chat_pipe.py": "TEMPERATURE=-1 TOP_P=0 TOP_P=1.1 MAX_NEW_TOKENS=0 CONTEXT=0 GENERATION_BATCH_SIZE=0 PROMPTS=no",
+    "merge_and_export.py": "GGUF=q3 PROOF_DTYPE=float8 MERGE_INTO=both PROOF_TOKENS=0",
+    "evaluate_model.py": "SUITES=los JUDGE_MODE=triple JUDGE_SCALE=1-5 JUDGE_TIMEOUT=0 MAX_CHATS=0 FACTS=none.jsonl",
+    "prepare_data.py": "PROCESSES=0 EVAL_SIZE=1.5 TRAIN_ON=none",
+    "estimate_memory.py": "METHOD=loar DEVICE=tpu FIT=8GB FIT=2 LORA_R=0",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "argument"), [(script, argument) for script, line in BOUNDS.items() for argument in line.split()]
+)
+def test_impossible_values_are_answered_at_once(script, argument, run_here):
+    """Before any data is read, with the setting and its value in one line; in seconds it is tested below."""
+    code, _, error = run_here(script, argument)
+    errors = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {argument}"), error
+
+
+@pytest.mark.parametrize(
+    "argument", ["LEARNIN_RATE=1", "LORA_R=0", "MODEL=/nowhere", "DATA=no-such.jsonl", "RUN_NAME=a/b", "DOCTOR=stopp"]
+)
+def test_a_mistake_is_answered_without_the_slow_imports(argument):
+    """In a process of its own, with a torch that cannot be imported."""
+    code = (
+        "import runpy, sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'numpy', 'datasets', 'peft')));"
+        f"sys.argv = ['qlora_train.py', {argument!r}]; runpy.run_path('qlora_train.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and argument.partition("=")[0] in done.stderr.splitlines()[-1], done.stderr

@@ -78,14 +78,12 @@ def rows_per_step(settings: dict) -> tuple[int, int | None]:
 def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -> BatchPlan:
     """The fastest way to compute a batch in the memory there is.
 
-    What the settings leave open is chosen, the batch as a whole kept. build: makes (model, base or None) of a
-    quantisation on the meta device; make_optimizer, step: as for `trace`. checkpoint: what the run resumes from, whose
-    plan is kept. Raises UserError when nothing fits.
+    build: makes (model, base or None) of a quantisation on the meta device; make_optimizer, step: as for `trace`.
+    checkpoint: what the run resumes from, whose plan is kept. Raises UserError when nothing fits.
     """
     batch, fixed_rows = rows_per_step(settings)
-    if distributed.count() > 1:
-        whole = batch * distributed.count()
-        print(f"{distributed.count()} processes ({distributed.engine()}), {batch} rows each: a batch of {whole}")
+    if (number := distributed.count()) > 1:
+        print(f"{number} processes ({distributed.engine()}), {batch} rows each: a batch of {batch * number}")
     rows, checkpointing, quantization = fixed_rows, settings["GRADIENT_CHECKPOINTING"], settings.get("QUANTIZATION")
     before = checkpoint and checkpoint[1].get("plan")
     if before and before["PER_DEVICE_TRAIN_BATCH_SIZE"] * before["GRADIENT_ACCUMULATION_STEPS"] == batch:
@@ -99,7 +97,7 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
     def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
         micro_step = replace(step, rows=rows, checkpointing=checkpointing, accumulates=batch > rows)
         needed = trace(*build(quantization), make_optimizer, micro_step)
-        if distributed.count() > 1:
+        if number > 1:
             needed = per_process(needed, *build(quantization), step.dtype, quantization)
         return needed | {"outside of tensors": outside}
 

@@ -20,15 +20,15 @@ WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORC
 def check_combinations(settings: dict) -> None:
     """Refuse settings that contradict each other or this machine. Single values were checked before (bounds.py)."""
     optim = settings["OPTIM"]
+    if distributed.engine():
+        check_engine(settings)
     if settings["MIN_LR"] > settings["LEARNING_RATE"]:
         raise UserError(f"MIN_LR={settings['MIN_LR']}: it must not be above LEARNING_RATE={settings['LEARNING_RATE']}.")
     if ("8bit" in optim or "paged" in optim) and not torch.cuda.is_available():
-        raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. On the CPU, adamw_torch_fused and adamw work.")
+        raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. OPTIM=adamw_torch_fused works without.")
     for name in filter(None, (settings["REPORT_TO"] or "").replace(" ", "").split(",")):
         check_package("REPORT_TO", settings["REPORT_TO"], "tensorboardX" if name == "tensorboard" else name, name)
     rows_per_step(settings)
-    if distributed.engine():
-        check_engine(settings)
 
 
 def check_engine(settings: dict) -> None:
@@ -76,8 +76,6 @@ def choose_kl_weight(settings: dict, config, base_has_template: bool, keeps_base
 def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
     """A run's settings in TRL's terms. plan: how the batch is computed. evaluate: whether there are held-out rows."""
     settings, on_gpu = settings | plan.settings(), torch.cuda.is_available()
-    if distributed.engine() == "fsdp":
-        distributed.enable_fsdp_on_cpu()
     config = SFTConfig(
         **{name.lower(): settings[name] for name in PASSED_ON},
         output_dir=str(folder),
@@ -102,5 +100,7 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
         run_name=folder.name,
         disable_tqdm=True,
     )
+    if distributed.engine() == "fsdp":  # now: making the arguments has set the state anew
+        distributed.enable_fsdp_on_cpu()
     config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
     return config

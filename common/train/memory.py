@@ -67,7 +67,7 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
         for part in (model, base) if base is not None else (model,):
             make_fake(part, mode, tracker)
         optimizer = make_optimizer(model)
-        fill_states(optimizer, on_gpu)
+        is_blockwise = fill_states(optimizer, on_gpu)
         trained = [p for p in model.parameters() if p.requires_grad]
         tracker.label(tree_leaves([optimizer.state[p] for p in trained]), "optimizer states")
         tracker.label([p.grad for p in trained], "gradients")
@@ -82,7 +82,7 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
             (loss + step.kl_weight * divergence).backward()
             tracker.label([p.grad for p in trained], "gradients")
             tracker.label(optimizer.projected_grads.values() if projects else (), "gradients")
-        if not is_blockwise(optimizer):
+        if not is_blockwise:
             optimizer.step()
     return tracker.at_peak()
 
@@ -128,8 +128,11 @@ def make_fake(model, mode: FakeTensorMode, tracker: StorageTracker) -> None:
                 replace_tensors(vars(nested))
 
 
-def fill_states(optimizer, on_gpu: bool) -> None:
-    """Give an optimizer the states that it has after its first step; gradients are left where they are."""
+def fill_states(optimizer, on_gpu: bool) -> bool:
+    """Give an optimizer the states that it has after its first step; gradients are left where they are.
+
+    Returns whether it is one of bitsandbytes', with states in blocks, whose kernels need a GPU.
+    """
     for group in optimizer.param_groups:  # torch's choice, for tensors that are on a GPU by name
         if on_gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
@@ -137,16 +140,13 @@ def fill_states(optimizer, on_gpu: bool) -> None:
     new = [(g, i, p) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if not optimizer.state.get(p)]
     for _, _, parameter in new:
         parameter.grad = torch.empty_like(parameter)
-    if not is_blockwise(optimizer):
+    is_blockwise = hasattr(optimizer, "get_state_buffer")
+    if not is_blockwise:
         optimizer.step()
     elif not optimizer.is_paged:  # paged states count as main memory
-        for group, number, parameter in new:  # bitsandbytes' kernels need a GPU, its states do not
+        for group, number, parameter in new:
             optimizer.init_state(group, parameter, optimizer.param_groups.index(group), number)
-
-
-def is_blockwise(optimizer) -> bool:
-    """Whether an optimizer is one of bitsandbytes', with states in blocks of 8 bits, or paged ones."""
-    return hasattr(optimizer, "get_state_buffer")
+    return is_blockwise
 
 
 def stand_ins(step: Step) -> list:

@@ -34,7 +34,7 @@ class Progress:
     spike: dict | None = None  # since the last log
     evaluation: dict | None = None  # the last one: step and eval_loss
     evaluation_due: bool = False  # the checkpoint was written in the middle of one
-    trainers: list[float] = field(default_factory=lambda: [0.0] * 4)  # Trainer's own account of the loss, see below
+    loss_account: list[float] = field(default_factory=list)  # Trainer's: total, step of the last log, first step, sum
 
     def tokens_per_second(self) -> float | None:
         """Over the whole run; evaluation and saving are left out."""
@@ -104,18 +104,15 @@ class SavingTrainer:
 
     def checkpoint_bytes(self) -> tuple[float, int]:
         """Bytes of the next checkpoint, and of the trained weights in it."""
+        sharded = distributed.engine() == "zero3"  # whose parameters are parts, and know the size of the whole
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self.is_deepspeed_enabled:
-            weights = sum(p.ds_numel * p.itemsize for p in trained) if distributed.holds_parts() else 0
-            weights = weights or sum(p.nbytes for p in trained)
-            size = 8 * weights  # once for us, once for DeepSpeed, and in float32 with what Adam keeps
-        else:
-            weights, optim = sum(p.nbytes for p in trained), self.args.optim
-            twice = distributed.engine() == "fsdp"  # once for us, once for accelerate
-            size = weights * (twice + (1 if "adam" not in optim else 2 if "8bit" in optim else 3))
+        weights = sum((p.ds_numel if sharded else p.numel()) * p.itemsize for p in trained)
         if last := checkpoints.published(self.run):  # the next one is like it
-            size = sum(file.stat().st_size for file in last[0].rglob("*"))
-        return size, weights
+            return sum(file.stat().st_size for file in last[0].rglob("*")), weights
+        if self.is_deepspeed_enabled:
+            return 8 * weights, weights  # once for us, once for DeepSpeed, and in float32 with what Adam keeps
+        twice, optim = distributed.engine() == "fsdp", self.args.optim  # once for us, once for accelerate
+        return weights * (twice + (1 if "adam" not in optim else 2 if "8bit" in optim else 3)), weights
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint and publish it in a thread. A save that fails is tried again; training goes on."""
@@ -139,18 +136,21 @@ class SavingTrainer:
             if distributed.engine() not in (None, "ddp"):  # the others are in the middle of it
                 raise
             failure = str(error)
-        self.progress.trainers = [self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step,
-                                  self._tr_loss.item()]  # fmt: skip
+        account = self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step
+        self.progress.loss_account = [*account, self._tr_loss.item()]
         outcomes = distributed.gather((failure, dataclasses.asdict(self.progress)))
         if failure := next((failure for failure, _ in outcomes if failure), None):
             self.writer.report_failure(checkpoint, failure, step, last_step)
         elif not RANK:
             evaluation = self.progress.evaluation or {"step": None}
-            self.writer.submit(checkpoint, self.metadata() | {
-                "step": step, "data": self.data_digest, "base": self.base_fingerprint,
-                "eval_loss": evaluation["eval_loss"] if evaluation["step"] == step else None,
-                "progress": [progress for _, progress in outcomes],
-            })  # fmt: skip
+            metadata = dict(
+                step=step,
+                data=self.data_digest,
+                base=self.base_fingerprint,
+                eval_loss=evaluation["eval_loss"] if evaluation["step"] == step else None,
+                progress=[progress for _, progress in outcomes],
+            )
+            self.writer.submit(checkpoint, self.metadata() | metadata)
 
     def restore_progress(self) -> None:
         """Called when Trainer has loaded everything: begin the log, or go on where the checkpoint was written."""
@@ -160,8 +160,8 @@ class SavingTrainer:
         self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
         progress = self.restored[1]["progress"][RANK]
         self.progress = Progress(**progress | {"guard": StepGuard(**progress["guard"])})
-        *loss_account, running_loss = self.progress.trainers
-        self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = loss_account
+        *account, running_loss = self.progress.loss_account
+        self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = account
         self._tr_loss.fill_(running_loss)
         # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
         scheduler, peak = self.lr_scheduler, self.args.learning_rate

@@ -15,10 +15,9 @@ from common.model import load
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
 from common.train.galore import GaLore
-from common.train.galore_trainer import GaloreTrainer
 from common.train.memory import Step
 from common.train.meta_model import empty_adapter, empty_model
-from common.train.trainer import ChatTrainer
+from common.train.trainer import ChatTrainer, GaloreTrainer
 
 
 @dataclass

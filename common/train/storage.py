@@ -28,8 +28,11 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "weights"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.positions is not None and (known := self.fake_result(func, args)) is not None:
-            return known
+        if self.positions is not None and func is aten._local_scalar_dense.default:  # nothing but shapes is known
+            kind = args[0].dtype
+            return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
+        if self.positions is not None and func is aten.nonzero.default:  # as if every position were chosen
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -37,15 +40,6 @@ class StorageTracker(TorchDispatchMode):
         if self.on_gpu and (inside := self.now + kernel_bytes(func, args)) > self.peak:
             self.peak, self.peak_clock = inside, self.clock
         return out
-
-    def fake_result(self, func, args):
-        """The result of an operation that depends on data, where nothing but shapes is known."""
-        if func is aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
-        if func is aten.nonzero.default:  # as if every position were chosen
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        return None
 
     def track(self, tensor, kind: str | None = None) -> None:
         """Follow a tensor's storage, unless it is followed already."""

@@ -20,7 +20,7 @@ import common.eval.server
 from common.cli import UserError
 from common.eval import judge
 from common.eval.server import Cache, Server, ask_all
-from common.export import verify
+from common.export.llama_cpp import LlamaCpp
 from common.model import location
 
 
@@ -300,13 +300,12 @@ def test_a_real_model_judges_our_questions_through_a_real_server(chatty, tmp_pat
 
     with open(ROOT / "data" / "questions.jsonl", encoding="utf-8") as lines:
         questions = write_jsonl(tmp_path / "questions.jsonl", [json.loads(line) for line in lines][:1])
-    with verify.LlamaCpp(location.embedded_gguf("smollm2-135m-instruct"), 4096) as served:
-        code, out, err = run_here(
-            "evaluate_model.py", f"MODEL={chatty()}", "SUITES=judge", "JUDGE_MODEL=smollm2-135m-instruct",
-            "ANSWER_TOKENS=8",
-            f"JUDGE_URL={served.server.listening_address}/v1", f"OUT_DIR={tmp_path}", "JUDGE_IN_FLIGHT=1",
-            "JUDGE_MAX_TOKENS=24", "JUDGE_TIMEOUT=60", f"QUESTIONS={questions}",
-        )  # fmt: skip
+    served = LlamaCpp(location.embedded_gguf("smollm2-135m-instruct"), 4096)
+    code, out, err = run_here(
+        "evaluate_model.py", f"MODEL={chatty()}", "SUITES=judge", "JUDGE_MODEL=smollm2-135m-instruct",
+        f"JUDGE_URL={served.server.listening_address}/v1", f"OUT_DIR={tmp_path}", "JUDGE_IN_FLIGHT=1",
+        "JUDGE_MAX_TOKENS=24", "JUDGE_TIMEOUT=60", f"QUESTIONS={questions}", "ANSWER_TOKENS=8",
+    )  # fmt: skip
     assert code == 0 and "requests 2" in out, err
     failures = int(re.search(r"no verdict: (\d+) of 2", out)[1])
     replies = [json.loads(line)["reply"] for line in open(tmp_path / "judgments.jsonl")]

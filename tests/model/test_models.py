@@ -39,11 +39,12 @@ def test_a_run_that_did_not_finish(tmp_path):
 
 @pytest.mark.slow
 def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(location, "HF_HOME", str(tmp_path))
     source = location.locate("smollm2-135m-instruct")
+    load.load_config(source)
     assert (Path(source.path) / "model.safetensors").exists() and source.name == "smollm2-135m-instruct"
     made = (Path(source.path) / "model.safetensors").stat().st_mtime_ns
-    assert location.locate("smollm2-135m-instruct") == source
+    load.load_config(location.locate("smollm2-135m-instruct"))
     assert (Path(source.path) / "model.safetensors").stat().st_mtime_ns == made
     model, tokenizer = generation.load_for_chat("smollm2-135m-instruct")
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -86,7 +86,7 @@ def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_
         code, _, error = run_here("qlora_train.py", *arguments("run"))
     finally:
         chats_file.write_text(text)
-    assert code == 3 and "is not the file it began with" in error
+    assert code == 3 and "is not what it began with" in error
     code, _, error = run_here("qlora_train.py", *arguments("run", "LEARNING_RATE=1e-3", "ALLOW_CHANGE=LEARNING_RATE"))
     assert code == 0, error
     rates = [e["learning_rate"] for e in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if "loss" in e]

@@ -216,7 +216,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(singles, common_set
     assert "the run began with 2 processes (ddp), now there are 1 (None)" in alone.stderr
 
     done = run_launched([*torchrun, write_plan(tmp_path, [run])])
-    assert done.returncode == 0 and "going on from checkpoint-3" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "resuming from checkpoint-3" in done.stdout, done.stderr[-3000:]
     assert_equal_runs(singles / "lora", tmp_path / "lora", 1e-4)
 
 
@@ -256,7 +256,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
 
     env["ENGINE"] = "ddp"  # by accelerate, this time
     again = run_launched(command, env)
-    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr[-3000:]
+    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr[-3000:]
     assert_equal_runs(singles / "lora", tmp_path / f"slurm-{job['SLURM_JOB_ID']}", 1e-4)
 
 
@@ -278,7 +278,7 @@ def test_a_slurm_job_on_two_nodes_stops_in_time_and_is_requeued(singles, common_
         ("context", "qlora_train.py", {}, "cp_size.* GRADIENT_CHECKPOINTING=True"),
         ("fsdp", "galore_train.py", {}, "OPTIM=galore with fsdp: .* launch/ddp.yaml"),
         ("zero2", "galore_train.py", {"OPTIM": "galore_torch"}, "OPTIM=galore_torch with zero2"),
-        ("fsdp", "qlora_train.py", {"MODEL": "tiny", "MAX_LENGTH": 128}, "rows are to be learned; .* launch/ddp.yaml"),
+        ("fsdp", "qlora_train.py", {"MODEL": "tiny", "MAX_LENGTH": 128}, "rows must be trained; .* launch/ddp.yaml"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(engine, script, changes, expected, tiny, monkeypatch, run_here):

@@ -11,7 +11,9 @@ from test_checkpoints import assert_same_run
 from transformers import AutoModelForCausalLM
 
 from common.train import batch_plan, checkpoints
-from common.train.trainer import ChatTrainer, learning_rate_factor
+from common.train.galore import GaLore
+from common.train.optimizers import learning_rate_factor
+from common.train.trainer import ChatTrainer
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_a_stop_before_at_and_after_a_refresh_changes_nothing(settings, step, ga
 def test_the_schedule_in_the_log_is_the_one_applied(galore, run_here, tmp_path, monkeypatch):
     """A step at rate 0 changes nothing, and the last steps of a linear schedule change less than the first."""
     applied = []
-    honest = galore.GaLore.step
+    honest = GaLore.step
 
     def step(self, closure=None):
         before = [p.detach().clone() for p in self.projected]
@@ -65,7 +67,7 @@ def test_the_schedule_in_the_log_is_the_one_applied(galore, run_here, tmp_path, 
         moved = sum((p - q).float().norm().item() for p, q in zip(self.projected, before, strict=True))
         applied.append((*rate, moved))
 
-    monkeypatch.setattr(galore.GaLore, "step", step)
+    monkeypatch.setattr(GaLore, "step", step)
     monkeypatch.setattr(batch_plan, "trace", lambda *step: {"weights": 0})  # which steps, too
     settings = ["LR_SCHEDULER=linear", "DTYPE=float32", "WARMUP_RATIO=0", "MAX_STEPS=10"]
     assert run_here("galore_train.py", *galore("run", *settings))[0] == 0

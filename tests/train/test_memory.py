@@ -325,7 +325,7 @@ def test_out_of_memory_in_step_3_ends_as_if_begun_small(saved, run, tmp_path, at
     same = "MAX_STEPS=4", "DTYPE=float32", "LORA_DROPOUT=0", saved
     code, out, err = run("qlora_train.py", "run", *same, "PER_DEVICE_TRAIN_BATCH_SIZE=4")
     assert code == 0 and err.count("out of memory") == 1 and not actions, err
-    assert ("going on from checkpoint-2" in out) == (saved == "SAVE_STEPS=1")
+    assert ("resuming from checkpoint-2" in out) == (saved == "SAVE_STEPS=1")
     assert plan_of(tmp_path / "run") == batch_plan.BatchPlan(2, 2, False).settings()
     small = "PER_DEVICE_TRAIN_BATCH_SIZE=2", "GRADIENT_ACCUMULATION_STEPS=2"
     assert run("qlora_train.py", "small", *same, *small)[0] == 0

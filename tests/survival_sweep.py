@@ -1,7 +1,7 @@
 """Kill a run at every step and every write, start the same command again, and compare with the run left alone.
 
-    python bench/survival.py
-    python bench/survival.py SIDE=trl EVERY=4
+    python tests/survival_sweep.py
+    python tests/survival_sweep.py SIDE=trl EVERY=4
 
 A tiny model on the CPU, LoRA with dropout, a checkpoint after every step. Each kill is a real `kill -9` of the process,
 at every file it opens for writing, renames, removes or cuts in its run folder, and before every forward pass; once as
@@ -12,7 +12,7 @@ it is, and once more with the file that was being written cut in half. SIDE=trl 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.cli import run_main
 from common.data import templates
@@ -38,7 +38,7 @@ import threading
 
 import safetensors.torch
 import torch
-from conftest import ROOT, save_tiny, save_tokenizer, write_jsonl
+from conftest import ROOT, execute, save_tiny, save_tokenizer, write_jsonl
 from datasets import load_dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -47,7 +47,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-import qlora_train
+import common.run.training_run
+import common.train.sft  # noqa: F401  imported once, before the forks
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -87,7 +88,7 @@ def kill_and_resume(side: str, folder: Path, point: int, torn: bool) -> dict | N
     code, _ = run_in_fork(side, run)
     log = (run / "log").read_text()
     resumed_at = max(
-        [int(line.rpartition("-")[2]) for line in log.splitlines() if line.startswith("going on from")] or [0]
+        [int(line.rpartition("-")[2]) for line in log.splitlines() if line.startswith("resuming from")] or [0]
     )
     result = dict(
         finished=code == 0,
@@ -203,16 +204,16 @@ def train_ours(run: Path) -> None:
         f"MODEL={inputs}/model DATA={inputs}/chats.jsonl OUT_DIR={run.parent} RUN_NAME={run.name} MAX_STEPS={STEPS} "
         "LORA_R=4 LORA_DROPOUT=0.1 MAX_LENGTH=128 EVAL_SIZE=4 EVAL_STEPS=3 SAVE_STEPS=1 LEARNING_RATE=1e-2"
     )
-    apply_overrides(vars(qlora_train), arguments.split())
-    run_main(qlora_train.main)
+    if code := execute("qlora_train.py", arguments.split()):
+        raise SystemExit(code)
 
 
 def train_trl(run: Path) -> None:
-    """The same work in plain TRL, as its documentation has it, going on from the last checkpoint."""
+    """The same work in plain TRL, as its documentation has it, resuming from the last checkpoint."""
     inputs = run.parent
     last = get_last_checkpoint(str(run))
     if last:
-        print(f"going on from {last}")
+        print(f"resuming from {last}")
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.bfloat16),
         args=SFTConfig(
