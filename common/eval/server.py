@@ -37,7 +37,7 @@ class Server:
         self.url, self.model = (url or "https://api.openai.com/v1").rstrip("/"), model
         self.options, self.refused = {"temperature": 0.0, "max_tokens": max_tokens}, set()
         self.counts, self.lock = Counter(), threading.Lock()
-        private = {"organization": "", "project": ""} if url else {}  # for OpenAI only
+        private = {"organization": "", "project": ""} if url else {}  # kept from other servers
         try:
             options = dict(api_key=key, timeout=timeout, max_retries=TRIES - 1, **private)
             self.client = openai.OpenAI(base_url=self.url, **options)
