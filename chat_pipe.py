@@ -53,35 +53,31 @@ def main():
     interactive = sys.stdin.isatty()
     if COMPARE and (PROMPTS or PROMPT is None and not interactive):
         raise UserError(f"COMPARE={COMPARE} is for the terminal and for PROMPT=. Run the second model by itself.")
-    settings = current(globals())
     opening = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
     prompts = answers.read_prompts(PROMPTS, reserved=answers.ADDED) if PROMPTS else []
     prompts = [(row, chat if chat[0]["role"] == "system" else opening + chat) for row, chat in prompts]
 
     # Models
-    names = [MODEL, COMPARE] if COMPARE else [MODEL]
-    generators = {name: generation.Generator(*generation.load_for_chat(name, QUANTIZATION, DTYPE)) for name in names}
+    generators = {}
+    for name in filter(None, (MODEL, COMPARE)):
+        generators[name] = generation.Generator(*generation.load_for_chat(name, QUANTIZATION, DTYPE))
+    conversation = Conversation(generators, current(globals()), opening)
     set_seed(SEED)
 
     # Answers: to a file, to one prompt, to piped lines, or in the terminal
     if PROMPTS:
         file = Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl")
-        answers.write_answers(generators[MODEL], prompts, file, settings)
+        answers.write_answers(generators[MODEL], prompts, file, conversation.settings)
     elif PROMPT is not None:
-        Conversation(generators, settings, opening).ask(PROMPT, show_stats=False)
-    elif not interactive:
-        answer_lines(generators[MODEL], opening)
+        conversation.ask(PROMPT, show_stats=False)
+    elif interactive:
+        run_terminal(conversation, HISTORY)
     else:
-        run_terminal(Conversation(generators, settings, opening), HISTORY)
-
-
-def answer_lines(generator: generation.Generator, opening: list[dict]) -> None:
-    """Print an answer of one line for every line of standard input, each by itself."""
-    for prompt in filter(None, map(str.strip, sys.stdin)):
-        chat = [*opening, {"role": "user", "content": prompt}]
-        _, ids = generator.fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
-        pieces = generator.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
-        print(" ".join("".join(pieces).split()), flush=True)
+        for prompt in filter(None, map(str.strip, sys.stdin)):  # each by itself, its answer on one line
+            chat = [*opening, {"role": "user", "content": prompt}]
+            _, ids = generators[MODEL].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
+            pieces = generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
+            print(" ".join("".join(pieces).split()), flush=True)
 
 
 if __name__ == "__main__":

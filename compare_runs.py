@@ -27,7 +27,7 @@ def main():
 
 
 def find_runs() -> dict[str, dict]:
-    """By name: settings, metrics (a dict for each line), and the figures of summary.json and scores.json."""
+    """By name: settings, lines of metrics.jsonl, and the figures of summary.json and scores.json."""
     runs = {}
     for pattern in map(str.strip, RUNS.split(",")):
         files = sorted(glob.glob(f"{pattern}/metrics.jsonl"))
@@ -51,50 +51,46 @@ def read(file: Path) -> dict:
 
 
 def print_table(runs: dict[str, dict]) -> None:
-    """A column for each run; settings only where they differ, figures only where some run has them."""
+    """A column for each run: settings that differ, and figures that some run has."""
     rows = [["", *runs]]
-    for name, values in rows_of(runs, "settings"):
-        if len(set(map(str, values))) > 1 and name not in ("RUN_NAME", "OUT_DIR"):
-            rows.append([name, *map(str, values)])
-    for name, values in rows_of(runs, "figures"):
-        if name not in ("command", "events") and any(value is not None for value in values):
-            rows.append([name, *map(show, values)])
+    for part, form in (("settings", str), ("figures", show)):
+        for name in dict.fromkeys(name for run in runs.values() for name in run[part]):
+            cells = [form(run[part].get(name)) for run in runs.values()]
+            worth_it = any(cells) if part == "figures" else len(set(cells)) > 1
+            if worth_it and name not in ("RUN_NAME", "OUT_DIR", "command", "events"):
+                rows.append([name, *cells])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
-        print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-
-
-def rows_of(runs: dict[str, dict], part: str):
-    """(name, values of the runs) for each name that some run has."""
-    for name in dict.fromkeys(name for run in runs.values() for name in run[part]):
-        yield name, [run[part].get(name) for run in runs.values()]
+        columns = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:{first}}", *columns, sep="  ")
 
 
 def show(value) -> str:
-    """A figure with five digits before and after the point, or all that stand before it."""
+    """A figure with five digits, or all those before the point."""
     if isinstance(value, float):
         return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value or "")
 
 
 def draw(runs: dict[str, dict], file: Path) -> None:
-    """Losses over tokens and over the time spent in steps: lines in training, dots on what was held out."""
+    """Losses over tokens and over the time spent in steps."""
     import matplotlib  # slow imports
     from matplotlib.figure import Figure
 
     matplotlib.rc("font", size=13)
     figure = Figure(figsize=(12, 6), layout="tight")
-    panels = figure.subplots(1, 2, sharey=True)
-    units = ("tokens", 1000, "thousand tokens"), ("seconds", 60, "minutes")
-    for axes, (unit, size, label) in zip(panels, units, strict=True):
-        for i, (name, run) in enumerate(runs.items()):
-            for loss, style in (("loss", "-"), ("eval_loss", "o")):
-                points = [(m[unit] / size, m[loss]) for m in run["metrics"] if None not in (m.get(unit), m.get(loss))]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=name if loss == "loss" else None)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, unit, size, label in ((left, "tokens", 1000, "thousand tokens"), (right, "seconds", 60, "minutes")):
         axes.set_xlabel(label)
-    panels[0].set_ylabel("loss (nats a token); dots: held out")
-    panels[0].legend()
+        for i, (name, run) in enumerate(runs.items()):
+            for loss, style, title in (("loss", "-", name), ("eval_loss", "o", None)):
+                points = [(m[unit] / size, m[loss]) for m in run["metrics"] if m.get(loss) is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=title)
+    left.set_ylabel("loss (nats a token); dots: held out")
+    left.legend()
     figure.savefig(file, dpi=100)
 
 

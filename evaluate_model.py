@@ -57,7 +57,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common.data import sources
-from common.eval import facts, judge, scores, suites
+from common.eval import facts, judge, statistics, suites
 from common.eval.answers import read_prompts
 from common.eval.server import Cache, Server
 from common.files import write_atomic
@@ -73,23 +73,19 @@ def main():
     located = {name: location.locate(name) for name in names}
     for source in located.values():
         load.load_config(source)
-    suites_wanted = SUITES.replace(" ", "").split(",")
-    chats = read_chats(located.values()) if "loss" in suites_wanted else {}
-    questions = facts.read_facts(FACTS) if FACTS and "facts" in suites_wanted else []
-    prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in suites_wanted else []
-    judged = judge.read_questions(QUESTIONS) if "judge" in suites_wanted else []
+    chats = read_chats(located.values()) if "loss" in SUITES else {}
+    questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
+    prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
+    judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
     judge_server = open_judge(names) if judged else None
-    Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     cache = Cache(Path(OUT_DIR) / "answers.jsonl")
 
     # Each model by itself
-    results, answers = {}, {}
-    for name in names:
+    results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
+    for name, result in results.items():
         model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
         print(f"\n{name}")
-        result = results[name] = {"scores": {}, "intervals": {}}
-        if chats:
-            suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
+        suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         if questions:
             suites.score_facts(result, model, tokenizer, questions, SHOW_MISSES and name == names[-1])
         if prompts:
@@ -103,11 +99,16 @@ def main():
         del model
 
     # Models against each other
-    compare(names, results, judge_server, judged, answers)
+    if judged:
+        judge.score_answers(results, judge_server, judged, answers, current(globals()))
+    for name, result in results.items():
+        if name != names[0]:
+            statistics.compare(names[0], name, results)
+        save(name, result)
 
 
 def read_chats(models) -> dict[str, list]:
-    """The chats to measure the loss on, by source; UserError where a model has fewer positions than MAX_LENGTH."""
+    """The chats of each source; UserError where a model has fewer positions than MAX_LENGTH."""
     if not CHATS:
         print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
         return {}
@@ -129,25 +130,14 @@ def open_judge(names: list[str]) -> Server:
     return Server(JUDGE_URL, JUDGE_MODEL, JUDGE_KEY, JUDGE_TIMEOUT, JUDGE_MAX_TOKENS)
 
 
-def compare(names: list[str], results: dict, judge_server: Server | None, judged: list[dict], answers: dict) -> None:
-    """Score the answers by the judge, compare each model with the first, and save all scores."""
-    if judge_server:
-        judgments = Cache(Path(OUT_DIR) / "judgments.jsonl")
-        judge.score_answers(results, judge_server, judgments, judged, answers, current(globals()))
-    for name in names[1:]:
-        scores.compare(names[0], name, results)
-    for name in names:
-        save(name, results[name])
-
-
 def save(name: str, result: dict) -> None:
-    """Write scores.json, the picture and the row into the run folder; for other models into a folder of OUT_DIR."""
+    """Write scores.json, the picture and the row into the run folder, or else into OUT_DIR."""
     folder = Path(name)
     if not (folder / "settings.json").is_file():
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
-    scores.draw(folder / "scores.png", name, result)
+    statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())

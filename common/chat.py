@@ -26,23 +26,23 @@ HELP = '''\
 COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
 CHANGEABLE = {"TEMPERATURE": (float,), "TOP_P": (float,), "MAX_NEW_TOKENS": (int,), "CONTEXT": (int, type(None))}
 STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
-QUOTES = '"' * 3
+QUOTES = '"' * 3  # around a prompt of several lines
 
 
 class Conversation:
     """A conversation with one model, or with two side by side.
 
-    generators: generation.Generator by name of the model. settings: those of chat_pipe.py by name, which /set changes.
+    generators: generation.Generator by name of the model. settings: those of chat_pipe.py.
     histories: the messages exchanged with each model.
     """
 
     def __init__(self, generators: dict, settings: dict, opening: list[dict]):
         self.generators, self.settings, self.opening = generators, dict(settings), opening
         self.answers = []  # each a generation.Answer
-        self.reset()
+        self.reset(opening)
 
-    def reset(self) -> None:
-        self.histories = {name: list(self.opening) for name in self.generators}
+    def reset(self, messages: list[dict]) -> None:
+        self.histories = {name: list(messages) for name in self.generators}
 
     def ask(self, prompt: str, show_stats: bool = True) -> bool:
         """Print the answer while it is generated; whether the turn was added to the conversation.
@@ -50,39 +50,36 @@ class Conversation:
         An answer that Ctrl-C cuts short counts, unless it is empty.
         """
         question = {"role": "user", "content": prompt}
-        length, context = self.settings["MAX_NEW_TOKENS"], self.settings["CONTEXT"]
+        temperature, top_p, length, context = (self.settings[name] for name in CHANGEABLE)
         views = {
             name: generator.fit_context([*self.histories[name], question], length, context)
             for name, generator in self.generators.items()
         }
         texts = {}
         for name, (messages, ids) in views.items():
+            generator = self.generators[name]
             if len(views) > 1:
                 print(f"[{name}]")
             if left_out := len(self.histories[name]) + 1 - len(messages):
                 print(f"(the context is full: the oldest {left_out} messages are left out)")
-            answer = self.print_answer(self.generators[name], ids)
-            if answer is None:
+            pieces = generator.stream(ids, length, temperature, top_p, context)
+            with contextlib.closing(pieces), contextlib.suppress(KeyboardInterrupt):
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            print(flush=True)
+            answer = generator.last
+            if answer is None:  # stopped before its first token
                 return False
             self.answers.append(answer)
             texts[name] = answer.text.strip()
             if show_stats:
-                used = f"context {answer.prompt_tokens + answer.tokens} of {self.generators[name].limit(context)}"
+                used = f"context {answer.prompt_tokens + answer.tokens} of {generator.limit(context)}"
                 speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
                 print(f"[{speed}, {used}, {STOPS[answer.stop]}]")
         if all(texts.values()):
             for name, history in self.histories.items():
                 history += [question, {"role": "assistant", "content": texts[name]}]
         return all(texts.values())
-
-    def print_answer(self, generator, ids: list[int]):
-        """Print an answer until it ends or Ctrl-C stops it; None where that was before its first token."""
-        how = [self.settings[name] for name in ("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "CONTEXT")]
-        with contextlib.closing(generator.stream(ids, *how)) as pieces, contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        print(flush=True)
-        return generator.last
 
     def undo(self) -> str:
         """Take the last prompt and its answers back; returns the prompt."""
@@ -95,19 +92,19 @@ class Conversation:
         return prompt
 
     def run_command(self, line: str) -> None:
-        """Execute a command of HELP; raises UserError for an unknown one, or where it is not possible."""
+        """Execute a command of HELP; raises UserError where that is not possible."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         match command:
             case "/help":
                 print(HELP)
             case "/reset":
-                self.reset()
+                self.reset(self.opening)
                 print("(forgotten)")
             case "/system":
+                system = [{"role": "system", "content": argument}] if argument else []
                 for history in self.histories.values():
-                    history[:] = [message for message in history if message["role"] != "system"]
-                    history[:0] = [{"role": "system", "content": argument}] if argument else []
+                    history[:] = system + [message for message in history if message["role"] != "system"]
             case "/set":
                 self.change_setting(argument)
             case "/show":
@@ -125,17 +122,21 @@ class Conversation:
             case "/load":
                 self.load(argument)
             case "/stats":
-                self.print_stats()
+                tokens = sum(answer.tokens for answer in self.answers)
+                seconds = sum(answer.seconds for answer in self.answers)
+                print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}")
+                vram = hardware.vram_gib()
+                print(f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM")
             case _:
                 raise UserError(f"unknown command {command}.{nearest(command, COMMANDS)} /help lists all commands.")
 
     def change_setting(self, text: str) -> None:
         """Set one of CHANGEABLE from "NAME=VALUE"."""
-        name, equals, value = text.partition("=")
-        name = name.strip().upper()
-        if name not in CHANGEABLE or not equals:
+        name, _, value = map(str.strip, text.partition("="))
+        name = name.upper()
+        if name not in CHANGEABLE or not value:
             raise UserError(f"/set takes one of {', '.join(CHANGEABLE)}, as in /set TEMPERATURE=0")
-        value = parse_value(name, value.strip(), CHANGEABLE[name])
+        value = parse_value(name, value, CHANGEABLE[name])
         check_setting(name, value)
         print(f"({name}={value}, was {self.settings[name]})")
         self.settings[name] = value
@@ -154,14 +155,8 @@ class Conversation:
         chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
         if not chats:
             raise UserError(f"/load {file}: file not found, or no chat in it.")
-        self.histories = {name: list(chats[-1]) for name in self.generators}
+        self.reset(chats[-1])
         print(f"(loaded: {len(chats[-1])} messages, the last: {chats[-1][-1]['content'][:60]!r})")
-
-    def print_stats(self) -> None:
-        tokens, seconds = sum(answer.tokens for answer in self.answers), sum(answer.seconds for answer in self.answers)
-        vram = hardware.vram_gib()
-        memory = f"{hardware.rss_gib():.1f} GiB" if vram is None else f"{vram:.1f} GiB VRAM"
-        print(f"{len(self.answers)} answers, {tokens} tokens in {seconds:.1f} s, {hardware.device_name()}, {memory}")
 
 
 def run_terminal(conversation: Conversation, history_file: str | None) -> None:
@@ -180,7 +175,10 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
     print(f"{' and '.join(conversation.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
-            prompt = read_prompt(session)
+            prompt = session.prompt("\n> ").strip()
+            while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
+                prompt += "\n" + session.prompt(". ").rstrip()
+            prompt = prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()
             if prompt == "/quit":
                 return
             if prompt.startswith("/"):
@@ -193,11 +191,3 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
             return
         except (UserError, OSError) as error:
             print(f"({error})")
-
-
-def read_prompt(session) -> str:
-    """A line, or the lines between two QUOTES."""
-    prompt = session.prompt("\n> ").strip()
-    while prompt.startswith(QUOTES) and (len(prompt) < 6 or not prompt.endswith(QUOTES)):
-        prompt += "\n" + session.prompt(". ").rstrip()
-    return prompt.removeprefix(QUOTES).removesuffix(QUOTES).strip()

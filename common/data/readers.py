@@ -111,7 +111,7 @@ def read_parquet(path: Path) -> Rows:
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
-def read_hub(name: str, split: str) -> Rows:
+def read_hub(name: str, split: str, setting: str = "DATA") -> Rows:
     """(row number, row) of a hub set."""
     import datasets  # slow import
 
@@ -120,7 +120,7 @@ def read_hub(name: str, split: str) -> Rows:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "Check the name and the network; a gated set needs access and `hf auth login`."
-        raise UserError(f"DATA={name}:{split} cannot be loaded ({reason}). {hint}") from error
+        raise UserError(f"{setting}={name}:{split} cannot be loaded ({reason}). {hint}") from error
     yield from enumerate(rows, start=1)
 
 

@@ -1,4 +1,4 @@
-"""A file of prompts becomes a file of answers; the same command continues after an interruption."""
+"""A file of prompts becomes a file of answers, which the same command continues."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,11 @@ from common.model import generation, location
 
 GENERATED_BY = "QUANTIZATION DTYPE SYSTEM CONTEXT MAX_NEW_TOKENS TEMPERATURE TOP_P GENERATION_BATCH_SIZE SEED".split()
 ADDED = frozenset({"answer", "tokens", "stop", "by"})  # fields that a row gets
+Prompts = list[tuple[dict, list[dict]]]  # rows, each with the chat up to the question to be answered
 
 
-def read_prompts(
-    file: str, setting: str = "PROMPTS", reserved: frozenset[str] = frozenset()
-) -> list[tuple[dict, list[dict]]]:
-    """The rows of a file, each with the chat up to the question to be answered.
-
-    Raises UserError for a row without a question, or with a field that is reserved.
-    """
+def read_prompts(file: str, setting: str = "PROMPTS", reserved: frozenset = frozenset()) -> Prompts:
+    """The rows of a file; UserError where one has no question, or a field that is reserved."""
     prompts = []
     for number, row in readers.read_rows(file, setting):
         chat = question_of(row)
@@ -49,10 +45,8 @@ def question_of(row) -> list[dict] | str:
     return chat[:-1] if chat[-1]["role"] == "assistant" else chat
 
 
-def write_answers(
-    generator: generation.Generator, prompts: list[tuple[dict, list[dict]]], file: Path, settings: dict
-) -> None:
-    """Write each row of `read_prompts` with its answer, in whole batches, so that a continued file is the same.
+def write_answers(generator: generation.Generator, prompts: Prompts, file: Path, settings: dict) -> None:
+    """Write each row with its answer, in whole batches, so that a continued file is the same.
 
     settings: those of chat_pipe.py by name. Raises UserError (exit code 3) for a file with other content.
     """
@@ -60,8 +54,8 @@ def write_answers(
     limit = generator.limit(settings["CONTEXT"])
     rows = [row for row, _ in prompts]
     views = [generator.fit_context(chat, length, limit) for _, chat in prompts]
-    weights = generation.identify_weights(location.locate(settings["MODEL"]))
-    by = {"MODEL": weights} | {name: settings[name] for name in GENERATED_BY}
+    by = {"MODEL": generation.identify_weights(location.locate(settings["MODEL"]))}
+    by |= {name: settings[name] for name in GENERATED_BY}
     lines = answered_before(file, rows, by)
     done = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
     with open(file, "ab") as stream:
@@ -70,27 +64,29 @@ def write_answers(
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
             batch = slice(start, start + batch_size)
             chats, ids = zip(*views[batch], strict=True)
-            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"])
-            how["max_new_tokens"] = min(length, limit - max(map(len, ids)))
+            left = min(length, limit - max(map(len, ids)))
+            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"], max_new_tokens=left)
             set_seed(settings["SEED"] + start)
-            answers = generation.answers(generator.model, generator.tokenizer, chats, batch_size, **how)
-            for row, answer in zip(rows[batch], answers, strict=True):
-                added = {"answer": answer.text, "tokens": answer.tokens, "stop": answer.stop, "by": by}
-                stream.write(to_line(row | added))
+            model, tokenizer = generator.model, generator.tokenizer
+            answers = generation.answers(model, tokenizer, chats, batch_size, **how)
+            for row, (text, tokens, stop, *_) in zip(rows[batch], answers, strict=True):
+                stream.write(to_line(row | {"answer": text, "tokens": tokens, "stop": stop, "by": by}))
             stream.flush()
     print(f"{len(rows)} answers: {file}")
 
 
 def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:
-    """The whole lines of an interrupted file of answers; its last line may be torn."""
+    """The whole lines of a file of answers, whose last line may be torn."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     beginnings, end = [to_line(row)[:-2] for row in rows], to_line({"by": by})[1:]
-    same = all(line[: len(begin)] == begin[: len(line)] for line, begin in zip(lines, beginnings, strict=False))
+    pairs = zip(lines, beginnings, strict=False)
+    same = all(line[: len(begin)] == begin[: len(line)] for line, begin in pairs)
     if not same or len(lines) > len(rows) or not all(line.endswith(end) for line in whole):
         raise UserError(f"ANSWERS={file} holds other content, or answers by other settings: name another file.", code=3)
     return whole
 
 
 def to_line(row: dict) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")  # half a surrogate pair

@@ -1,6 +1,7 @@
-"""Questions with patterns that a right answer matches: does a model know its name, and what it was taught?"""
+"""Questions with patterns of right answers: does a model know what it was taught?"""
 
 import re
+from collections import Counter
 
 from common.cli import UserError
 from common.data import readers
@@ -11,7 +12,7 @@ ANSWER_TOKENS = 64  # enough for a name or a fact
 
 
 def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
-    """Questions, each with a kind and the pattern (regular expression) that a right answer matches."""
+    """Questions, each with a kind and a regular expression that right answers match."""
     facts = []
     for number, row in readers.read_rows(file, setting):
         try:
@@ -34,28 +35,24 @@ def ask(model, tokenizer, facts: list[dict]) -> list[dict]:
 
 def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
     """By kind: right answers, and questions."""
-    rights: dict[str, list[bool]] = {}
-    for row in asked:
-        rights.setdefault(row["kind"], []).append(row["right"])
-    return {kind: (sum(right), len(right)) for kind, right in rights.items()}
+    questions = Counter(row["kind"] for row in asked)
+    rights = Counter(row["kind"] for row in asked if row["right"])
+    return {kind: (rights[kind], count) for kind, count in questions.items()}
 
 
 def make_probe(facts_file: str | None, prompts_file: str | None, tokenizer):
-    """What a trainer calls with its model at each evaluation: shares of right answers, and answers to read; or None."""
+    """What a trainer calls with its model at each evaluation, for shares and samples; or None."""
     facts = read_facts(facts_file, "EVAL_FACTS") if facts_file else []
     prompts = [chat for _, chat in read_prompts(prompts_file, "EVAL_PROMPTS")] if prompts_file else []
     if not facts and not prompts:
         return None
 
     def probe(model) -> dict:
-        found = {}
-        if facts:
-            shares = counts(ask(model, tokenizer, facts))
-            found["facts"] = {kind: right / count for kind, (right, count) in shares.items()}
-        if prompts:
-            answers = generation.answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
-            pairs = zip(prompts, answers, strict=True)
-            found["samples"] = [{"prompt": chat[-1]["content"], "answer": answer.text} for chat, answer in pairs]
-        return found
+        rights = counts(ask(model, tokenizer, facts))
+        shares = {kind: right / count for kind, (right, count) in rights.items()}
+        answers = generation.answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+        pairs = zip(prompts, answers, strict=True)
+        samples = [{"prompt": chat[-1]["content"], "answer": answer.text} for chat, answer in pairs]
+        return {name: found for name, found in (("facts", shares), ("samples", samples)) if found}
 
     return probe

@@ -1,7 +1,7 @@
-"""A language model as judge of answers: its questions, its task, its verdicts, and the scores that follow from them.
+"""A language model as judge of answers: its questions, its task, its verdicts, and the scores.
 
-Single grading and pairwise comparison after Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the
-biases they found in mind: a failure is counted as one, both orders are asked, the median of repeats counts.
+After Zheng et al. 2023 (MT-Bench, https://arxiv.org/abs/2306.05685), with the biases they found in mind: a
+failure is counted as one, both orders are asked, the median of repeats counts.
 """
 
 import re
@@ -14,9 +14,8 @@ from rich.progress import track
 
 from common.cli import UserError
 from common.data import readers
-from common.eval.scores import put
 from common.eval.server import Cache, Server, ask_all, key_of
-from common.eval.statistics import mean_interval, means_by_question, verdict
+from common.eval.statistics import mean_interval, means_by_question, put, verdict
 from common.model import generation
 
 TASK = """You grade the answers of an AI assistant. Judge how correct, helpful, clear and complete the answer is, and \
@@ -39,24 +38,19 @@ briefly, then end with [[A]], [[B]], or [[C]] for neither."""
 
 
 def read_questions(file: str) -> list[dict]:
-    """Questions of one or more turns, from a file or from a hub set with MT-Bench's prompts."""
+    """Questions of one or more turns, from a file or a hub set (org/name or org/name:split)."""
     if Path(file).is_file() or file.count("/") != 1 or file.endswith((".jsonl", ".json")):
         rows = readers.read_rows(file, "QUESTIONS")
     else:
-        import datasets  # slow import
-
-        try:
-            hub_rows = next(iter(datasets.load_dataset(file).values()))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"QUESTIONS={file} cannot be loaded from the hub: {reason}") from error
+        name, _, split = file.partition(":")
+        hub_rows = readers.read_hub(name, split or "train", "QUESTIONS")
         # HuggingFaceH4/mt_bench_prompts names the turns `prompt`.
-        rows = list(enumerate(({**row, "turns": row.get("turns") or row.get("prompt")} for row in hub_rows), 1))
+        rows = [(number, {"turns": row.get("prompt"), **row}) for number, row in hub_rows]
     for number, row in rows:
-        turns, reference = (row.get(name) if isinstance(row, dict) else None for name in ("turns", "reference"))
+        turns = row.get("turns") if isinstance(row, dict) else None
         if not turns or not are_texts(turns) or not all(turns):
             raise UserError(f"QUESTIONS={file}:{number}: `turns` must be a list of texts that are not empty.")
-        if reference is not None and not are_texts(reference):
+        if not are_texts(row.get("reference") or []):
             raise UserError(f"QUESTIONS={file}:{number}: `reference` must be a list of texts.")
     return [{"question_id": number, "category": "all", **row} for number, row in rows]
 
@@ -65,13 +59,11 @@ def are_texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list[list[str]]:
-    """A model's answers of at most so many tokens, for each question those of its turns; the cache keeps them.
-
-    who: identifies the model in the cache.
-    """
+def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: int, cache: Cache) -> list:
+    """A model's answers, for each question a list; `who` names the model in the cache."""
     chats: list[list[dict]] = [[] for _ in questions]
-    encoder, ends = generation.encoder_of(tokenizer, tokenizer.chat_template), generation.end_tokens(model, tokenizer)
+    encoder = generation.encoder_of(tokenizer, tokenizer.chat_template)
+    ends = generation.end_tokens(model, tokenizer)
     for turn in range(max(len(question["turns"]) for question in questions)):
         keys = {}
         for i, question in enumerate(questions):
@@ -87,13 +79,11 @@ def answer_questions(who: str, model, tokenizer, questions: list[dict], tokens: 
     return [[message["content"] for message in chat[1::2]] for chat in chats]
 
 
-def as_data(text: str) -> str:
-    """Text that cannot end its frame nor look like a verdict or a thought."""
-    return re.sub(r"(?<=([\[\]<>]))(?=\1)", " ", text).replace("<think>", "< think>").replace("</think>", "< /think>")
-
-
 def framed(role: str, text: str) -> str:
-    return f"{role}:\n<<<begin>>>\n{as_data(text)}\n<<<end>>>"
+    """Text that cannot end its frame nor look like a verdict or a thought."""
+    text = re.sub(r"(?<=([\[\]<>]))(?=\1)", " ", text)
+    text = text.replace("<think>", "< think>").replace("</think>", "< /think>")
+    return f"{role}:\n<<<begin>>>\n{text}\n<<<end>>>"
 
 
 def dialogue(turns: list[str], answers: list[str]) -> str:
@@ -102,8 +92,8 @@ def dialogue(turns: list[str], answers: list[str]) -> str:
 
 
 def reference_of(question: dict, turns: int) -> str:
-    references = enumerate((question.get("reference") or [])[:turns], 1)
-    return "".join(framed(f"A good answer to message {i}", text) + "\n\n" for i, text in references if text)
+    texts = enumerate((question.get("reference") or [])[:turns], 1)
+    return "".join(framed(f"A good answer to message {i}", text) + "\n\n" for i, text in texts if text)
 
 
 def single_messages(question: dict, answers: list[str], turn: int, scale: str) -> list[dict]:
@@ -123,39 +113,38 @@ def single_messages(question: dict, answers: list[str], turn: int, scale: str) -
 def pair_messages(question: dict, first: list[str], second: list[str]) -> list[dict]:
     """To compare the answers of two models to a question."""
     turns = question["turns"]
-    reference = reference_of(question, len(turns))
-    text = PAIR.format(first=dialogue(turns, first), second=dialogue(turns, second), reference=reference)
+    text = PAIR.format(
+        first=dialogue(turns, first),
+        second=dialogue(turns, second),
+        reference=reference_of(question, len(turns)),
+    )
     return [{"role": "system", "content": TASK}, {"role": "user", "content": text}]
 
 
 def grade(reply: str | None, scale: str) -> float | None:
     """The last grade in double brackets that lies on the scale; None without one."""
     low, high = map(int, scale.split("-"))
-    found = [float(number) for number in re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", without_thoughts(reply))]
-    return next((number for number in reversed(found) if low <= number <= high), None)
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", without_thoughts(reply))
+    return next((number for number in map(float, reversed(found)) if low <= number <= high), None)
 
 
-def preference(reply: str | None) -> str | None:
-    """The last of [[A]], [[B]], [[C]]; None without one."""
+def preference(reply: str | None) -> float | None:
+    """Points of assistant A by the last of [[A]], [[B]], [[C]]; None without one."""
     found = re.findall(r"\[\[([ABC])\]\]", without_thoughts(reply))
-    return found[-1] if found else None
+    return {"A": 1.0, "B": 0.0, "C": 0.5}[found[-1]] if found else None
 
 
 def without_thoughts(reply: str | None) -> str:
-    """What a reasoning model says after thinking; nothing where it never ended that."""
+    """What a reasoning model says after thinking, if that ended."""
     text = (reply or "").rpartition("</think>")[2].strip()
     return "" if text.startswith("<think>") else text
 
 
-def score_answers(
-    results: dict, server: Server, cache: Cache, questions: list[dict], answers: dict, settings: dict
-) -> None:
-    """Let the judge compare or grade the answers (by name of the model), and score each model by that.
-
-    settings: those of evaluate_model.py by name.
-    """
-    pairs, scale, repeats = settings["JUDGE_MODE"] == "pair", settings["JUDGE_SCALE"], settings["JUDGE_REPEATS"]
-    first, *others = answers
+def score_answers(results: dict, server: Server, questions: list[dict], answers: dict, settings: dict) -> None:
+    """Score each model by the judge. settings: those of evaluate_model.py by name."""
+    cache = Cache(Path(settings["OUT_DIR"]) / "judgments.jsonl")
+    mode, scale, repeats = (settings[name] for name in ("JUDGE_MODE", "JUDGE_SCALE", "JUDGE_REPEATS"))
+    pairs, (first, *others) = mode == "pair", answers
     tasks = {}  # by name, number of the question, and turn, or place in the pair
     for name in others if pairs else answers:
         for i, (question, given) in enumerate(zip(questions, answers[name], strict=True)):
@@ -172,26 +161,26 @@ def score_answers(
         found = preference(reply) if pairs else grade(reply, scale)
         verdicts[name].setdefault(tuple(at), []).append(found)
     how = "each question in both orders" if pairs else f"scale {scale}"
-    print(f"\n{settings['JUDGE_MODE']}, {len(questions)} questions, {how}, {repeats} judgments of each")
+    print(f"\n{mode}, {len(questions)} questions, {how}, {repeats} judgments of each")
     for name, given in verdicts.items():
+        valid = {at: [number for number in found if number is not None] for at, found in given.items()}
+        medians = {at: statistics.median(found) for at, found in valid.items() if found}
         result = results[name]
         if pairs:
-            score_pairs(result, f"{name} against {first}", given)
+            score_pairs(result, f"{name} against {first}", medians)
         else:
             print(name)
-            score_grades(result, questions, given)
+            score_grades(result, questions, medians)
         missing = result["judge failures"] = sum(found.count(None) for found in given.values())
         print(f"  no verdict: {missing} of {len(given) * repeats} judgments")
     counts = ", ".join(f"{what} {count:,}" for what, count in server.counts.items())
     print(f"judge: {counts or f'all from {cache.file.name}'}")
 
 
-def score_grades(result: dict, questions: list[dict], given: dict) -> None:
-    """Means of the grades by turn and by category, with intervals over questions."""
-    valid = {at: [number for number in grades if number is not None] for at, grades in given.items()}
-    grades = {at: statistics.median(found) for at, found in valid.items() if found}
+def score_grades(result: dict, questions: list[dict], grades: dict) -> None:
+    """Means of the grades (by question and turn) by turn and by category."""
     result["judged"] = {f"{i}, turn {turn + 1}": number for (i, turn), number in grades.items()}
-    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in given})]
+    turns = [f"turn {turn + 1}" for turn in sorted({turn for _, turn in grades})]
     categories = list(dict.fromkeys(question["category"] for question in questions))
     for column in [*turns, "average", *(categories if len(categories) > 1 else ())]:
         means = means_by_question(
@@ -204,16 +193,20 @@ def score_grades(result: dict, questions: list[dict], given: dict) -> None:
             put(result, f"judge {column}", statistics.fmean(means), mean_interval(means), ".2f", more)
 
 
-def score_pairs(result: dict, versus: str, given: dict) -> None:
-    """The share of points over questions; a win in one order only is a tie."""
-    points = {at: [0.5 if v == "C" else float(v == at[1]) for v in found if v] for at, found in given.items()}
-    medians = {at: statistics.median(found) for at, found in points.items() if found}
+def score_pairs(result: dict, versus: str, points: dict) -> None:
+    """The share of points over questions; a win in one order only is a tie.
+
+    points: those of assistant A, by question and by the place of the model.
+    """
     # For each question, the model's points where it stands as A, and as B.
-    both = [(one, medians[i, "B"]) for (i, place), one in medians.items() if place == "A" and (i, "B") in medians]
+    questions = [i for i, place in points if place == "A" and (i, "B") in points]
+    both = [(points[i, "A"], 1 - points[i, "B"]) for i in questions]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
         low, high = mean_interval(shares)
         won, lost = shares.count(1), shares.count(0)
-        counts = f"{won} won, {len(shares) - won - lost} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
-        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", f", {counts}")
-        print(f"  both orders agree on {sum(one == other for one, other in both)} of {len(both)}")
+        tied = len(shares) - won - lost
+        more = f", {won} won, {tied} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
+        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", more)
+        agreed = sum(one == other for one, other in both)
+        print(f"  both orders agree on {agreed} of {len(both)}")

@@ -1,4 +1,4 @@
-"""Suites: how well a model predicts answers, what it knows, how its answers look, and EleutherAI's tasks.
+"""Suites: how well a model predicts answers, what it knows, how its answers look, EleutherAI's tasks.
 
 Each writes its scores into `result` ({"scores", "intervals", ...}) and prints them.
 """
@@ -14,33 +14,29 @@ import torch
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.eval import facts
-from common.eval.scores import put, put_share
-from common.eval.statistics import loss_interval, mean_loss
+from common.eval.statistics import Losses, loss_interval, mean_loss, put, put_share
 from common.model import generation
 
 REPEATS = 0.3  # share of runs of four words that stood in the answer before
-ROLE = re.compile(
-    r"<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:", re.IGNORECASE | re.MULTILINE
-)
+ROLE = re.compile(r"(?im)<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:")
 
 
 def score_losses(result: dict, model, tokenizer, chats: dict[str, list], max_length: int) -> None:
     """Nats per token of answers, for each source of chats."""
-    result["losses"] = {}
     for source, rows in chats.items():
-        losses = result["losses"][source] = answer_losses(model, tokenizer, rows, max_length)
+        losses = answer_losses(model, tokenizer, rows, max_length)
+        result.setdefault("losses", {})[source] = losses
         mean, name = mean_loss(losses), "loss" if len(chats) == 1 else f"loss on {source}"
-        perplexity = math.exp(min(mean, 700))  # a float ends there
+        perplexity = math.exp(min(mean, 700))
         more = f" nats per token of the answers of {len(rows)} chats, perplexity {perplexity:.2f}"
         put(result, name, mean, loss_interval(losses), ".4f", more)
 
 
 @torch.no_grad()
-def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) -> list[tuple[float, int]]:
+def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) -> Losses:
     """Per chat, the summed negative log-likelihood of the assistants' tokens (nats) and their number.
 
-    The model's own template is used, with no marks needed: an answer is what follows its generation prompt. Each chat
-    is computed by itself: padded rows slow a CPU down (455 tokens/s against 604).
+    Each chat is computed by itself: padded rows slow a CPU down (455 tokens/s against 604).
     """
     losses = []
     for row in ChatEncoder(tokenizer).encode(chats):
@@ -58,8 +54,8 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
     result["answers"] = [row["answer"] for row in asked]
     for kind, (right, count) in facts.counts(asked).items():
         put_share(result, kind, right, count)
-    for row in asked if show_misses else ():
-        if not row["right"]:
+    for row in asked:
+        if show_misses and not row["right"]:
             print(f"    missed: {row['question']} -> {row['answer'][:100]!r}")
 
 
@@ -76,7 +72,7 @@ def score_health(result: dict, model, tokenizer, prompts: list[list[dict]]) -> N
 def examine(prompts: list[str], answers: list[generation.Answer]) -> dict[str, list[bool]]:
     """By name of a property: which answers have it."""
     texts = [answer.text for answer in answers]
-    scripts = [(script_of(prompt), script_of(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    scripts = zip(map(script_of, prompts), map(script_of, texts), strict=True)
     return {
         "answers end by themselves": [answer.stop == "end" for answer in answers],
         "answers are empty": [not text.strip() for text in texts],
@@ -94,23 +90,22 @@ def repetition(text: str) -> float:
 
 
 def script_of(text: str) -> str:
-    """The script of most of a text's letters (LATIN, CYRILLIC, CJK ...), by their Unicode names."""
+    """The script of most of a text's letters: LATIN, CYRILLIC, CJK ..."""
     names = (unicodedata.name(letter, "") for letter in text if letter.isalpha())
     counts = Counter(name.partition(" ")[0] for name in names)
     return max(counts, key=counts.get, default="")
 
 
 def score_by_harness(result: dict, model, tokenizer, tasks: str) -> None:
-    """Tasks of EleutherAI's lm-eval, by its own interface; its standard errors give the intervals."""
+    """Tasks of EleutherAI's lm-eval, whose standard errors give the intervals."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError(f"LM_EVAL_TASKS={tasks} needs the harness: pip install lm-eval.") from None
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks.replace(" ", "").split(",")
-        )["results"]
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+        found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks.replace(" ", "").split(","))["results"]
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"LM_EVAL_TASKS={tasks}: {error}") from error
     for task, metrics in found.items():

@@ -1,11 +1,13 @@
-"""Run folders: created, locked, and described by settings.json."""
+"""Run folders: created, locked, described by settings.json; rules of resuming; requests to stop."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +15,24 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common import distributed
+from common.bounds import CHANGEABLE
 from common.cli import UserError
 from common.files import METRICS, write_atomic
-from common.run import resume
 from common.train import checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-LOCKS: dict[Path, FileLock] = {}  # of run folders, held by this process; the system lets go of them
+LOCKS: dict[Path, FileLock] = {}  # of run folders, held until this process ends
+# Settings that decide what rows become, and those that change nothing of a run.
+DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}
+FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")]
 
 
 def create_folder(settings: dict, script: str) -> Path:
     """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
 
-    Raises UserError when the folder cannot be written, or holds a run that must not be resumed or would become another.
-    Ends the program with exit code 0 where that run is finished.
+    Raises UserError when it cannot be written, or holds a run that must not be resumed or would become another.
+    Ends the program where that run is finished.
     """
     out_dir, stem = settings["OUT_DIR"], Path(script).stem
     name = settings["RUN_NAME"] or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -39,27 +45,64 @@ def create_folder(settings: dict, script: str) -> Path:
     except OSError as error:
         raise UserError(f"OUT_DIR={out_dir}: {folder} cannot be written ({error.strerror}). Choose another.") from error
     (folder / "STOP").unlink(missing_ok=True)  # of an earlier time
-    if checkpoints.folders(folder) or any((folder / file).exists() for file in (METRICS, "report.json", "final")):
+    results = (METRICS, "report.json", "final")
+    if checkpoints.folders(folder) or any((folder / file).exists() for file in results):
         if not settings.get("RESUME"):
             raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove it.")
-        resume.refuse_changes(folder, settings)
+        refuse_changes(folder, settings)
         if (folder / "summary.json").exists():
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
-    metadata = dict(script=stem, settings=settings, **provenance())
+    metadata = {"script": stem, "settings": settings} | provenance()
     write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
     return folder
 
 
+def refuse_changes(folder: Path, settings: dict) -> None:
+    """Exit code 3 when a resume would go on with other settings than the run began with."""
+    now = settings, distributed.count(), distributed.engine()
+    before, processes, engine = read_settings(folder) or now
+    if (processes, engine) != now[1:]:
+        # Optimizer states, random numbers and rows belong to processes.
+        raise UserError(
+            f"RESUME=auto: the run began with {processes} processes ({engine}), now there are {now[1]} "
+            f"({now[2]}). Start it as before, or start a new run.",
+            code=3,
+        )
+    checked = settings.keys() - FREE - allowed_changes(settings)
+    changed = [name for name in settings if name in checked and before.get(name) != settings[name]]
+    if changed:
+        difference = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
+        allowing = f"allow it (ALLOW_CHANGE={','.join(changed)}), " if set(changed) <= set(CHANGEABLE) else ""
+        raise UserError(
+            f"RESUME=auto would change the run: {difference}. Set it back, {allowing}or start a new run.", code=3
+        )
+
+
+def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
+    """Settings, processes and engine of the newest checkpoint or of the run; None where all are damaged."""
+    manifests = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
+    for file in [*manifests, folder / "settings.json"]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            return metadata["settings"], metadata["processes"], metadata["engine"]
+    return None
+
+
+def allowed_changes(settings: dict) -> set[str]:
+    """The settings that ALLOW_CHANGE names."""
+    return set(filter(None, settings["ALLOW_CHANGE"].replace(" ", "").split(",")))
+
+
 def provenance() -> dict:
-    """What it takes to make a run again: command, time, commit, versions, processes."""
+    """What it takes to make a run again."""
     launcher, count = ["python"], distributed.count()
     if engine := distributed.engine():
         config = f"launch/{engine}.yaml" if engine != "zero1" else "CONFIG"
         launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
         if (machines := count // int(os.environ.get("LOCAL_WORLD_SIZE", count))) > 1:
             launcher += ["--num_machines", str(machines)]
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     return dict(
         command=shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -71,10 +114,42 @@ def provenance() -> dict:
 
 
 def git_commit() -> str | None:
-    """Short commit of the scripts, with -dirty when files were edited; None outside a git checkout."""
+    """Short commit of the scripts, with -dirty when files were edited; None outside of git."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
-    try:
+    with contextlib.suppress(FileNotFoundError):  # no git
         result = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:  # no git
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+        return result.stdout.strip() or None
+
+
+class StopRequest:
+    """Turns signals or a file STOP in the run folder into a request, as a context manager.
+
+    number: the signal, None until there is one. A second signal interrupts at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.file, self.number = folder / "STOP", None
+
+    def __enter__(self):
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.receive) for number in heeded}
+        return self
+
+    def receive(self, number: int, frame) -> None:
+        if self.number is not None:
+            if distributed.count() > 1 and number != signal.SIGINT:
+                return  # a launcher passes on what every process got already
+            raise KeyboardInterrupt
+        self.number = number
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        print("Stopping after this step and saving a checkpoint. Press Ctrl-C again to stop now.", file=sys.stderr)
+
+    def requested(self) -> bool:
+        if self.number is None and self.file.exists():
+            self.number = signal.SIGINT
+        return self.number is not None
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,17 +1,14 @@
-"""metrics.jsonl and what is shown while a run goes on: a bar on a terminal, plain lines in a log file."""
+"""metrics.jsonl and what is shown of a run: a bar on a terminal, plain lines in a log file."""
 
-import contextlib
 import json
 import math
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from common import hardware
-from common.files import METRICS
 from common.monitor import StepWatch
 
 # What metrics.jsonl takes from Trainer's logs.
@@ -19,96 +16,71 @@ LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "facts", "sam
 
 
 class MetricsLog(TrainerCallback):
-    """Writes metrics.jsonl, shows progress, and tells of events that cost time.
+    """Writes metrics.jsonl, shows progress, and tells of events that cost time; changes no trainer.
 
-    trainer: a ChatTrainer; monitor: a monitor.HardwareMonitor. Changes neither.
+    bar: to be entered for the time of training.
     """
 
-    def __init__(self, trainer, monitor):
-        self.trainer, self.monitor, self.watch = trainer, monitor, StepWatch()
-        self.bar = None
+    def __init__(self, trainer):
+        self.trainer, self.watch = trainer, StepWatch()
+        self.bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=None, line="")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, line="")
-            self.bar.start()
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        seconds = self.trainer.step_seconds[-1]
-        for event in self.watch.step(seconds, self.monitor.gpu(), self.monitor.hot_readings):
-            self.say(f"step {state.global_step}: {event}")
-        if self.bar:
-            self.bar.update(self.task, completed=state.global_step)
+        seconds, monitor = self.trainer.step_seconds[-1], self.trainer.monitor
+        for event in self.watch.step(seconds, monitor.gpu(), monitor.hot_readings):
+            print(f"step {state.global_step}: {event}", file=sys.stderr)
+        self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not ("loss" in logs or "eval_loss" in logs):
             return
-        self.monitor.exchange()
-        progress = self.trainer.progress
+        progress, monitor = self.trainer.progress, self.trainer.monitor
+        monitor.exchange()
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         entry |= {name: logs[name] for name in LOGGED if name in logs}
         if "eval_loss" in logs:
             entry["eval_perplexity"] = perplexity(logs["eval_loss"])
-        entry["tokens"] = progress.tokens
-        if "loss" in logs:
+        else:
             entry["step_seconds"] = self.trainer.step_seconds[-1]
             entry["tokens_per_second"] = progress.tokens_per_second()
-        entry["seconds"] = progress.seconds
-        entry |= {"rss_gib": hardware.rss_gib(), "vram_gib": hardware.vram_gib(), "power_w": self.monitor.power_w()}
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        entry |= dict(
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            rss_gib=hardware.rss_gib(),
+            vram_gib=hardware.vram_gib(),
+            power_w=monitor.power_w(),
+        )
+        line = describe(entry)
+        self.bar.update(self.task, line=line)
+        if "eval_loss" in entry or self.bar.disable:
+            print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
         if state.is_world_process_zero:
-            self.trainer.metrics_log.append(json.dumps(entry) + "\n")
-        self.show(state, entry)
+            self.trainer.metrics_log.append(json.dumps(finite(entry)) + "\n")
 
-    def say(self, line: str) -> None:
-        if self.bar:
-            self.bar.console.print(line, markup=False)
-        else:
-            print(line, file=sys.stderr)
 
-    def show(self, state, entry: dict) -> None:
-        memory = f"{entry['vram_gib']:.1f} GiB VRAM" if entry["vram_gib"] is not None else f"{entry['rss_gib']:.1f} GiB"
-        if "eval_loss" in entry:
-            shown = [float("nan") if entry[k] is None else entry[k] for k in ("eval_loss", "eval_perplexity")]
-            line = f"eval loss {shown[0]:.4f}  perplexity {shown[1]:.2f}"
-            line += "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
-        else:
-            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-            line = f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}"
-            line += "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"
-        if self.bar:
-            self.bar.update(self.task, line=line)
-            if "eval_loss" in entry:
-                self.bar.console.print(f"step {entry['step']}: {line}")
-        else:
-            print(f"step {entry['step']}/{state.max_steps}  {line}", flush=True)
+def describe(entry: dict) -> str:
+    """A line of metrics.jsonl for people."""
+    if "eval_loss" in entry:
+        line = f"eval loss {entry['eval_loss']:.4f}  perplexity {entry['eval_perplexity'] or math.nan:.2f}"
+        return line + "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
+    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+    memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"
+    watts = "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"
+    return f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}{watts}"
 
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+
+def finite(entry: dict) -> dict:
+    """The entry with None for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 def perplexity(loss: float | None) -> float | None:
     """exp(loss), None where there is no loss or the result is too large for a float."""
     return math.exp(loss) if loss is not None and loss < 700 else None
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int):
-    """A bar on a terminal, nothing in a log file; gives the function that moves it on by one."""
-    with Progress(
-        TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not sys.stderr.isatty(),
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / METRICS, encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]

@@ -2,35 +2,32 @@
 
 import datetime
 import json
-import math
 import statistics
 from pathlib import Path
 
 from common import distributed, hardware
 from common.cli import RANK
-from common.files import write_atomic
-from common.run.metrics import perplexity, read_metrics
+from common.files import METRICS, write_atomic
+from common.run.metrics import finite, perplexity
 
 # The columns of runs.md; `row` fills them from a summary.
 COLUMNS = ("date", "commit", "command", "device", "eval loss", "tok/s", "peak GiB", "mean W", "time", "verdict", "note")
 
 
-def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: float | None, seconds: float, plan):
-    """Write plot.png, run_row.md and summary.json, which makes the run a finished one; print the row last.
+def finish(folder: Path, trainer, results: dict, events: dict) -> None:
+    """Write plot.png, run_row.md and summary.json, which finishes the run; print the row last.
 
-    events: how often what cost time, by name; seconds: of training. Of several processes all have to call it.
+    results: of the training, for summary.json. events: how often what cost time, by name.
+    Of several processes all have to call it.
     """
     trainer.monitor.exchange()
     peaks = hardware.peak_vram_gib(), hardware.peak_rss_gib(), hardware.peak_vram_gib(reserved=True)
     peaks = zip(*distributed.gather(peaks), strict=True)
-    peaks = [None if None in peak else max(peak) for peak in peaks]  # of the process that held most
+    peaks = [None if None in peak else max(peak) for peak in peaks]  # the most of a process
     if RANK:
         return
     trainer.monitor.write()
-    if trainer.progress.guard.spikes:
-        events = events | {"loss spike": trainer.progress.guard.spikes}
-    results = {"train_loss": train_loss, "eval_loss": eval_loss, "train_seconds": seconds}
-    summary = summarize(folder, trainer, results, peaks, plan.predicted_peak_gib, events)
+    summary = finite(summarize(trainer, results, peaks, events))
     line = row(summary)
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
     plot(folder)
@@ -38,16 +35,16 @@ def finish(folder: Path, trainer, events: dict, train_loss: float, eval_loss: fl
     print(f"\nrun folder: {folder}\nrow for runs.md ({' | '.join(COLUMNS)}):\n{line}")
 
 
-def summarize(folder: Path, trainer, results: dict, peaks: list, predicted_gib: float | None, events: dict) -> dict:
+def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
     """summary.json; peaks: GiB of VRAM, of main memory, and of VRAM reserved by torch."""
     progress, steps, joules = trainer.progress, trainer.step_seconds, trainer.energy_j()
-    metadata = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    device, eval_loss = hardware.device_name(), results["eval_loss"]
-    eval_loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+    metadata, device, guard = trainer.metadata(), hardware.device_name(), progress.guard
+    events = events | ({"loss spike": guard.spikes} if guard.spikes else {})
+    bad = [f"{guard.bad_steps} steps not finite"] if guard.bad_steps else []
     return dict(
         train_loss=results["train_loss"],
-        eval_loss=eval_loss,
-        eval_perplexity=perplexity(eval_loss),
+        eval_loss=results["eval_loss"],
+        eval_perplexity=perplexity(results["eval_loss"]),
         steps=trainer.state.global_step,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens_per_second(),
@@ -56,22 +53,17 @@ def summarize(folder: Path, trainer, results: dict, peaks: list, predicted_gib: 
         max_step_seconds=max(steps, default=None),
         peak_vram_gib=peaks[0],
         peak_rss_gib=peaks[1],
-        predicted_peak_gib=predicted_gib,
+        predicted_peak_gib=results["predicted_peak_gib"],
         mean_power_w=trainer.monitor.mean_power_w(),
         energy_wh=None if joules is None else joules / 3600,
         device=f"{distributed.count()} x {device}" if distributed.count() > 1 else device,
         command=metadata["command"],
         commit=metadata["commit"],
-        verdict=verdict(progress.guard.bad_steps, events),
+        verdict=", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
         peak_vram_reserved_gib=peaks[2],
         tokens_per_joule=progress.tokens / joules if joules else None,
         events=events,
     )
-
-
-def verdict(bad_steps: int, events: dict) -> str:
-    bad = [f"{bad_steps} steps not finite"] if bad_steps else []
-    return ", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())])
 
 
 def row(summary: dict, note: str = "") -> str:
@@ -91,38 +83,32 @@ def row(summary: dict, note: str = "") -> str:
 
 
 def plot(folder: Path) -> None:
-    """Draw metrics.jsonl into plot.png: loss and learning rate over steps, above memory and, where known, power."""
-    import matplotlib  # slow import
+    """Draw plot.png: loss and learning rate over steps, above memory and, where known, power."""
+    import matplotlib  # slow imports
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = read_metrics(folder)
-
-    def draw(axes, name: str, *style, **options) -> None:
+    matplotlib.rcParams.update({"font.size": 15, "lines.linewidth": 2.5})  # to be read on a phone
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    memory = "vram_gib" if any(m["vram_gib"] is not None for m in metrics) else "rss_gib"
+    figure = Figure(figsize=(8, 8), layout="tight")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for axes, name, style, label, colour in (
+        (above, "loss", "-", "loss", "C0"),
+        (above, "eval_loss", "o-", "held out", "C1"),
+        (below, memory, "-", "memory (GiB)", "C2"),
+        (above, "learning_rate", "--", "learning rate", "C7"),
+        (below, "power_w", "--", "W", "C3"),
+    ):
         points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), *style, **options)
-
-    pyplot.rcParams.update({"font.size": 15, "lines.linewidth": 2.5})  # to be read on a phone
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 8), height_ratios=(3, 2))
-    draw(above, "loss", color="C0", label="loss")
-    draw(above, "eval_loss", "o-", color="C1", label="held out")
-    above.set_ylabel("loss (nats a token)")
-    if above.lines:
-        above.legend()
-    memory = "vram_gib" if any(m["vram_gib"] is not None for m in metrics) else "rss_gib"
-    draw(below, memory, color="C2")
-    below.set_ylabel("memory (GiB)", color="C2")
-    below.set_ylim(bottom=0)
+            axes = axes.twinx() if style == "--" else axes
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+            axes.set_ylabel(label, color=colour)
+            if axes is not above:
+                axes.set_ylim(bottom=0)
+    above.legend(handles=above.lines)
+    above.set_ylabel("loss (nats a token)", color="black")
     below.set_xlabel("step")
-    for axes, name, label, colour in ((above, "learning_rate", "learning rate", "C7"), (below, "power_w", "W", "C3")):
-        if any(m.get(name) is not None for m in metrics):
-            right = axes.twinx()
-            draw(right, name, "--", color=colour)
-            right.set_ylabel(label, color=colour)
-            right.set_ylim(bottom=0)
     figure.suptitle(folder.name)
-    figure.tight_layout()
     figure.savefig(folder / "plot.png", dpi=100)
-    pyplot.close(figure)

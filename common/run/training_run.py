@@ -1,6 +1,5 @@
 """A training run: its folder opened, its trainer executed, its result reported."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from transformers import PrinterCallback
 from common import distributed, hardware
 from common.files import METRICS, LineLog, write_atomic
 from common.monitor import HardwareMonitor
-from common.run import report, resume
-from common.run.folder import create_folder
+from common.run import report
+from common.run.folder import DATA_SETTINGS, StopRequest, allowed_changes, create_folder
 from common.run.metrics import MetricsLog
-from common.run.stop import StopRequest
 from common.train import checkpoints
 from common.train.parallel import gather_weights
 
@@ -28,38 +26,37 @@ class TrainingRun:
     log: LineLog
 
     def execute(self, trainer, plan, save) -> None:
-        """Train (from the checkpoint), save, evaluate, and write the results into the run folder.
+        """Train, save, evaluate, and write the results into the run folder.
 
-        plan: the BatchPlan of the trainer; it goes into settings.json, and from there into checkpoints.
-        save: called with the folder and gathered weights.
+        plan: the trainer's BatchPlan, for settings.json. save: called with the folder and gathered weights.
         """
-        settings_file = self.folder / "settings.json"
-        metadata = json.loads(settings_file.read_text(encoding="utf-8")) | {"plan": plan.settings()}
-        distributed.on_first(lambda: write_atomic(settings_file, json.dumps(metadata, indent=1)))
-        published = checkpoints.published(self.folder)
-        if published and published[0] != (self.checkpoint or [None])[0]:
+        metadata = json.dumps(trainer.metadata() | {"plan": plan.settings()}, indent=1)
+        distributed.on_first(lambda: write_atomic(self.folder / "settings.json", metadata))
+        if checkpoints.published(self.folder)[:1] != [self.checkpoint and self.checkpoint[0]]:
             self.checkpoint = checkpoints.latest_valid(self.folder)  # memory ran out after it was written
-        monitor = trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
-        log = MetricsLog(trainer, monitor)
+        trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
+        log = MetricsLog(trainer)
         trainer.add_callback(log)
         trainer.remove_callback(PrinterCallback)
         started = hardware.now()
-        with monitor, StopRequest(self.folder) as trainer.stop, contextlib.closing(log):
-            train_loss = trainer.train(self.checkpoint).metrics["train_loss"]
-            train_seconds = hardware.now() - started
+        with trainer.monitor, StopRequest(self.folder) as trainer.stop, log.bar:
+            results = {"train_loss": trainer.train(self.checkpoint).metrics["train_loss"]}
+            results["train_seconds"] = hardware.now() - started
             weights = gather_weights(trainer)
-            distributed.on_first(lambda: save(self.folder / "final", weights))  # before the evaluation, which may crash
-            eval_loss = evaluate(trainer) if trainer.eval_dataset else None
-        report.finish(self.folder, trainer, dict(log.watch.counts), train_loss, eval_loss, train_seconds, plan)
+            # Before the evaluation, which may crash.
+            distributed.on_first(lambda: save(self.folder / "final", weights))
+            results["eval_loss"] = evaluate(trainer) if trainer.eval_dataset else None
+        results["predicted_peak_gib"] = plan.predicted_peak_gib
+        report.finish(self.folder, trainer, results, dict(log.watch.counts))
 
 
 def open_run(settings: dict, script: str) -> TrainingRun:
-    """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint in it. Errors: see `create_folder`."""
-    folder = distributed.on_first(lambda: create_folder(settings, script))
-    checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder)) if settings["RESUME"] else None
-    return TrainingRun(
-        folder, checkpoint, not resume.allowed_changes(settings) & resume.DATA_SETTINGS, LineLog(folder / METRICS)
-    )
+    """The folder OUT_DIR/RUN_NAME, locked, and the newest valid checkpoint. Errors: see `create_folder`."""
+    folder, checkpoint = distributed.on_first(lambda: create_folder(settings, script)), None
+    if settings["RESUME"]:
+        checkpoint = distributed.on_first(lambda: checkpoints.latest_valid(folder))
+    keeps_data = not allowed_changes(settings) & DATA_SETTINGS
+    return TrainingRun(folder, checkpoint, keeps_data, LineLog(folder / METRICS))
 
 
 def evaluate(trainer) -> float:

@@ -17,7 +17,7 @@ from common.train.spikes import worst_chats
 class ReliableTrainer(SavingTrainer):
     """Mixin over a TRL trainer: `class ChatTrainer(ReliableTrainer, SFTTrainer)`.
 
-    stop: a run.stop.StopRequest, set before training; when it is requested, the run saves and ends.
+    stop: a run.folder.StopRequest, set before training; when it is requested, the run saves and ends.
     monitor: a monitor.HardwareMonitor, set before training, whose energy is summed up over all sessions of the run.
     What decides how the run goes on is agreed on by all processes in each step.
     """
