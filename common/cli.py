@@ -12,11 +12,8 @@ import traceback
 
 # What a secret looks like, and the names of environment variables that hold one.
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
-
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
-
 RANK = int(os.environ.get("RANK", 0))  # of this process, where a launcher has started several
-
 exit_code = None  # with which run_main has ended
 
 
@@ -58,10 +55,7 @@ def print_error(text: str) -> None:
 
 
 def run_main(main) -> None:
-    """Run a script's main; a UserError or a full disk becomes one line and its exit code, Ctrl-C exit code 130.
-
-    Secrets are left out of tracebacks.
-    """
+    """Run a script's main; a UserError or a full disk becomes one line and its exit code, Ctrl-C exit code 130."""
     global exit_code
     sys.excepthook = lambda *error: print_error("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
@@ -70,32 +64,30 @@ def run_main(main) -> None:
             stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
     exit_code = 1
     try:
-        main()
+        report_errors(main)
         exit_code = 0
-    except UserError as error:
-        exit_code = error.code
-        exit_with(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        exit_code = 2
-        exit_with(
-            UserError(f"{error.filename or 'OUT_DIR'}: {error.strerror}. Make room, then the same command again.")
-        )
-    except KeyboardInterrupt:
-        exit_code = 130
-        print("stopped by Ctrl-C", file=sys.stderr)
-        raise SystemExit(exit_code) from None
     except SystemExit as end:
         exit_code = end.code
         raise
 
 
-def exit_without_teardown() -> None:
-    """End one of several processes when all is done.
+def report_errors(main) -> None:
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "OUT_DIR"
+        exit_with(UserError(f"{place}: {error.strerror}. Make room, then the same command again."))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
 
-    Of what torch tidies up at the very end, gloo's threads abort some processes, and NCCL waits for others that failed.
-    """
+
+def exit_without_teardown() -> None:
+    """End one of several processes; in torch's teardown gloo aborts some, and NCCL waits for others that failed."""
     if exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

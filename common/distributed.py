@@ -21,8 +21,10 @@ def count() -> int:
 
 
 def engine() -> str | None:
-    """How the model is held. None: by one process; "ddp": whole by each; "fsdp", "zero3": in parts; "zero1", "zero2":
-    whole, and in parts what the optimizer keeps."""
+    """How the model is held: None by one process, "ddp" whole by each, "fsdp" and "zero3" in parts.
+
+    "zero1" and "zero2": whole, and in parts what the optimizer keeps.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -49,18 +51,16 @@ def device() -> torch.device:
 
 def enable_fsdp_on_cpu() -> None:
     """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
-    state = PartialState()
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 def gather(thing) -> list:
     """What each process gives, by rank. All of them have to call it."""
-    if count() == 1:
-        return [thing]
-    device()
-    things = [None] * count()
-    dist.all_gather_object(things, thing)
+    things = [thing] * count()
+    if count() > 1:
+        device()
+        dist.all_gather_object(things, thing)
     return things
 
 

@@ -71,13 +71,10 @@ class LineLog:
         self.pending += line.encode()
         try:
             with open(self.file, "ab", buffering=0) as stream:
-                end = stream.seek(0, os.SEEK_END)
-                try:
-                    if stream.write(self.pending) < len(self.pending):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
+                end = stream.tell()
+                if stream.write(self.pending) < len(self.pending):
                     stream.truncate(end)
-                    raise
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.pending = b""
         except OSError as error:
             print(f"{self.file} could not be written and is tried again later: {error}", file=sys.stderr)

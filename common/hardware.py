@@ -17,9 +17,7 @@ from common.bounds import SIZE
 from common.files import GIB
 
 POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
-
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-
 HOT = (
     pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
     | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
@@ -34,10 +32,9 @@ def device_name() -> str:
     """The GPU's name, or the CPU's with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    found = cpuinfo.exists() and re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -70,9 +67,8 @@ def vram_gib() -> float | None:
 
 def peak_vram_gib(reserved: bool = False) -> float | None:
     """The most memory that torch's tensors ever took on the GPU, or that torch reserved for them."""
-    if not torch.cuda.is_available():
-        return None
-    return (torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()) / GIB
+    read = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
+    return read() / GIB if torch.cuda.is_available() else None
 
 
 def memory_limit(setting: str | None, device: str) -> float:
@@ -110,25 +106,24 @@ class Gpu:
     """One of the GPUs that torch sees, read through NVML."""
 
     def __init__(self, number: int):
-        self.number, self.name = number, f"gpu{number}"
+        self.number, self.name, self.read_at = number, f"gpu{number}", None
         uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML counts those that are hidden from torch, too
         self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        self.power_w, self.read_at = None, None
-        self.energy_at_start = self.ask("nvmlDeviceGetTotalEnergyConsumption")  # mJ
+        self.energy_at_start = self.ask("TotalEnergyConsumption")  # mJ
         self.energy_j = 0.0
 
-    def ask(self, function: str, *arguments):
+    def ask(self, what: str, *arguments):
         try:
-            return getattr(pynvml, function)(self.handle, *arguments)
+            return getattr(pynvml, f"nvmlDeviceGet{what}")(self.handle, *arguments)
         except pynvml.NVMLError:  # not supported by this GPU or driver
             return None
 
     def read(self) -> dict:
         reserved = torch.cuda.memory_reserved(self.number)  # before what is in use, which grows with it
-        power, memory, now = self.ask("nvmlDeviceGetPowerUsage"), self.ask("nvmlDeviceGetMemoryInfo"), time.monotonic()
-        load, reasons = self.ask("nvmlDeviceGetUtilizationRates"), self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        power, memory, now = self.ask("PowerUsage"), self.ask("MemoryInfo"), time.monotonic()
+        load, reasons = self.ask("UtilizationRates"), self.ask("CurrentClocksThrottleReasons")
         power_w = None if power is None else power / 1000
-        counter = self.ask("nvmlDeviceGetTotalEnergyConsumption")
+        counter = self.ask("TotalEnergyConsumption")
         if counter is not None and self.energy_at_start is not None:
             self.energy_j = (counter - self.energy_at_start) / 1000
         elif power_w is not None and self.read_at is not None:
@@ -140,8 +135,8 @@ class Gpu:
             total_gib=memory and memory.total / GIB,
             reserved_gib=reserved / GIB,
             utilization_percent=load and load.gpu,
-            temperature_c=self.ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-            clock_mhz=self.ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            temperature_c=self.ask("Temperature", pynvml.NVML_TEMPERATURE_GPU),
+            clock_mhz=self.ask("ClockInfo", pynvml.NVML_CLOCK_SM),
             throttled=None if reasons is None else int(bool(reasons & HOT)),
         )
 

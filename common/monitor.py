@@ -48,18 +48,18 @@ class HardwareMonitor:
         self.latest: dict[str, dict] = {}
         self.hot_readings = 0  # in a row
         self.rows: deque[dict] = deque()  # that are not in the file yet
-        self.others: list[tuple] = []  # watts and joules of other processes
+        self.others: list[tuple | None] = []  # watts and joules of other processes
         self.start = time.monotonic()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
-        while True:
+        waiting = True
+        while waiting:
             self.read()
             if not RANK:
                 self.write()
-            if self.stop.wait(self.interval_seconds):
-                return
+            waiting = not self.stop.wait(self.interval_seconds)
 
     def read(self) -> None:
         self.latest = {device.name: device.read() for device in self.devices}
@@ -82,10 +82,10 @@ class HardwareMonitor:
 
     def exchange(self) -> None:
         """Give the first process the readings of the others; all have to call it."""
-        readings = distributed.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
-        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(readings) if rank != RANK]
+        readings = distributed.gather((self.take() if RANK else [], self.own_energy()))
+        self.others = [energy for rank, (_, energy) in enumerate(readings) if rank != RANK]
         if not RANK:
-            self.rows.extend(row for rows, _, _ in readings for row in rows)
+            self.rows.extend(row for rows, _ in readings for row in rows)
 
     def take(self) -> list[dict]:
         return [self.rows.popleft() for _ in range(len(self.rows))]
@@ -94,21 +94,23 @@ class HardwareMonitor:
         """The last reading of the GPU that trains."""
         return self.latest.get(self.trains) if self.trains != "cpu" else None
 
-    def own_power_w(self) -> float | None:
-        return self.latest.get(self.trains, {}).get("power_w")
+    def own_energy(self) -> tuple[float, float] | None:
+        """Watts and joules of this process; None where power cannot be read."""
+        watts = self.latest.get(self.trains, {}).get("power_w")
+        joules = sum(device.energy_j for device in self.devices if device.name == self.trains)
+        return None if watts is None else (watts, joules)
 
-    def own_energy_j(self) -> float | None:
-        if self.own_power_w() is None:
-            return None
-        return next(device.energy_j for device in self.devices if device.name == self.trains)
+    def total(self, which: int) -> float | None:
+        known = [energy[which] for energy in (self.own_energy(), *self.others) if energy]
+        return sum(known) if known else None
 
     def power_w(self) -> float | None:
         """Of all processes; None where power cannot be read."""
-        return add_known(self.own_power_w(), *(watts for watts, _ in self.others))
+        return self.total(0)
 
     def energy_j(self) -> float | None:
         """Since the start, of all processes; None where power cannot be read."""
-        return add_known(self.own_energy_j(), *(joules for _, joules in self.others))
+        return self.total(1)
 
     def mean_power_w(self) -> float | None:
         joules = self.energy_j()
@@ -122,12 +124,6 @@ class HardwareMonitor:
         self.stop.set()
         self.thread.join()
         self.read()  # the end of the energy
-
-
-def add_known(*values: float | None) -> float | None:
-    """The sum of the values that are not None; None where all are."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 @dataclass
