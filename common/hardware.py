@@ -169,8 +169,7 @@ class Cpu:
             self.energy_j += joules
             power_w = joules / max(now - self.read_at, 1e-3)
         self.before, self.read_at = energies, now
-        rss = self.process.memory_info().rss / GIB
-        return dict(power_w=power_w, used_gib=rss, utilization_percent=self.process.cpu_percent())
+        return dict(power_w=power_w, used_gib=rss_gib(), utilization_percent=self.process.cpu_percent())
 
 
 def open_devices() -> list:

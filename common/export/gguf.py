@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map, quants
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map, quants
-from gguf.constants import MODEL_ARCH_NAMES
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -20,18 +19,14 @@ from common.cli import UserError
 from common.export.gguf_tokenizer import add_tokenizer
 
 # model_type of a config -> architecture of llama.cpp
-ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")}
-ARCHITECTURES["mistral"] = "llama"
-
+ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")} | {"mistral": "llama"}
 # Kind -> types of most weights, of the most important, and of GPT-2's joint q, k and v. K-quants as
 # llama.cpp mixes them; q4_0 and q5_0 have embeddings and head in 8 bits.
-UNMIXED = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q6_k")
-KINDS = {kind: (Type[kind.upper()],) * 3 for kind in UNMIXED}
+KINDS = {kind: (Type[kind.upper()],) * 3 for kind in "f32 f16 bf16 q8_0 q4_0 q5_0 q6_k".split()}
 KINDS["q4_k_m"] = (Type.Q4_K, Type.Q6_K, Type.Q5_K)
 KINDS["q5_k_m"] = (Type.Q5_K, Type.Q6_K, Type.Q6_K)
 # K-quants -> what is taken for rows that are not a multiple of 256.
 K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
-
 # Features that GGUF files cannot express.
 UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inverse_layer_idx")
 
@@ -51,9 +46,11 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
         raise UserError(f"GGUF: cannot write {config.model_type} models, only {known}. Set LLAMA_CPP.")
     values = config.to_dict()
     odd = [name for name in UNKNOWN if values.get(name)]
-    odd += [] if values.get("scale_attn_weights", True) else ["unscaled attention"]
+    if not values.get("scale_attn_weights", True):
+        odd.append("unscaled attention")
     activation = values.get("activation_function") or values["hidden_act"]
-    odd += [] if activation in ("silu", "gelu_new") else [f"activation {activation}"]
+    if activation not in ("silu", "gelu_new"):
+        odd.append(f"activation {activation}")
     rope = values.get("rope_parameters") or {}
     known = rope.get("rope_type", "default") in ("default", "linear", "yarn", "llama3")
     if not known or rope.keys() & {"attention_factor", "beta_fast", "beta_slow", "mscale"}:
@@ -80,10 +77,10 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
     add_tokenizer(writer, tokenizer, config, pre_tokenizer)
     types = {}
     for name, tensor in tensors(folder, config):
-        types[name] = tensor_type(name, tensor.shape, kind, config)
-        shape = tensor.shape
-        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, types[name])))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=types[name])
+        shape, type = tensor.shape, tensor_type(name, tensor.shape, kind, config)
+        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, type)))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=type)
+        types[name] = type
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -91,9 +88,9 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
         writer.write_tensor_data(quantize(name, tensor, types[name]))
     writer.close()
     short = sum(type not in (Type.F32, *K_QUANTS) for type in types.values())
-    if KINDS[kind][0] not in K_QUANTS or not short:
-        return ""
-    return f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
+    if KINDS[kind][0] in K_QUANTS and short:
+        return f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
+    return ""
 
 
 def add_config(writer: GGUFWriter, config) -> None:
@@ -133,8 +130,7 @@ def head_size(config) -> int:
 def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and weights as llama.cpp expects them, one after another."""
     kind = ARCHITECTURES[config.model_type]
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == kind)
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = get_tensor_name_map(MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stream:
             for name in stream.keys():
@@ -144,9 +140,10 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
                 if new is None:
                     raise UserError(f"GGUF: {file} has an unknown tensor: {name}. Set LLAMA_CPP.")
                 tensor = stream.get_tensor(name)
-                if kind == "llama" and re.search(r"attn_[qk]\.", new):
-                    heads = config.num_attention_heads if "attn_q" in new else config.num_key_value_heads
-                    tensor = interleave(tensor, heads)
+                if kind == "llama" and "attn_q." in new:
+                    tensor = interleave(tensor, config.num_attention_heads)
+                if kind == "llama" and "attn_k." in new:
+                    tensor = interleave(tensor, config.num_key_value_heads)
                 if kind == "gpt2" and re.search(r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", new):
                     tensor = tensor.T.contiguous()  # Conv1D
                 yield new, tensor
@@ -172,9 +169,8 @@ def tensor_type(name: str, shape, kind: str, config) -> Type:
         chosen = joint
     elif re.search(r"attn_v|ffn_down", name):
         # Layers that suffer most: the first and the last eighth, and every third between.
-        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
-        last = layer >= 7 * config.num_hidden_layers // 8
-        if layer < eighth or last or (layer - eighth) % 3 == 2:
+        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
             chosen = important
     if chosen in K_QUANTS and shape[-1] % 256:
         chosen = K_QUANTS[chosen]

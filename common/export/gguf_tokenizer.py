@@ -35,25 +35,23 @@ GO_TEMPLATE = (
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
-    """Add vocabulary, merges, types of tokens, the tokens that begin and end, and the template.
+    """Add vocabulary, merges, types of tokens, those that begin and end, and the template.
 
-    pre_tokenizer: its name in llama.cpp; None: looked up. Raises UserError where it is not known.
+    pre_tokenizer: llama.cpp's name; None: looked up. Raises UserError where it is not known.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, encoder = spec["model"], ChatEncoder(tokenizer)
     if model["type"] != "BPE":
         raise UserError(f"GGUF: cannot write a tokenizer of type {model['type']}. Set LLAMA_CPP.")
     texts = {id: token for token, id in tokenizer.get_vocab().items()}
-    added, ids = tokenizer.added_tokens_decoder, range(config.vocab_size)
+    added, unknown, ids = tokenizer.added_tokens_decoder, tokenizer.unk_token, range(config.vocab_size)
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in ids])
-    unknown = tokenizer.unk_token
     writer.add_token_types([token_type(texts.get(i), added.get(i), unknown) for i in ids])
     if model.get("byte_fallback"):  # SentencePiece, which merges by score
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre(pre_tokenizer or "default")
-        ranked = reversed(list(enumerate(model["merges"])))
-        scores = {"".join(merge): -float(rank) for rank, merge in ranked}
-        writer.add_token_scores([scores.get(texts.get(i), -1e6) for i in ids])
+        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
+        writer.add_token_scores([-float(ranks.get(texts.get(i), 1e6)) for i in ids])
         writer.add_add_space_prefix(bool(encoder.prefix and encoder.prefix.everywhere))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -62,9 +60,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
-    special = {"bos": tokenizer.bos_token_id, "eos": end, "eot": end}
-    special |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
-    for name, id in special.items():
+    special = dict(bos=tokenizer.bos_token_id, eos=end, eot=end, padding=tokenizer.pad_token_id)
+    for name, id in (special | dict(unknown=tokenizer.unk_token_id)).items():
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
     writer.add_chat_template(tokenizer.chat_template)

@@ -17,9 +17,7 @@ from common.model import generation, load
 from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
-BASES = ("original", "dequantized")
 TIE = 1.01  # ratio of perplexities up to which the original base wins
-
 # {% generation %} marks, which only training needs; other libraries cannot read them.
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
@@ -29,12 +27,10 @@ def choose_bases(source: Source, config, quantization: str | None, merge_into: s
     check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     if config.to_dict().get("quantization_config"):
         raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
-    both = source.adapter and quantization
-    if merge_into == "dequantized" and not both:
+    bases = ("original", "dequantized") if source.adapter and quantization else ("original",)
+    if merge_into not in (None, *bases):
         raise UserError("MERGE_INTO=dequantized: MODEL has no quantized base. Set MERGE_INTO=None.")
-    if merge_into:
-        return (merge_into,)
-    return BASES if both else BASES[:1]
+    return (merge_into,) if merge_into else bases
 
 
 def load_chat_tokenizer(source: Source):
@@ -56,16 +52,13 @@ def merge_adapter(source: Source, base: str, quantization: str | None, dtype: to
 
     base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
     """
-    options = dict(attention="sdpa", vocabulary=vocabulary)
-    if base == "original":
-        model = load.load_model(source, None, dtype, **options)
-    else:
-        bare = dataclasses.replace(source, adapter=None)
-        model = load.load_model(bare, quantization, dtype, **options)
+    quantization = quantization if base == "dequantized" else None
+    bare = dataclasses.replace(source, adapter=None)
+    model = load.load_model(bare, quantization, dtype, "sdpa", vocabulary=vocabulary)
+    if quantization:
         model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
-        model = PeftModel.from_pretrained(model, source.adapter)
-    if source.adapter:
-        model = model.merge_and_unload(safe_merge=True)
+    if source.adapter:  # which the reference was loaded with, and so is checked
+        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
     # An adapter may bring its own head to a base whose head is tied to the embeddings.
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = torch.equal(head.weight, embeddings.weight)
