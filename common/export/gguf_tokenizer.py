@@ -15,16 +15,13 @@ PATTERN = (
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
 ONE_DIGIT = SPLIT | {"pattern": {"Regex": PATTERN.replace("{1,3}", "")}}
-DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-BYTES_ONLY = BYTES | {"use_regex": False}
 PRE_TOKENIZERS = {
     "gpt-2": [BYTES],
-    "smollm": [DIGITS, BYTES],
-    "llama-bpe": [SPLIT, BYTES_ONLY],
-    "qwen2": [ONE_DIGIT, BYTES_ONLY],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
+    "llama-bpe": [SPLIT, BYTES | {"use_regex": False}],
+    "qwen2": [ONE_DIGIT, BYTES | {"use_regex": False}],
 }
-
 # What stands before each message, by its role and place, then the message; at last the prompt.
 GO_TEMPLATE = (
     '{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}%s'

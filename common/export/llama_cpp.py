@@ -16,8 +16,7 @@ def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
     converter = checkout / "convert_hf_to_gguf.py"
     run(converter.name, sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
     if kind != converted:
-        paths = checkout.rglob("llama-quantize*")
-        found = [path for path in paths if path.stem == "llama-quantize"]
+        found = [path for path in checkout.rglob("llama-quantize*") if path.stem == "llama-quantize"]
         if not found:
             raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. GGUF={kind} needs it.")
         run("llama-quantize", found[0], whole, file, kind.upper())

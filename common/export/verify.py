@@ -59,15 +59,13 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
 
     chats: the setting CHATS; None: what the run held out, or else data/brief.jsonl.
     """
-    file = run / "data" / "eval.parquet" if run and not chats else None
-    if file and file.is_file() and parquet.read_metadata(file).num_rows:
+    rows, pairs, file = [], [], run and run / "data" / "eval.parquet"
+    if file and file.is_file() and not chats:
         table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
-        pairs = (row.values() for row in table.to_pylist())
-    else:
-        sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
-        encoded = map(ChatEncoder(tokenizer).encode, ([chat] for chat in sound))
-        pairs = ((row.ids.tolist(), row.learned.tolist()) for [row] in encoded)
-    rows = []
+        pairs = [row.values() for row in table.to_pylist()]
+    if not pairs:
+        sound, encode = sources.sound_chats(chats or "data/brief.jsonl", "CHATS"), ChatEncoder(tokenizer).encode
+        pairs = ((row.ids.tolist(), row.learned.tolist()) for chat in sound for row in encode([chat]))
     for ids, mask in pairs:
         answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
         if answers:
@@ -91,8 +89,7 @@ class Reference:
         self.dtype, self.config = dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
-            problem = "predictions are not finite. Take an earlier checkpoint."
-            raise UserError(f"MODEL={source.name}: {problem}", code=4)
+            raise UserError(f"MODEL={source.name}: predictions are not finite. Take an earlier checkpoint.", code=4)
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
         self.ended, generator = 0, generation.Generator(model, tokenizer)
@@ -130,16 +127,16 @@ def verify_merged(folder: Path, reference: Reference, bound: float, answers: boo
     saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
     kl = reference.compare(saved.predictions)["kl"]
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
-    tokenizers = reference.tokenizer, load.load_tokenizer(source)
-    expected, actual = (list(map(ChatEncoder(tokenizer).prompt, chats)) for tokenizer in tokenizers)
-    if kl <= bound and actual == expected:
-        unverified.rename(folder / "final")
-        return saved, kl
-    fault = "its tokenizer gives other tokens"
+    encoders = ChatEncoder(reference.tokenizer), ChatEncoder(load.load_tokenizer(source))
+    expected, actual = (list(map(encoder.prompt, chats)) for encoder in encoders)
+    fault = None if actual == expected else "its tokenizer gives other tokens"
     if not kl <= bound:
         fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
-    rejected = unverified.rename(folder / "final.rejected")
-    raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+    if fault:
+        rejected = unverified.rename(folder / "final.rejected")
+        raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+    unverified.rename(folder / "final")
+    return saved, kl
 
 
 def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
@@ -149,6 +146,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     """
     faults, prompts = [], len(reference.prompts)
     result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None}
+    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
     try:
         model = load_gguf(file, reference.config, reference.dtype)
         result |= reference.compare(predict(model, reference.rows))
@@ -156,7 +154,6 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
     except (RuntimeError, KeyError) as error:
         faults.append(f"transformers finds its tensors wrong: {error}")
-    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
     try:
         longest = max(map(len, reference.prompts)) + ANSWER_TOKENS
         llama = LlamaCpp(file, min(reference.config.max_position_embeddings, longest))
@@ -166,8 +163,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
             faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
-    bound, noise = KL_BOUNDS[kind], 0 if reference.dtype == torch.float32 else NOISE
-    bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
+    noise = 0 if reference.dtype == torch.float32 else NOISE
+    bounds = {"kl": max(KL_BOUNDS[kind], noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]}
     for name, bound in bounds.items():
         if result[name] is not None and not result[name] <= bound:
             detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
@@ -222,14 +219,13 @@ def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
     for text in TEXTS:
         chat = [*earlier, {"role": "user", "content": text}]
         rendered = llama.ask("/apply-template", messages=chat)["prompt"]
-        options = dict(content=rendered, add_special=True, parse_special=True)
-        actual, expected = llama.ask("/tokenize", **options)["tokens"], encoder.prompt(chat)
+        reply = llama.ask("/tokenize", content=rendered, add_special=True, parse_special=True)
+        actual, expected = reply["tokens"], encoder.prompt(chat)
         if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
             yield "a chat begins with two BOS tokens"
             return
         if actual != expected:
             at = generation.shared(actual, expected)
-            there, trained = (ids[at : at + 3] for ids in (actual, expected))
-            name = tokenizer.convert_ids_to_tokens
-            yield f"its tokens of a chat differ: {name(there)} where training had {name(trained)}"
+            there, trained = (tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (actual, expected))
+            yield f"its tokens of a chat differ: {there} where training had {trained}"
             return
