@@ -52,23 +52,23 @@ LISTS = {
 # The words of a bound: whether a value keeps it, and the settings it is for.
 BOUNDS = {
     "at least 1": (
-        lambda value: value >= 1,
+        lambda x: x >= 1,
         """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
         LOGGING_STEPS SAVE_TOTAL_LIMIT GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS GENERATION_BATCH_SIZE PROOF_TOKENS
         MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
     ),
-    "at least 1 and at most 1000": (lambda value: 1 <= value <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
-    "at least 1 and at most 8192": (lambda value: 1 <= value <= 8192, "LORA_R GALORE_RANK"),
-    "above 0 and at most 65536": (lambda value: 0 < value <= 65536, "LORA_ALPHA"),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, "LORA_DROPOUT"),
-    "at least 0 and at most 1": (lambda value: 0 <= value <= 1, "WARMUP_RATIO"),
-    "above 0 and at most 1": (lambda value: 0 < value <= 1, "TOP_P"),
-    "above 0 and at most 100": (lambda value: 0 < value <= 100, "LEARNING_RATE GALORE_SCALE"),
-    "at least 0 and at most 100": (lambda value: 0 <= value <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
-    "at least 0 and at most 1000": (lambda value: 0 <= value <= 1000, "NEFTUNE_NOISE_ALPHA"),
-    "above 0": (lambda value: value > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
-    "at least 0": (lambda value: value >= 0, "MAX_GRAD_NORM KL_WEIGHT"),
-    "at least 0 and at most 4294967295": (lambda value: 0 <= value < 2**32, "SEED"),
+    "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
+    "at least 1 and at most 8192": (lambda x: 1 <= x <= 8192, "LORA_R GALORE_RANK"),
+    "above 0 and at most 65536": (lambda x: 0 < x <= 65536, "LORA_ALPHA"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "LORA_DROPOUT"),
+    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "WARMUP_RATIO"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "TOP_P"),
+    "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
+    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
+    "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
+    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
+    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT"),
+    "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
