@@ -1,9 +1,9 @@
-"""How much memory a training step needs: traced on tensors without storage, so that no GPU and no weights are needed.
+"""Memory of a training step, traced on tensors without storage: no GPU and no weights are needed.
 
     python estimate_memory.py MODEL=stabilityai/stablelm-2-1_6b METHOD=qlora
     python estimate_memory.py MODEL=meta-llama/Meta-Llama-3-8B METHOD=qlora FIT=24GiB
 
-Prints a table, by what the memory is for; with FIT, what fits. Of a hub model only the config is loaded.
+Prints a table by purpose; with FIT, what fits. Of a hub model only the config is loaded.
 """
 
 from common.cli import UserError, run_main
@@ -16,7 +16,7 @@ METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), hq
 DTYPE = "bfloat16"  # of weights and compute
 LORA_R = 16  # rank of adapters, on every linear layer but the head
 GALORE_RANK = 128  # of gradients and moments
-OPTIM = "adamw_torch_fused"  # any of transformers' (of METHOD=galore: its own); paged ones keep their states elsewhere
+OPTIM = "adamw_torch_fused"  # METHOD=galore has its own; paged ones keep their states elsewhere
 # Step
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once
 GRADIENT_ACCUMULATION_STEPS = 1  # above 1, gradients are there from the first layer on
@@ -99,22 +99,26 @@ def print_table(config, step: memory.Step, columns: tuple[bool, ...]):
     for name, sizes in rows.items():
         print(f"{name:24}" + "".join(f"{size / GIB:17.2f}   " for size in sizes))
     if quantization:
-        beside = [[sum(p.values()) - p["weights"] for p in both] for both in zip(parts, plain, strict=True)]
-        print_formula(config.get_text_config(), [(ours - theirs) / GIB for ours, theirs in beside])
+        without_weights = [[sum(p.values()) - p["weights"] for p in row] for row in (parts, plain)]
+        print_formula(config.get_text_config(), *without_weights)
 
 
-def print_formula(config, traced: list[float]):
-    """The seeds' formula for what QLoRA costs beside the weights (github.com/RahulSChand/gpu_poor/issues/1)."""
-    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+def print_formula(config, quantized: list[int], plain: list[int]):
+    """What QLoRA costs beside the weights, and by github.com/RahulSChand/gpu_poor/issues/1."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes = [getattr(config, name, None) for name in names]
     if None not in sizes:
-        bytes_ = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE * 0.75
+        tokens = MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE
+        traced = [(ours - theirs) / GIB for ours, theirs in zip(quantized, plain, strict=True)]
+        expected = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * tokens * 0.75 / GIB
         found = ", ".join(f"{gib:.2f}" for gib in traced)
-        print(f"overhead of quantisation: {found} GiB traced; {bytes_ / GIB:.2f} by gpu_poor's formula")
+        print(f"overhead of quantisation: {found} GiB traced; {expected:.2f} by gpu_poor's formula")
 
 
 def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float):
     """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
-    budget = size * batch_plan.MARGIN[DEVICE] - (batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
+    workspace = batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0
+    budget = size * batch_plan.MARGIN[DEVICE] - workspace
     smallest, found = 256 if PACKING else MAX_LENGTH, []
 
     @functools.cache

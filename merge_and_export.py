@@ -95,7 +95,7 @@ def main():
 
 
 def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> list[dict]:
-    """Write and verify a GGUF file of each kind; returns what was measured, with the faults."""
+    """Write and verify a GGUF file of each kind; returns measurements and faults."""
     config, tokenizer = reference.config, reference.tokenizer
     name, results = Path(MODEL).name.removesuffix(".gguf"), []
     width = len(name) + 14

@@ -1,6 +1,6 @@
-"""Bounds and choices of every setting, by name: the same name takes the same values in every script.
+"""Bounds and choices of every setting, by name, for all scripts; nothing slow is imported.
 
-What depends on several settings, on the model or on the machine is checked where it is used. No slow imports here.
+What depends on several settings, the model or the machine is checked where it is used.
 """
 
 import importlib.util
@@ -82,13 +82,13 @@ def check_setting(name: str, value, script: str = "") -> None:
     script: name of the entry script, for OPTIM, whose choices belong to the method.
     """
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
-    if choices:
-        check_choice(name, value, choices)
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
-    if value is None or choices:
+    if choices:
+        check_choice(name, value, choices)
+    elif value is None:
         return
-    if name in LISTS:
+    elif name in LISTS:
         for item in filter(None, value.replace(" ", "").split(",")):
             if name == "ALLOW_CHANGE" and item not in CHANGEABLE:
                 these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
@@ -99,14 +99,12 @@ def check_setting(name: str, value, script: str = "") -> None:
 
 
 def check_choice(name: str, value, choices) -> None:
-    """Raise UserError unless the setting's value is one of `choices`."""
     if value not in choices:
         listed = ", ".join(str(choice) for choice in choices)
         raise UserError(f"{name}={value} is not known.{nearest(value, choices)} Choose one of: {listed}.")
 
 
 def find_problem(name: str, value) -> str | None:
-    """What is wrong with the value of a setting that is not a choice."""
     for words, (keeps, names) in BOUNDS.items():
         if name in names.split() and not keeps(value):
             return f"it must be {words}."
@@ -136,6 +134,5 @@ def find_problem(name: str, value) -> str | None:
 
 
 def check_package(setting: str, value, package: str, requirement: str) -> None:
-    """Raise UserError where a package that a value needs is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{setting}={value}: the package is missing: pip install {requirement}.")

@@ -1,4 +1,4 @@
-"""The command line: mistakes of the user's as one line, exit codes, and secrets kept out of all output."""
+"""The command line: the user's mistakes as one line, exit codes, no secrets in the output."""
 
 import atexit
 import difflib
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def redact(text: str) -> str:
-    """The text without secrets: tokens of the usual form, and the values of environment variables named as such."""
+    """The text without secrets: by their form, or as values of environment variables named so."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
             text = text.replace(value, "***")
@@ -44,7 +44,6 @@ def nearest(name: str, names) -> str:
 
 
 def exit_with(error: UserError):
-    """Print the error to stderr and end with its exit code."""
     print_error(f"error: {error}\n")
     raise SystemExit(error.code)
 
@@ -55,13 +54,13 @@ def print_error(text: str) -> None:
 
 
 def run_main(main) -> None:
-    """Run a script's main; a UserError or a full disk becomes one line and its exit code, Ctrl-C exit code 130."""
+    """Run a script's main; mistakes become one line and an exit code, Ctrl-C exit code 130."""
     global exit_code
     sys.excepthook = lambda *error: print_error("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # Windows would use the code page, which lacks most of the world
+            stream.reconfigure(encoding="utf-8")  # Windows would use a code page
     exit_code = 1
     try:
         report_errors(main)
@@ -87,7 +86,7 @@ def report_errors(main) -> None:
 
 
 def exit_without_teardown() -> None:
-    """End one of several processes; in torch's teardown gloo aborts some, and NCCL waits for others that failed."""
+    """End one of several processes: in torch's teardown gloo aborts some, and NCCL waits."""
     if exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -1,7 +1,4 @@
-"""Several processes, started by torchrun or accelerate, that train one model: their number, and what they agree on.
-
-Only the first one (rank 0) writes files and prints.
-"""
+"""Several processes (torchrun, accelerate) that train one model; only the first writes and prints."""
 
 import functools
 import json
@@ -36,7 +33,6 @@ def engine() -> str | None:
 
 
 def holds_parts() -> bool:
-    """Whether a process holds a part of the model only."""
     return engine() in ("fsdp", "zero3")
 
 
@@ -50,7 +46,7 @@ def device() -> torch.device:
 
 
 def enable_fsdp_on_cpu() -> None:
-    """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
+    """Let FSDP work on CPUs, where accelerate 1.15 silently uses DDP; before a trainer is made."""
     if PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState().distributed_type = DistributedType.MULTI_GPU
 
@@ -65,7 +61,7 @@ def gather(thing) -> list:
 
 
 def on_first(function):
-    """What the function returns in the first process, handed to all; what it raises there, all raise."""
+    """What the function returns or raises in the first process, all return or raise."""
     gather(None)  # no other is still busy with what it may change
     result = error = None
     if not RANK:

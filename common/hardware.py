@@ -1,4 +1,4 @@
-"""Hardware: memory, power and load of this machine's GPUs and CPU. Nothing is guessed: what cannot be read is None."""
+"""Memory, power and load of this machine's GPUs and CPU; what cannot be read is None."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from common import distributed
 from common.bounds import SIZE
 from common.files import GIB
 
-POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
+POWERCAP = Path("/sys/class/powercap")  # RAPL, Intel's and AMD's energy counters
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 HOT = (
     pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
@@ -39,14 +39,13 @@ def device_name() -> str:
 
 
 def now() -> float:
-    """Seconds on a clock for measuring, with the GPU's queue drained first."""
+    """Seconds for measuring, with the GPU's queue drained first."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rss_gib() -> float:
-    """Main memory this process holds now."""
     return psutil.Process().memory_info().rss / GIB
 
 
@@ -61,29 +60,29 @@ def peak_rss_gib() -> float:
 
 
 def vram_gib() -> float | None:
-    """Memory that torch has reserved on the GPU now."""
+    """What torch has reserved on the GPU now."""
     return torch.cuda.memory_reserved() / GIB if torch.cuda.is_available() else None
 
 
 def peak_vram_gib(reserved: bool = False) -> float | None:
-    """The most memory that torch's tensors ever took on the GPU, or that torch reserved for them."""
+    """The most that tensors ever took on the GPU, or that torch reserved for them."""
     read = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
     return read() / GIB if torch.cuda.is_available() else None
 
 
 def memory_limit(setting: str | None, device: str) -> float:
-    """Bytes this process may take: a share ("0.9") or size ("7500MiB", "8GiB") of the device, never above what is free.
+    """Bytes this process may take of the device: the setting's, but at most what is free.
 
-    On a GPU torch is held to it, so that memory runs out with an error where Windows would spill into main memory.
+    On a GPU torch is held to it: memory runs out with an error where Windows would spill.
     """
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
     else:
         free, total = psutil.virtual_memory().available + rss_gib() * GIB, psutil.virtual_memory().total
-        if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # of a container, of a Slurm job
+        if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # container, Slurm
             total = min(total, int(text))
             free = min(free, total)
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # other processes of the run take their parts
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = min(free, read_size(setting, total) if setting else free)
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / total)
@@ -97,9 +96,10 @@ def read_size(text: str, total: float = GIB) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
-    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return should_reduce_batch_size(error) or isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
+    """Whether memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
+    signs = "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    ran_out = isinstance(error, RuntimeError) and re.search(signs, str(error))
+    return should_reduce_batch_size(error) or bool(ran_out)
 
 
 class Gpu:
@@ -107,7 +107,7 @@ class Gpu:
 
     def __init__(self, number: int):
         self.number, self.name, self.read_at = number, f"gpu{number}", None
-        uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML counts those that are hidden from torch, too
+        uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML's numbers may differ
         self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         self.energy_at_start = self.ask("TotalEnergyConsumption")  # mJ
         self.energy_j = 0.0
@@ -150,8 +150,10 @@ class Cpu:
         self.process = psutil.Process()
         self.process.cpu_percent()  # counts from here
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one reads the energy
-        self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1 and is_first]
-        self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # then from 0 again
+        zones = POWERCAP.glob("*-rapl:*") if is_first else ()
+        self.counters = [zone for zone in zones if zone.name.count(":") == 1]  # packages
+        # Where a counter starts again from 0.
+        self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]
         self.energy_j, self.read_at = 0.0, time.monotonic()
         self.before = self.energies()
 
@@ -165,7 +167,8 @@ class Cpu:
     def read(self) -> dict:
         now, power_w, energies = time.monotonic(), None, self.energies()
         if energies and self.before:
-            joules = sum((e - b) % (r + 1) for e, b, r in zip(energies, self.before, self.ranges, strict=True)) / 1e6
+            counts = zip(energies, self.before, self.ranges, strict=True)
+            joules = sum((e - b) % (top + 1) for e, b, top in counts) / 1e6
             self.energy_j += joules
             power_w = joules / max(now - self.read_at, 1e-3)
         self.before, self.read_at = energies, now
@@ -173,7 +176,7 @@ class Cpu:
 
 
 def open_devices() -> list:
-    """The devices that can be read: the GPUs that torch sees (of several processes, each its own), then the CPU."""
+    """The devices that can be read: torch's GPUs (of several processes, each its own), and the CPU."""
     devices = [Cpu()]
     if torch.cuda.is_available():
         try:

@@ -1,4 +1,4 @@
-"""The monitor of a run: hardware.csv, and events that cost time silently: memory that spills, pauses, heat."""
+"""The monitor of a run: hardware.csv, and what costs time silently: spilled memory, pauses, heat."""
 
 import csv
 import platform
@@ -37,8 +37,8 @@ REMEDIES = {
 class HardwareMonitor:
     """A thread that reads the devices once a second into a CSV file, as a context manager.
 
-    latest: the last reading of each device, by name. Power and energy are those of the device that trains, of all
-    processes where there are several: their readings reach the file and the sums by `exchange`.
+    latest: the last reading of each device, by name. Power and energy are those of the devices
+    that train; the readings of other processes come by `exchange`.
     """
 
     def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
@@ -128,14 +128,14 @@ class HardwareMonitor:
 
 @dataclass
 class StepWatch:
-    """Finds events in the times of steps; each is counted and reported once for as long as it lasts."""
+    """Finds events in the times of steps; each is counted and reported once while it lasts."""
 
     counts: Counter = field(default_factory=Counter)
     usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds and watts of quiet steps
     lasting: set[str] = field(default_factory=set)
 
     def step(self, seconds: float, gpu: dict | None = None, hot_readings: int = 0) -> list[str]:
-        """Lines to print after a step. gpu: a reading of hardware.Gpu; hot_readings: throttled ones in a row."""
+        """Lines to print after a step. gpu: a reading of Gpu; hot_readings: throttled, in a row."""
         median = statistics.median(s for s, _ in self.usual) if len(self.usual) >= WINDOW_MIN else None
         found = {}
         if gpu and (how := self.spills(seconds, median, gpu)):
@@ -152,10 +152,10 @@ class StepWatch:
         return [f"{event}: {found[event]}. {REMEDIES[event]}." for event in new]
 
     def spills(self, seconds: float, median: float | None, gpu: dict) -> str | None:
-        """How a step shows that memory lies outside of the GPU (Windows and WSL do that); None where it does not.
+        """How a step shows that memory lies outside of the GPU (on Windows and WSL), or None.
 
-        Either torch has reserved more than the whole GPU has in use, or the GPU is full, and steps have become slower
-        while its power fell: it waits for memory.
+        Either torch has reserved more than is in use on the whole GPU, or the GPU is full and
+        waits for memory: steps have become slower while its power fell.
         """
         used, total, watts = (gpu.get(name) for name in ("used_gib", "total_gib", "power_w"))
         if used is None:

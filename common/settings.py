@@ -20,9 +20,9 @@ WORDS = {bool: "True or False", type(None): "None"}
 
 
 def declared(script: str | Path) -> list[dict]:
-    """The settings a script declares, in order: dicts of name, types, comment, and group (the comment above).
+    """A script's settings in order: dicts of name, types, comment, and group (the comment above).
 
-    A setting's types come from its annotation (`MAX_STEPS: int | None = None`), or else from its default.
+    Types come from the annotation (`MAX_STEPS: int | None = None`), or else from the default.
     """
     source = Path(script).read_text(encoding="utf-8")
     comments = {
@@ -70,9 +70,9 @@ def parse_value(name: str, text: str, types: list[type]):
 
 
 def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
-    """Set a script's constants, in its globals(), from NAME=value and print each change; `--help` lists them and exits.
+    """Set constants in a script's globals() from NAME=value; print each change. `--help` lists them.
 
-    Ends the program with exit code 2 on an unknown name, a wrong type, or a value out of its bounds (common/bounds.py).
+    Ends the program with exit code 2 on an unknown name, a wrong type or a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
@@ -99,10 +99,10 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             namespace[name] = value
         for name, setting in settings.items():  # defaults edited in the script, too
             value, types = namespace[name], setting["types"]
-            if type(value) not in types and not (type(value) is int and float in types):  # a bool is not a number
+            is_int = type(value) is int  # which a bool is not
+            if type(value) not in types and not (is_int and float in types):
                 raise UserError(f"{name} = {value!r} in the script has the wrong type.")
-            # A default may happen to equal some environment variable; only a token's form makes it a secret.
-            if SECRET.search(str(value)):
+            if SECRET.search(str(value)):  # by form: a default may equal some environment variable
                 raise UserError(SECRET_ADVICE.format(name=name))
             check_setting(name, value, Path(namespace["__file__"]).stem)
     except UserError as error:
@@ -110,7 +110,6 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
 
 
 def help_text(namespace: dict, settings) -> str:
-    """The script's docstring and its settings with their values and comments."""
     lines, group = [namespace["__doc__"].strip(), "", "Settings (NAME=value):"], None
     for s in settings:
         if s["group"] != group:
@@ -121,5 +120,5 @@ def help_text(namespace: dict, settings) -> str:
 
 
 def current(namespace: dict) -> dict:
-    """The script's settings as they are now, name to value, in the order of the file."""
+    """The script's settings, name to value, in the order of the file."""
     return {s["name"]: namespace[s["name"]] for s in declared(namespace["__file__"])}

@@ -1,7 +1,4 @@
-"""Write a merged model as a GGUF file, one tensor at a time.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-"""
+"""Write a model as GGUF, a tensor at a time (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +16,8 @@ from common.cli import UserError
 from common.export.gguf_tokenizer import add_tokenizer
 
 # model_type of a config -> architecture of llama.cpp
-ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")} | {"mistral": "llama"}
+ARCHITECTURES = {name: name for name in "llama qwen2 qwen3 stablelm gpt2".split()}
+ARCHITECTURES["mistral"] = "llama"
 # Kind -> types of most weights, of the most important, and of GPT-2's joint q, k and v. K-quants as
 # llama.cpp mixes them; q4_0 and q5_0 have embeddings and head in 8 bits.
 KINDS = {kind: (Type[kind.upper()],) * 3 for kind in "f32 f16 bf16 q8_0 q4_0 q5_0 q6_k".split()}
@@ -32,7 +30,7 @@ UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inve
 
 
 def check(config, kinds: list[str], llama_cpp: str | None) -> None:
-    """Raise UserError where a package, a checkout's converter or support of the model is missing."""
+    """Raise UserError where a package, a converter or support of the model is missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
@@ -65,7 +63,7 @@ def bytes_per_weight(*kinds: str) -> float:
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
-    """Write the model in a folder (safetensors) as a GGUF file; returns a note on its tensors.
+    """Write a folder's model as a GGUF file; returns a note on its tensors.
 
     Raises UserError for an unknown pre-tokenizer, or weights that do not fit into float16.
     """
@@ -94,7 +92,6 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
 
 
 def add_config(writer: GGUFWriter, config) -> None:
-    """Add the hyperparameters that llama.cpp needs to compute the model."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -154,7 +151,7 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in llama.cpp's order: its rotary embedding pairs neighbours, not halves."""
+    """Rows of each head in llama.cpp's order: its rotary embedding pairs neighbours."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 

@@ -102,16 +102,14 @@ def pre_tokenizer_name(spec: dict, config) -> str:
 
 
 def modelfile(gguf_name: str, tokenizer) -> str:
-    """A Modelfile for Ollama: the GGUF file, the token to stop at, and the template for Go."""
+    """A Modelfile for Ollama: GGUF file, token to stop at, template."""
     encoder = ChatEncoder(tokenizer)
-    text = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
-    if (template := go_template(encoder)) is not None:
-        text = f'TEMPLATE """{template}"""'
-    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{text}\n'
+    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{go_template(encoder)}\n'
 
 
-def go_template(encoder: ChatEncoder) -> str | None:
-    """The chat template as Go text; None where it is more than fixed texts around the messages."""
+def go_template(encoder: ChatEncoder) -> str:
+    """The chat template for Go; a comment where it is more than fixed texts around messages."""
+    unknown = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
     bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
 
     def split(*roles: str) -> list[str]:
@@ -125,7 +123,8 @@ def go_template(encoder: ChatEncoder) -> str | None:
         first_system, system_user, user_answer, answer_user, prompt = split("system", *turns)
         first_user, *following = split(*turns)
     except (UserError, ValueError):  # the template refuses system messages, or leaves a message out
-        return None
+        return unknown
     if prompt != user_answer or following != [user_answer, answer_user, prompt]:
-        return None
-    return GO_TEMPLATE % (first_system, user_answer, first_user, system_user, answer_user, prompt)
+        return unknown
+    texts = (first_system, user_answer, first_user, system_user, answer_user, prompt)
+    return f'TEMPLATE """{GO_TEMPLATE % texts}"""'

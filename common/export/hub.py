@@ -7,7 +7,7 @@ from common.cli import UserError
 
 
 def model_card(model: str, base: str, run: Path | None) -> str:
-    """The README.md of a model: base and run's settings; of a final model also summary and scores."""
+    """The README.md of a model: base, settings; of a final one also summary and scores."""
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
     is_final = run and Path(model).expanduser() in (run, run / "final")
@@ -19,7 +19,7 @@ def model_card(model: str, base: str, run: Path | None) -> str:
 
 
 def table(name: str, contents: dict) -> str:
-    """A Markdown table of one of a run's files: a row for each plain value."""
+    """A Markdown table of a run's file: a row for each plain value."""
     values = contents["settings"] if name == "settings" else contents
     if name == "scores":  # as evaluate_model.py writes them
         quantization = contents["settings"]["QUANTIZATION"]
@@ -34,7 +34,7 @@ def table(name: str, contents: dict) -> str:
 
 
 def upload(folder: Path, files: list[str], hub_id: str, private: bool) -> None:
-    """Upload an export with the environment's token; UserError for a public repository if `private`."""
+    """Upload an export; UserError for a public repository if `private`."""
     from huggingface_hub import HfApi
 
     others = [folder / name for name in (*files, "Modelfile", "export.json")]

@@ -1,4 +1,4 @@
-"""llama.cpp: the converter and quantizer of a checkout, and its server inside this process."""
+"""llama.cpp: a checkout's converter and quantizer, and its server in this process."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from common.cli import UserError
 
 
 def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
-    """Write a folder's model as a GGUF file by a checkout's programs; UserError where they fail."""
+    """Write a folder's model as GGUF by a checkout's programs; UserError where they fail."""
     converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
     whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
     converter = checkout / "convert_hf_to_gguf.py"

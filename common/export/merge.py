@@ -23,7 +23,7 @@ MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
 def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
-    """The bases to merge into; UserError where MERGE_INTO does not fit or MODEL is quantized."""
+    """UserError where MERGE_INTO does not fit, or MODEL is quantized."""
     check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     if config.to_dict().get("quantization_config"):
         raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
@@ -34,7 +34,7 @@ def choose_bases(source: Source, config, quantization: str | None, merge_into: s
 
 
 def load_chat_tokenizer(source: Source):
-    """The model's tokenizer, with its template as other libraries can read it."""
+    """The tokenizer, with its template as other libraries can read it."""
     tokenizer, name = load.load_tokenizer(source), source.adapter or source.name
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={name} has no chat template. Fine-tune it first.")
@@ -68,8 +68,8 @@ def merge_adapter(source: Source, base: str, quantization: str | None, dtype: to
 def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference):
     """Merge into each base; returns the best model, its result, and the results of all.
 
-    The best has the lowest perplexity on held-out answers. Within TIE the original base wins: it
-    lost nothing to quantization on other text, though it differs more from the trained model.
+    The best has the lowest perplexity; within TIE the original base, which lost nothing on other
+    text to quantization, though it differs more from the trained model.
     """
     arguments, results = (quantization, dtype, len(reference.tokenizer)), []
     for base in bases:

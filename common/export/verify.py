@@ -1,7 +1,4 @@
-"""Verify an export: its predictions on held-out chats, its tokens, and that its answers end.
-
-A GGUF file is read by two other programs: transformers for predictions, llama.cpp for answers.
-"""
+"""Verify an export by transformers and llama.cpp: its predictions, tokens, and ends of answers."""
 
 import itertools
 import statistics
@@ -118,9 +115,9 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
 
 
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
-    """Load the saved model and name it final; returns its reference, and its KL from the trained model.
+    """Load the saved model and name it final; returns its reference, and its KL from the trained.
 
-    Above the bound, or where its tokens differ: final.rejected, and UserError with exit code 5.
+    Above the bound, or where its tokens differ: final.rejected, and UserError, code 5.
     """
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
@@ -173,7 +170,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
 
 
 def load_gguf(file: Path, config, dtype: torch.dtype):
-    """The model in a GGUF file as transformers reads it; the config fills what its reader omits."""
+    """The model as transformers reads it; the config fills what its reader omits."""
     from transformers import GgufConfig  # not in older releases
 
     read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
@@ -211,7 +208,6 @@ def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
 
 
 def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
-    """Where a file's tokens differ from those that the model was trained on."""
     encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
     if end != encoder.end_token:
         yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
