@@ -1,5 +1,6 @@
 """The monitor of a run: hardware.csv, and what costs time silently: spilled memory, pauses, heat."""
 
+import contextlib
 import csv
 import platform
 import statistics
@@ -71,14 +72,12 @@ class HardwareMonitor:
     def write(self) -> None:
         """Append the readings; the file of a resumed run shows where it paused."""
         rows = self.take()
-        try:
-            with open(self.file, "a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
-                if not stream.tell():
-                    writer.writeheader()
-                writer.writerows(rows)
-        except OSError:  # a full disk costs these rows; the run itself reports what else it costs
-            pass
+        # A full disk costs these rows; the run itself reports what else it costs.
+        with contextlib.suppress(OSError), open(self.file, "a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+            if not stream.tell():
+                writer.writeheader()
+            writer.writerows(rows)
 
     def exchange(self) -> None:
         """Give the first process the readings of the others; all have to call it."""

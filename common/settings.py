@@ -4,6 +4,7 @@ This module imports nothing slow, so that a typing mistake is answered before to
 """
 
 import ast
+import contextlib
 import io
 import math
 import os
@@ -55,13 +56,9 @@ def parse_value(name: str, text: str, types: list[type]):
         return None
     if bool in types and text in ("True", "False"):
         return text == "True"
-    for kind in (int, float):
-        if kind in types:
-            try:
-                value = kind(text)
-            except ValueError:
-                continue
-            if math.isfinite(value):
+    for kind in [kind for kind in (int, float) if kind in types]:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)):
                 return value
     if str in types:
         return text

@@ -57,8 +57,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
-    special = dict(bos=tokenizer.bos_token_id, eos=end, eot=end, padding=tokenizer.pad_token_id)
-    for name, id in (special | dict(unknown=tokenizer.unk_token_id)).items():
+    special = dict(bos=tokenizer.bos_token_id, eos=end, eot=end)
+    special |= dict(padding=tokenizer.pad_token_id, unknown=tokenizer.unk_token_id)
+    for name, id in special.items():
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
     writer.add_chat_template(tokenizer.chat_template)

@@ -18,7 +18,7 @@ from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
 TIE = 1.01  # ratio of perplexities up to which the original base wins
-# {% generation %} marks, which only training needs; other libraries cannot read them.
+# {% generation %} marks, which only training can read.
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 

@@ -29,11 +29,9 @@ KL_BOUNDS = {
 }  # fmt: skip
 NOISE = 1e-3  # between two computations of one model in 16 bits
 LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values in 16 bits
-
 MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
 PROMPTS = 4  # to answer
-
 # Where tokenizers differ: numbers, white space, contractions, capitals, scripts, symbols.
 TEXTS = (
     "Hello! What's 12345 plus 3.14159?",
@@ -45,9 +43,7 @@ TEXTS = (
 
 
 class Row(NamedTuple):
-    """A held-out chat of T tokens."""
-
-    ids: list[int]  # (T,)
+    ids: list[int]  # (T,): a held-out chat
     answers: list[int]  # positions whose next token is part of an answer
 
 
@@ -82,8 +78,7 @@ class Reference:
 
     def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows, answers=False):
         model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer)).eval()
-        self.tokenizer, self.rows = tokenizer, rows
-        self.dtype, self.config = dtype, model.config
+        self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             raise UserError(f"MODEL={source.name}: predictions are not finite. Take an earlier checkpoint.", code=4)
@@ -142,8 +137,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     kl and perplexity are None where transformers cannot read the file; then llama.cpp alone decides.
     """
     faults, prompts = [], len(reference.prompts)
-    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None}
-    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
+    result = dict(kind=kind, bytes=file.stat().st_size, kl=None, perplexity=None)
+    result |= dict(llama_cpp_kl=None, prompts=prompts, ended=0, tokens_per_second=0.0)
     try:
         model = load_gguf(file, reference.config, reference.dtype)
         result |= reference.compare(predict(model, reference.rows))
@@ -200,11 +195,9 @@ def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
         answers.append(llama.ask("/completion", prompt=prompt, **options))
     tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
     seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
-    return {
-        "llama_cpp_kl": abs(statistics.fmean(divergences)) if divergences else None,
-        "ended": sum(answer["stop_type"] == "eos" for answer in answers),
-        "tokens_per_second": tokens / max(seconds, 1e-6),
-    }
+    kl = abs(statistics.fmean(divergences)) if divergences else None
+    ended = sum(answer["stop_type"] == "eos" for answer in answers)
+    return dict(llama_cpp_kl=kl, ended=ended, tokens_per_second=tokens / max(seconds, 1e-6))
 
 
 def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
