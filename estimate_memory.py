@@ -120,14 +120,15 @@ def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float
     workspace = batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0
     budget = size * batch_plan.MARGIN[DEVICE] - workspace
     smallest, found = 256 if PACKING else MAX_LENGTH, []
+    possible = [smallest * 2**i for i in range(10)]
 
     @functools.cache
     def needed(tokens: int, again: bool) -> int:
         rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
         this = replace(step, rows=rows, length=length, checkpointing=again)
-        return sum(memory.trace(*build(config, QUANTIZATIONS.get(METHOD)), optimizer, this).values())
+        model, base = build(config, QUANTIZATIONS.get(METHOD))
+        return sum(memory.trace(model, base, optimizer, this).values())
 
-    possible = [smallest * 2**i for i in range(10)]
     for again in choices:
         for tokens in batch_plan.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
             found.append((batch_plan.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))

@@ -98,8 +98,8 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
     """Write and verify a GGUF file of each kind; returns measurements and faults."""
     config, tokenizer = reference.config, reference.tokenizer
     name, results = Path(MODEL).name.removesuffix(".gguf"), []
-    width = len(name) + 14
-    print(f"{'file':<{width}}    MiB        KL  perplexity  answers ended  tokens/s")
+    row = f"{{:<{len(name) + 14}}}{{:>7}}{{:>10}}{{:>12}}{{:>15}}{{:>10}}"
+    print(row.format("file", "MiB", "KL", "perplexity", "answers ended", "tokens/s"))
     for kind in kinds:
         file = folder / f"{name}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
@@ -111,11 +111,10 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
         partial.rename(f"{file}.rejected" if result["faults"] else file)
         results.append({"file": file.name, "note": note} | result)
         measured = (result["kl"], result["perplexity"])
-        kl, perplexity = ("-" if value is None else f"{value:.4g}" for value in measured)
-        print(
-            f"{file.name:<{width}}{result['bytes'] / 2**20:>7.1f}{kl:>10}{perplexity:>12}"
-            f"{result['ended']:>10} of {result['prompts']}{result['tokens_per_second']:>10.1f}"
-        )
+        numbers = ("-" if value is None else f"{value:.4g}" for value in measured)
+        mib, speed = f"{result['bytes'] / 2**20:.1f}", f"{result['tokens_per_second']:.1f}"
+        ended = f"{result['ended']} of {result['prompts']}"
+        print(row.format(file.name, mib, *numbers, ended, speed))
         for line in filter(None, [note, *(f"REJECTED: {fault}" for fault in result["faults"])]):
             print(f"  {line}")
     if verified := [result["file"] for result in results if not result["faults"]]:

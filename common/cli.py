@@ -50,7 +50,8 @@ def exit_with(error: UserError):
 
 def print_error(text: str) -> None:
     """Write to stderr without secrets, from each of several processes."""
-    print(f"process {RANK}: " * bool(RANK) + redact(text), file=sys.__stderr__ if RANK else sys.stderr, end="")
+    stream = sys.__stderr__ if RANK else sys.stderr
+    print(f"process {RANK}: " * bool(RANK) + redact(text), file=stream, end="")
 
 
 def run_main(main) -> None:

@@ -78,7 +78,8 @@ def memory_limit(setting: str | None, device: str) -> float:
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
     else:
-        free, total = psutil.virtual_memory().available + rss_gib() * GIB, psutil.virtual_memory().total
+        memory = psutil.virtual_memory()
+        free, total = memory.available + rss_gib() * GIB, memory.total
         if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # container, Slurm
             total = min(total, int(text))
             free = min(free, total)
@@ -119,7 +120,7 @@ class Gpu:
             return None
 
     def read(self) -> dict:
-        reserved = torch.cuda.memory_reserved(self.number)  # before what is in use, which grows with it
+        reserved = torch.cuda.memory_reserved(self.number)  # before "used", which grows with it
         power, memory, now = self.ask("PowerUsage"), self.ask("MemoryInfo"), time.monotonic()
         load, reasons = self.ask("UtilizationRates"), self.ask("CurrentClocksThrottleReasons")
         power_w = None if power is None else power / 1000
@@ -142,15 +143,15 @@ class Gpu:
 
 
 class Cpu:
-    """This process on the CPU, and the energy counters of the CPU's packages."""
+    """This process on the CPU, and the energy of the CPU's packages."""
 
     name = "cpu"
 
     def __init__(self):
         self.process = psutil.Process()
         self.process.cpu_percent()  # counts from here
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one reads the energy
-        zones = POWERCAP.glob("*-rapl:*") if is_first else ()
+        reads_energy = os.environ.get("LOCAL_RANK", "0") == "0"  # one process for all
+        zones = POWERCAP.glob("*-rapl:*") if reads_energy else ()
         self.counters = [zone for zone in zones if zone.name.count(":") == 1]  # packages
         # Where a counter starts again from 0.
         self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]
@@ -181,10 +182,12 @@ def open_devices() -> list:
     if torch.cuda.is_available():
         try:
             pynvml.nvmlInit()
-            numbers = [torch.cuda.current_device()] if distributed.count() > 1 else range(torch.cuda.device_count())
-            devices = [*(Gpu(number) for number in numbers), *devices]
+            alone = distributed.count() == 1
+            numbers = range(torch.cuda.device_count()) if alone else [torch.cuda.current_device()]
+            devices = [*map(Gpu, numbers), *devices]
         except pynvml.NVMLError as error:
             print(f"the GPU's power and load cannot be read: {error}", file=sys.stderr)
     elif devices[0].before is None:
-        print(f"power cannot be read: no GPU, and no counters in {POWERCAP} that this user may read", file=sys.stderr)
+        problem = f"no GPU, and no counters in {POWERCAP} that this user may read"
+        print(f"power cannot be read: {problem}", file=sys.stderr)
     return devices

@@ -26,7 +26,7 @@ PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a 
 SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
 FULL = 0.97  # of the GPU's memory
 HOT_READINGS = 3  # in a row
-# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
+# Windows' drivers, WSL's too, go on in main memory when the GPU's is full.
 CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
 REMEDIES = {
     "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
@@ -66,8 +66,8 @@ class HardwareMonitor:
         self.latest = {device.name: device.read() for device in self.devices}
         self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
         for device, reading in self.latest.items():
-            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
-            self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})
+            row = dict(unix_time=round(time.time(), 2), rank=RANK, device=device, **reading)
+            self.rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
     def write(self) -> None:
         """Append the readings; the file of a resumed run shows where it paused."""
@@ -130,7 +130,7 @@ class StepWatch:
     """Finds events in the times of steps; each is counted and reported once while it lasts."""
 
     counts: Counter = field(default_factory=Counter)
-    usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds and watts of quiet steps
+    usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # quiet steps' (s, W)
     lasting: set[str] = field(default_factory=set)
 
     def step(self, seconds: float, gpu: dict | None = None, hot_readings: int = 0) -> list[str]:
@@ -160,10 +160,12 @@ class StepWatch:
         if used is None:
             return None
         at_watts = "" if watts is None else f", at {watts:.0f} W"
-        if gpu["reserved_gib"] - used > SPILLED_GIB:
-            return f"{gpu['reserved_gib'] - used:.1f} GiB lie in main memory, which is many times slower{at_watts}"
+        spilled = gpu["reserved_gib"] - used
+        if spilled > SPILLED_GIB:
+            return f"{spilled:.1f} GiB lie in main memory, which is many times slower{at_watts}"
         before = [power for _, power in self.usual if power is not None]
         falls = watts is None or not before or watts < 0.8 * statistics.median(before)
         if CAN_SPILL and used > FULL * total and median and seconds > 1.5 * median and falls:
-            return f"{used:.1f} of {total:.1f} GiB in use, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
+            full = f"{used:.1f} of {total:.1f} GiB in use"
+            return f"{full}, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
         return None

@@ -6,6 +6,7 @@ This module imports nothing slow, so that a typing mistake is answered before to
 import ast
 import contextlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -79,14 +80,16 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
         print(help_text(namespace, settings.values()))
         raise SystemExit(0)
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "SAVE_STEPS" not in settings:
-            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only training uses several processes. Use python.")
+        count = os.environ.get("WORLD_SIZE", "1")
+        if int(count) > 1 and "SAVE_STEPS" not in settings:
+            raise UserError(f"WORLD_SIZE={count}: only training uses several processes. Use python.")
         for argument in argv:
             name, equals, text = argument.partition("=")
-            if name not in settings and SECRET_NAME.search(name):
-                raise UserError(f"unknown setting {name}. Secrets are read from the environment, or `hf auth login`.")
             if name not in settings:
-                raise UserError(f"unknown setting {name}.{nearest(name, settings)} --help lists all settings.")
+                hint = f"{nearest(name, settings)} --help lists all settings."
+                if SECRET_NAME.search(name):
+                    hint = " Secrets are read from the environment, or `hf auth login`."
+                raise UserError(f"unknown setting {name}.{hint}")
             if not equals:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
             if redact(text) != text:
@@ -107,12 +110,11 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
 
 
 def help_text(namespace: dict, settings) -> str:
-    lines, group = [namespace["__doc__"].strip(), "", "Settings (NAME=value):"], None
-    for s in settings:
-        if s["group"] != group:
-            lines += ["", f"  {s['group']}"]
-        group = s["group"]
-        lines.append(f"  {s['name'] + '=' + str(namespace[s['name']]):<48} {s['comment']}")
+    lines = [namespace["__doc__"].strip(), "", "Settings (NAME=value):"]
+    for group, members in itertools.groupby(settings, key=lambda s: s["group"]):
+        lines += ["", f"  {group}"]
+        for s in members:
+            lines.append(f"  {s['name'] + '=' + str(namespace[s['name']]):<48} {s['comment']}")
     return "\n".join(lines)
 
 

@@ -86,9 +86,8 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
         writer.write_tensor_data(quantize(name, tensor, types[name]))
     writer.close()
     short = sum(type not in (Type.F32, *K_QUANTS) for type in types.values())
-    if KINDS[kind][0] in K_QUANTS and short:
-        return f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
-    return ""
+    note = f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
+    return note if KINDS[kind][0] in K_QUANTS and short else ""
 
 
 def add_config(writer: GGUFWriter, config) -> None:

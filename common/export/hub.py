@@ -11,10 +11,10 @@ def model_card(model: str, base: str, run: Path | None) -> str:
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
     is_final = run and Path(model).expanduser() in (run, run / "final")
-    names = ("settings", "summary", "scores") if is_final else ("settings",)
-    for file in [run / f"{name}.json" for name in names] if run else ():
-        if file.is_file():
-            text += table(file.stem, json.loads(file.read_text(encoding="utf-8")))
+    for name in ("settings", "summary", "scores") if is_final else ("settings",):
+        file = run and run / f"{name}.json"
+        if file and file.is_file():
+            text += table(name, json.loads(file.read_text(encoding="utf-8")))
     return text
 
 

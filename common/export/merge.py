@@ -79,7 +79,8 @@ def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dty
         results.append({"into": base} | reference.compare(predictions))
         line = "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}"
         print(line.format(**results[-1]))
-    kept = min(results, key=lambda result: result["perplexity"] / (TIE if result["into"] == "original" else 1))
+    ties = {"original": TIE, "dequantized": 1}
+    kept = min(results, key=lambda result: result["perplexity"] / ties[result["into"]])
     was_rounded = torch.promote_types(dtype, reference.dtype) != reference.dtype
     if kept["into"] != base or was_rounded:
         model = None

@@ -57,8 +57,10 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
         table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
         pairs = [row.values() for row in table.to_pylist()]
     if not pairs:
-        sound, encode = sources.sound_chats(chats or "data/brief.jsonl", "CHATS"), ChatEncoder(tokenizer).encode
-        pairs = ((row.ids.tolist(), row.learned.tolist()) for chat in sound for row in encode([chat]))
+        encode = ChatEncoder(tokenizer).encode
+        sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
+        encoded = (row for chat in sound for row in encode([chat]))
+        pairs = ((row.ids.tolist(), row.learned.tolist()) for row in encoded)
     for ids, mask in pairs:
         answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
         if answers:
@@ -81,7 +83,8 @@ class Reference:
         self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
-            raise UserError(f"MODEL={source.name}: predictions are not finite. Take an earlier checkpoint.", code=4)
+            problem = "predictions are not finite. Take an earlier checkpoint."
+            raise UserError(f"MODEL={source.name}: {problem}", code=4)
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
         self.ended, generator = 0, generation.Generator(model, tokenizer)
