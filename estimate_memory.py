@@ -1,4 +1,4 @@
-"""Memory of a training step, traced on tensors without storage: no GPU and no weights are needed.
+"""Memory of a training step, traced without a GPU and without weights.
 
     python estimate_memory.py MODEL=stabilityai/stablelm-2-1_6b METHOD=qlora
     python estimate_memory.py MODEL=meta-llama/Meta-Llama-3-8B METHOD=qlora FIT=24GiB
@@ -11,7 +11,7 @@ from common.model.location import check_models
 from common.settings import apply_overrides
 
 # Model
-MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
+MODEL = "smollm2-135m-instruct"  # hub id, folder (a config.json is enough), or this embedded model
 METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), hqq-1bit to hqq-4bit, galore
 DTYPE = "bfloat16"  # of weights and compute
 LORA_R = 16  # rank of adapters, on every linear layer but the head
@@ -45,7 +45,7 @@ from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
 
-QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}  # by METHOD; of others None
+QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}  # by METHOD
 
 
 def main():

@@ -1,7 +1,4 @@
-"""Bounds and choices of every setting, by name, for all scripts; nothing slow is imported.
-
-What depends on several settings, the model or the machine is checked where it is used.
-"""
+"""Bounds and choices of every setting, by name, for all scripts; nothing slow is imported."""
 
 import importlib.util
 import re
@@ -77,10 +74,7 @@ SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 
 
 def check_setting(name: str, value, script: str = "") -> None:
-    """Raise UserError, naming the setting, its value and the remedy, unless the value is possible.
-
-    script: name of the entry script, for OPTIM, whose choices belong to the method.
-    """
+    """Raise UserError unless the value is possible. script: its name, for the choices of OPTIM."""
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")

@@ -18,10 +18,7 @@ exit_code = None  # with which run_main has ended
 
 
 class UserError(Exception):
-    """A mistake of the user's, as one line: the setting, its value and the remedy.
-
-    code: the exit code; 2, 3 for a resume that would change the run, 4 for numbers that are not finite.
-    """
+    """A user's mistake as one line. code: 3 for a refused resume, 4 for numbers not finite, else 2."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -29,7 +26,7 @@ class UserError(Exception):
 
 
 def redact(text: str) -> str:
-    """The text without secrets: by their form, or as values of environment variables named so."""
+    """The text without secrets, by their form or as values of environment variables."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
             text = text.replace(value, "***")
@@ -95,4 +92,4 @@ def exit_without_teardown() -> None:
 
 
 if "RANK" in os.environ:
-    atexit.register(exit_without_teardown)  # before anything slow is imported, and so the last of all
+    atexit.register(exit_without_teardown)  # before slow imports: the last of all

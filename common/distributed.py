@@ -1,4 +1,4 @@
-"""Several processes (torchrun, accelerate) that train one model; only the first writes and prints."""
+"""Several processes that train one model; only the first writes files and prints."""
 
 import functools
 import json
@@ -46,13 +46,13 @@ def device() -> torch.device:
 
 
 def enable_fsdp_on_cpu() -> None:
-    """Let FSDP work on CPUs, where accelerate 1.15 silently uses DDP; before a trainer is made."""
+    """Let FSDP work on CPUs, where accelerate 1.15 uses DDP; before a trainer is made."""
     if PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 def gather(thing) -> list:
-    """What each process gives, by rank. All of them have to call it."""
+    """What each process gives, by rank. All have to call it."""
     things = [thing] * count()
     if count() > 1:
         device()

@@ -50,7 +50,6 @@ def rss_gib() -> float:
 
 
 def peak_rss_gib() -> float:
-    """The most main memory this process ever held."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
     import resource  # not on Windows
@@ -143,7 +142,7 @@ class Gpu:
 
 
 class Cpu:
-    """This process on the CPU, and the energy of the CPU's packages."""
+    """This process on the CPU, and the energy of its packages."""
 
     name = "cpu"
 
@@ -159,7 +158,7 @@ class Cpu:
         self.before = self.energies()
 
     def energies(self) -> list[int] | None:
-        """Microjoules since some time, of each package."""
+        """Microjoules of each package."""
         try:
             return [int((zone / "energy_uj").read_text()) for zone in self.counters] or None
         except OSError:  # not allowed
@@ -177,7 +176,7 @@ class Cpu:
 
 
 def open_devices() -> list:
-    """The devices that can be read: torch's GPUs (of several processes, each its own), and the CPU."""
+    """The devices that can be read: the GPUs (of several processes, each its own), the CPU."""
     devices = [Cpu()]
     if torch.cuda.is_available():
         try:

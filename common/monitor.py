@@ -1,4 +1,4 @@
-"""The monitor of a run: hardware.csv, and what costs time silently: spilled memory, pauses, heat."""
+"""hardware.csv of a run, and what costs time silently: spilled memory, pauses, heat."""
 
 import contextlib
 import csv
@@ -70,7 +70,6 @@ class HardwareMonitor:
             self.rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
     def write(self) -> None:
-        """Append the readings; the file of a resumed run shows where it paused."""
         rows = self.take()
         # A full disk costs these rows; the run itself reports what else it costs.
         with contextlib.suppress(OSError), open(self.file, "a", newline="", encoding="utf-8") as stream:
@@ -90,7 +89,6 @@ class HardwareMonitor:
         return [self.rows.popleft() for _ in range(len(self.rows))]
 
     def gpu(self) -> dict | None:
-        """The last reading of the GPU that trains."""
         return self.latest.get(self.trains) if self.trains != "cpu" else None
 
     def own_energy(self) -> tuple[float, float] | None:
@@ -100,15 +98,14 @@ class HardwareMonitor:
         return None if watts is None else (watts, joules)
 
     def total(self, which: int) -> float | None:
+        """Watts (0) or joules (1) of all processes; None where power cannot be read."""
         known = [energy[which] for energy in (self.own_energy(), *self.others) if energy]
         return sum(known) if known else None
 
     def power_w(self) -> float | None:
-        """Of all processes; None where power cannot be read."""
         return self.total(0)
 
     def energy_j(self) -> float | None:
-        """Since the start, of all processes; None where power cannot be read."""
         return self.total(1)
 
     def mean_power_w(self) -> float | None:

@@ -1,7 +1,4 @@
-"""Settings: UPPER_CASE constants at the top of a script, changed from the shell as NAME=value.
-
-This module imports nothing slow, so that a typing mistake is answered before torch is loaded.
-"""
+"""Settings: a script's UPPER_CASE constants, changed as NAME=value; nothing slow is imported."""
 
 import ast
 import contextlib
@@ -22,10 +19,7 @@ WORDS = {bool: "True or False", type(None): "None"}
 
 
 def declared(script: str | Path) -> list[dict]:
-    """A script's settings in order: dicts of name, types, comment, and group (the comment above).
-
-    Types come from the annotation (`MAX_STEPS: int | None = None`), or else from the default.
-    """
+    """A script's settings in order: name, types (annotated, or the default's), comment, group."""
     source = Path(script).read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -68,9 +62,9 @@ def parse_value(name: str, text: str, types: list[type]):
 
 
 def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
-    """Set constants in a script's globals() from NAME=value; print each change. `--help` lists them.
+    """Set a script's constants (its globals()) from NAME=value, or list them for `--help`.
 
-    Ends the program with exit code 2 on an unknown name, a wrong type or a value out of bounds.
+    Exit code 2 for an unknown name, a wrong type or a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}

@@ -1,4 +1,4 @@
-"""Write a model as GGUF, a tensor at a time (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""Write GGUF files, a tensor at a time (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 import re
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inve
 
 
 def check(config, kinds: list[str], llama_cpp: str | None) -> None:
-    """Raise UserError where a package, a converter or support of the model is missing."""
+    """UserError where a package, a converter or support of the model is missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
@@ -58,15 +58,11 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
 
 
 def bytes_per_weight(*kinds: str) -> float:
-    """At most, of files of these dtypes or kinds together."""
     return sum(4 if "32" in kind else 2 if "16" in kind else 9 / 8 for kind in kinds)
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
-    """Write a folder's model as a GGUF file; returns a note on its tensors.
-
-    Raises UserError for an unknown pre-tokenizer, or weights that do not fit into float16.
-    """
+    """Write a folder's model; returns a note. UserError where tokens or weights do not fit."""
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     writer.add_name(folder.parent.name)
     writer.add_file_type(LlamaFileType[("ALL_" if kind == "f32" else "MOSTLY_") + kind.upper()])
@@ -124,7 +120,7 @@ def head_size(config) -> int:
 
 
 def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights as llama.cpp expects them, one after another."""
+    """Names and weights as llama.cpp expects them."""
     kind = ARCHITECTURES[config.model_type]
     names = get_tensor_name_map(MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for file in sorted(folder.glob("*.safetensors")):
@@ -150,7 +146,7 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in llama.cpp's order: its rotary embedding pairs neighbours."""
+    """Rows of heads in llama.cpp's order: its rotary embedding pairs neighbours."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 

@@ -32,10 +32,7 @@ GO_TEMPLATE = (
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
-    """Add vocabulary, merges, types of tokens, those that begin and end, and the template.
-
-    pre_tokenizer: llama.cpp's name; None: looked up. Raises UserError where it is not known.
-    """
+    """Add a tokenizer and its template. pre_tokenizer: llama.cpp's name, or None to look it up."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, encoder = spec["model"], ChatEncoder(tokenizer)
     if model["type"] != "BPE":
@@ -66,10 +63,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
 
 
 def adds_bos(encoder: ChatEncoder) -> bool:
-    """Whether llama.cpp should put a BOS before every text, in place of the template's own.
-
-    Where the template writes none, training saw none, though the tokenizer adds it to plain text.
-    """
+    """Whether to put a BOS before every text: only where the template, and so training, had one."""
     text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
     return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
 
@@ -123,7 +117,7 @@ def go_template(encoder: ChatEncoder) -> str:
     try:
         first_system, system_user, user_answer, answer_user, prompt = split("system", *turns)
         first_user, *following = split(*turns)
-    except (UserError, ValueError):  # the template refuses system messages, or leaves a message out
+    except (UserError, ValueError):  # system messages are refused, or a message is left out
         return unknown
     if prompt != user_answer or following != [user_answer, answer_user, prompt]:
         return unknown

@@ -19,7 +19,6 @@ def model_card(model: str, base: str, run: Path | None) -> str:
 
 
 def table(name: str, contents: dict) -> str:
-    """A Markdown table of a run's file: a row for each plain value."""
     values = contents["settings"] if name == "settings" else contents
     if name == "scores":  # as evaluate_model.py writes them
         quantization = contents["settings"]["QUANTIZATION"]

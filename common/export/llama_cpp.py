@@ -10,7 +10,7 @@ from common.cli import UserError
 
 
 def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
-    """Write a folder's model as GGUF by a checkout's programs; UserError where they fail."""
+    """Write a folder's model by a checkout's programs; UserError where they fail."""
     converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
     whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
     converter = checkout / "convert_hf_to_gguf.py"

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model: into the better of two bases after quantized training."""
+"""Merge an adapter into its base: after quantized training, into the better of two."""
 
 import dataclasses
 import re
@@ -17,7 +17,8 @@ from common.model import generation, load
 from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
-TIE = 1.01  # ratio of perplexities up to which the original base wins
+# Ratio of perplexities up to which the original base wins: on other text it lost nothing.
+TIE = 1.01
 # {% generation %} marks, which only training can read.
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
@@ -47,7 +48,7 @@ def load_chat_tokenizer(source: Source):
     return tokenizer
 
 
-def merge_adapter(source: Source, base: str, quantization: str | None, dtype: torch.dtype, vocabulary: int):
+def merge_adapter(source: Source, base: str, quantization: str | None, dtype, vocabulary: int):
     """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
 
     base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
@@ -65,12 +66,8 @@ def merge_adapter(source: Source, base: str, quantization: str | None, dtype: to
     return model.to(dtype).eval()
 
 
-def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference):
-    """Merge into each base; returns the best model, its result, and the results of all.
-
-    The best has the lowest perplexity; within TIE the original base, which lost nothing on other
-    text to quantization, though it differs more from the trained model.
-    """
+def merge_best(source: Source, bases, quantization: str | None, dtype, reference: Reference):
+    """Merge into each base; returns the model of lowest perplexity, its result, and all results."""
     arguments, results = (quantization, dtype, len(reference.tokenizer)), []
     for base in bases:
         model = None  # frees the last one before this one is loaded

@@ -1,4 +1,4 @@
-"""Verify an export by transformers and llama.cpp: its predictions, tokens, and ends of answers."""
+"""Verify an export: its predictions, its tokens, and that its answers end."""
 
 import itertools
 import statistics
@@ -113,10 +113,7 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
 
 
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
-    """Load the saved model and name it final; returns its reference, and its KL from the trained.
-
-    Above the bound, or where its tokens differ: final.rejected, and UserError, code 5.
-    """
+    """Name the saved model final, or final.rejected (UserError, code 5): its reference and KL."""
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
     saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
@@ -135,9 +132,9 @@ def verify_merged(folder: Path, reference: Reference, bound: float, answers: boo
 
 
 def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
-    """What was measured of a GGUF file made from the reference's model, and a list of its `faults`.
+    """What was measured of a GGUF file made from the reference's model, and its `faults`.
 
-    kl and perplexity are None where transformers cannot read the file; then llama.cpp alone decides.
+    kl and perplexity are None where transformers cannot read the file: llama.cpp decides.
     """
     faults, prompts = [], len(reference.prompts)
     result = dict(kind=kind, bytes=file.stat().st_size, kl=None, perplexity=None)
@@ -159,7 +156,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
     noise = 0 if reference.dtype == torch.float32 else NOISE
-    bounds = {"kl": max(KL_BOUNDS[kind], noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * KL_BOUNDS[kind]}
+    bound = KL_BOUNDS[kind]
+    bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
     for name, bound in bounds.items():
         if result[name] is not None and not result[name] <= bound:
             detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
@@ -183,7 +181,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
 
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
-    """llama.cpp's greedy answers, and its KL divergence over the 64 tokens it finds likeliest."""
+    """llama.cpp's greedy answers, and its KL divergence over its 64 likeliest tokens."""
     divergences, answers = [], []
     starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
     for prompt, start in zip(reference.prompts, starts, strict=False):
@@ -218,6 +216,7 @@ def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
             return
         if actual != expected:
             at = generation.shared(actual, expected)
-            there, trained = (tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (actual, expected))
+            name = tokenizer.convert_ids_to_tokens
+            there, trained = name(actual[at : at + 3]), name(expected[at : at + 3])
             yield f"its tokens of a chat differ: {there} where training had {trained}"
             return
