@@ -17,14 +17,15 @@ from common.model import generation, load
 from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
-# Ratio of perplexities up to which the original base wins: on other text it lost nothing.
+# Ratio of perplexities up to which the original base wins: it lost nothing to quantization on
+# other text, though it differs more from the trained model.
 TIE = 1.01
-# {% generation %} marks, which only training can read.
+# {% generation %} marks, which only training needs and other libraries cannot read.
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
 def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
-    """UserError where MERGE_INTO does not fit, or MODEL is quantized."""
+    """The bases to try; UserError where MERGE_INTO does not fit, or MODEL is quantized."""
     check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     if config.to_dict().get("quantization_config"):
         raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
