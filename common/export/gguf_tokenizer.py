@@ -80,7 +80,7 @@ def token_type(text: str | None, added, unknown: str | None) -> TokenType:
 
 
 def pre_tokenizer_name(spec: dict, config) -> str:
-    """llama.cpp's name for how a tokenizer splits text; UserError where none is known."""
+    """llama.cpp's name for how a tokenizer splits text; UserError for none."""
     part, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {}
     steps = [dict(step) for step in part.get("pretokenizers", [part])]
     for step in steps:
@@ -108,7 +108,7 @@ def go_template(encoder: ChatEncoder) -> str:
     bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
 
     def split(*roles: str) -> list[str]:
-        """The texts before, between and after messages, without a BOS, which is added anyway."""
+        """The texts before, between and after messages, without a BOS."""
         messages = [{"role": role, "content": "\0"} for role in roles]
         text = encoder.render(messages, add_generation_prompt=True)[0]
         return text.removeprefix(bos).split("\0")
