@@ -1,9 +1,9 @@
-"""How much memory a training step needs: traced on tensors without storage, so that no GPU and no weights are needed.
+"""Memory of a training step, traced without a GPU and without weights.
 
     python estimate_memory.py MODEL=stabilityai/stablelm-2-1_6b METHOD=qlora
     python estimate_memory.py MODEL=meta-llama/Meta-Llama-3-8B METHOD=qlora FIT=24GiB
 
-Prints a table, by what the memory is for; with FIT, what fits. Of a hub model only the config is loaded.
+Prints a table by purpose; with FIT, what fits. Of a hub model only the config is loaded.
 """
 
 from common.cli import UserError, run_main
@@ -11,12 +11,12 @@ from common.model.location import check_models
 from common.settings import apply_overrides
 
 # Model
-MODEL = "smollm2-135m-instruct"  # hub id, local folder (a config.json is enough), or this embedded model
+MODEL = "smollm2-135m-instruct"  # hub id, folder (a config.json is enough), or this embedded model
 METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), hqq-1bit to hqq-4bit, galore
 DTYPE = "bfloat16"  # of weights and compute
 LORA_R = 16  # rank of adapters, on every linear layer but the head
 GALORE_RANK = 128  # of gradients and moments
-OPTIM = "adamw_torch_fused"  # any of transformers' (of METHOD=galore: its own); paged ones keep their states elsewhere
+OPTIM = "adamw_torch_fused"  # METHOD=galore has its own; paged ones keep their states elsewhere
 # Step
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once
 GRADIENT_ACCUMULATION_STEPS = 1  # above 1, gradients are there from the first layer on
@@ -45,7 +45,7 @@ from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
 
-METHODS = {"full": None, "lora": None, "qlora": "nf4", "int8": "int8", "galore": None} | {q: q for q in BITS}
+QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}  # by METHOD
 
 
 def main():
@@ -53,11 +53,10 @@ def main():
     source = location.locate(MODEL)
     config = load.load_config(source)
     load.check_length(source, MAX_LENGTH)
-    model, _ = build(config, METHODS[METHOD])
-    count = load.count_weights(config)
+    model, _ = build(config, QUANTIZATIONS.get(METHOD))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optim = "galore" if METHOD == "galore" else OPTIM
-    print(f"{MODEL}: {count:,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
+    print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
     step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, getattr(torch, DTYPE), DEVICE,
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
     checkpointing = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
@@ -70,12 +69,12 @@ def main():
 def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
     attention = "sdpa_documents" if DEVICE == "cpu" and PACKING else "sdpa"
-    like = config, quantization, getattr(torch, DTYPE), attention
-    model = empty_model(*like)
+    empty = functools.partial(empty_model, config, quantization, getattr(torch, DTYPE), attention)
     if METHOD in ("full", "galore"):
-        return model, empty_model(*like).requires_grad_(False) if KL_WEIGHT else None
+        return empty(), empty().requires_grad_(False) if KL_WEIGHT else None
     settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")
-    return adapters.add_adapter(model, settings | dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)), None
+    settings |= dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)
+    return adapters.add_adapter(empty(), settings), None
 
 
 def optimizer(model):
@@ -88,44 +87,48 @@ def optimizer(model):
 
 def print_table(config, step: memory.Step, columns: tuple[bool, ...]):
     """Memory by kind, with and without checkpointing."""
-
-    def show(name: str, sizes) -> None:
-        print(f"{name:24}" + "".join(f"{size / GIB:17.2f}   " for size in sizes))
-
+    quantization = QUANTIZATIONS.get(METHOD)
     steps = [replace(step, checkpointing=checkpointing) for checkpointing in columns]
-    parts = [memory.trace(*build(config, METHODS[METHOD]), optimizer, step) for step in steps]
-    print(f"\n{'GiB':24}" + "".join(f"checkpointing {'on' if c else 'off':6}" for c in columns))
-    for kind in KINDS:
-        show(kind, (p[kind] for p in parts))
-    show("peak", (sum(p.values()) for p in parts))
-    if METHODS[METHOD]:
+    parts = [memory.trace(*build(config, quantization), optimizer, step) for step in steps]
+    peaks = [sum(part.values()) for part in parts]
+    rows = {kind: [part[kind] for part in parts] for kind in KINDS} | {"peak": peaks}
+    if quantization:
         plain = [memory.trace(*build(config, None), optimizer, step) for step in steps]
-        show("the same in 16 bits", (sum(p.values()) for p in plain))
-        beside = [[sum(p.values()) - p["weights"] for p in both] for both in zip(parts, plain, strict=True)]
-        print_formula(config.get_text_config(), [(ours - theirs) / GIB for ours, theirs in beside])
+        rows["the same in 16 bits"] = [sum(part.values()) for part in plain]
+    print(f"\n{'GiB':24}" + "".join(f"checkpointing {'on' if c else 'off':6}" for c in columns))
+    for name, sizes in rows.items():
+        print(f"{name:24}" + "".join(f"{size / GIB:17.2f}   " for size in sizes))
+    if quantization:
+        without_weights = [[sum(p.values()) - p["weights"] for p in row] for row in (parts, plain)]
+        print_formula(config.get_text_config(), *without_weights)
 
 
-def print_formula(config, traced: list[float]):
-    """The seeds' formula for what QLoRA costs beside the weights (github.com/RahulSChand/gpu_poor/issues/1)."""
-    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+def print_formula(config, quantized: list[int], plain: list[int]):
+    """What QLoRA costs beside the weights, and by github.com/RahulSChand/gpu_poor/issues/1."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes = [getattr(config, name, None) for name in names]
     if None not in sizes:
-        bytes_ = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE * 0.75
+        tokens = MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE
+        traced = [(ours - theirs) / GIB for ours, theirs in zip(quantized, plain, strict=True)]
+        expected = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * tokens * 0.75 / GIB
         found = ", ".join(f"{gib:.2f}" for gib in traced)
-        print(f"overhead of quantisation: {found} GiB traced; {bytes_ / GIB:.2f} by gpu_poor's formula")
+        print(f"overhead of quantisation: {found} GiB traced; {expected:.2f} by gpu_poor's formula")
 
 
 def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float):
     """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
-    budget = size * batch_plan.MARGIN[DEVICE] - (batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0)
+    workspace = batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0
+    budget = size * batch_plan.MARGIN[DEVICE] - workspace
     smallest, found = 256 if PACKING else MAX_LENGTH, []
+    possible = [smallest * 2**i for i in range(10)]
 
     @functools.cache
     def needed(tokens: int, again: bool) -> int:
         rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
         this = replace(step, rows=rows, length=length, checkpointing=again)
-        return sum(memory.trace(*build(config, METHODS[METHOD]), optimizer, this).values())
+        model, base = build(config, QUANTIZATIONS.get(METHOD))
+        return sum(memory.trace(model, base, optimizer, this).values())
 
-    possible = [smallest * 2**i for i in range(10)]
     for again in choices:
         for tokens in batch_plan.largest(possible, lambda tokens, again=again: needed(tokens, again) <= budget):
             found.append((batch_plan.relative_time(tokens, again, step), tokens, again, needed(tokens, again)))
@@ -137,7 +140,7 @@ def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float
     for time, tokens, again, need in sorted(found):
         form = f"  {tokens:14,}  {'on' if again else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
         lengths = [n for n in possible if n <= min(tokens, positions)] if PACKING else [MAX_LENGTH]
-        print(form + "   " + ", ".join(f"{tokens // n} x {n:,}" for n in lengths))
+        print(form, ", ".join(f"{tokens // n} x {n:,}" for n in lengths), sep="   ")
 
 
 if __name__ == "__main__":

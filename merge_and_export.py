@@ -62,7 +62,8 @@ def main():
     bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
     kinds = [kind for kind in (GGUF or "").replace(" ", "").split(",") if kind]
     gguf.check(config, kinds, LLAMA_CPP)
-    tokenizer, run = merge.load_chat_tokenizer(source), find_run()
+    tokenizer, path = merge.load_chat_tokenizer(source), Path(MODEL).expanduser()
+    run = next((run for run in (path, path.parent) if (run / "settings.json").is_file()), None)
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
     folder = create_folder(current(globals()), __file__)
     check_space(folder, load.count_weights(config) * gguf.bytes_per_weight(DTYPE, *kinds))
@@ -83,9 +84,8 @@ def main():
 
     # GGUF files, which are compared with the merged model
     files = write_files(kinds, folder, saved) if kinds else []
-    report = dict(model=MODEL, base=source.name, quantization=quantization)
-    report |= dict(merges=merges, saved_kl=saved_kl, files=files)
-    write_atomic(folder / "export.json", json.dumps(report, indent=1))
+    report = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges)
+    write_atomic(folder / "export.json", json.dumps(report | dict(saved_kl=saved_kl, files=files), indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
     if rejected := [file["file"] for file in files if file["faults"]]:
         remedy = "The faults are in export.json. Choose a kind with more bits, or set LLAMA_CPP."
@@ -94,18 +94,12 @@ def main():
         hub.upload(folder, [file["file"] for file in files], HUB_ID, HUB_PRIVATE)
 
 
-def find_run() -> Path | None:
-    """The run folder that MODEL is, or is inside of."""
-    path = Path(MODEL).expanduser()
-    return next((run for run in (path, path.parent) if (run / "settings.json").is_file()), None)
-
-
 def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> list[dict]:
-    """Write and verify a GGUF file of each kind; returns what was measured, with the faults."""
+    """Write and verify a GGUF file of each kind; returns measurements and faults."""
     config, tokenizer = reference.config, reference.tokenizer
     name, results = Path(MODEL).name.removesuffix(".gguf"), []
-    width = len(name) + 14
-    print(f"{'file':<{width}}    MiB        KL  perplexity  answers ended  tokens/s")
+    row = f"{{:<{len(name) + 14}}}{{:>7}}{{:>10}}{{:>12}}{{:>15}}{{:>10}}"
+    print(row.format("file", "MiB", "KL", "perplexity", "answers ended", "tokens/s"))
     for kind in kinds:
         file = folder / f"{name}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
@@ -117,12 +111,11 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
         partial.rename(f"{file}.rejected" if result["faults"] else file)
         results.append({"file": file.name, "note": note} | result)
         measured = (result["kl"], result["perplexity"])
-        kl, perplexity = ("-" if value is None else f"{value:.4g}" for value in measured)
-        print(
-            f"{file.name:<{width}}{result['bytes'] / 2**20:>7.1f}{kl:>10}{perplexity:>12}"
-            f"{result['ended']:>10} of {result['prompts']}{result['tokens_per_second']:>10.1f}"
-        )
-        for line in [note] * bool(note) + [f"REJECTED: {fault}" for fault in result["faults"]]:
+        numbers = ("-" if value is None else f"{value:.4g}" for value in measured)
+        mib, speed = f"{result['bytes'] / 2**20:.1f}", f"{result['tokens_per_second']:.1f}"
+        ended = f"{result['ended']} of {result['prompts']}"
+        print(row.format(file.name, mib, *numbers, ended, speed))
+        for line in filter(None, [note, *(f"REJECTED: {fault}" for fault in result["faults"])]):
             print(f"  {line}")
     if verified := [result["file"] for result in results if not result["faults"]]:
         write_atomic(folder / "Modelfile", modelfile(verified[-1], tokenizer))

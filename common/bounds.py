@@ -1,11 +1,6 @@
-"""Bounds and choices of every setting, by name: the same name takes the same values in every script.
-
-Evaluated by `settings.apply_overrides` before anything slow. This module imports nothing slow. What depends on several
-settings, on the model or on the machine is checked where it is used.
-"""
+"""Bounds and choices of every setting, by name, for all scripts; nothing slow is imported."""
 
 import importlib.util
-import math
 import re
 from pathlib import Path
 
@@ -51,25 +46,27 @@ LISTS = {
     "REPORT_TO": ("tensorboard", "wandb", "mlflow", "trackio"),
     "ALLOW_CHANGE": CHANGEABLE,
 }
-# Intervals as in mathematics: [ and ] include the bound.
-INTERVALS = {
-    "[1, inf)": """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
+# The words of a bound: whether a value keeps it, and the settings it is for.
+BOUNDS = {
+    "at least 1": (
+        lambda x: x >= 1,
+        """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
         LOGGING_STEPS SAVE_TOTAL_LIMIT GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS GENERATION_BATCH_SIZE PROOF_TOKENS
         MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
-    "[1, 1000]": "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT",
-    "[1, 8192]": "LORA_R GALORE_RANK",
-    "(0, 65536]": "LORA_ALPHA",
-    "[0, 1)": "LORA_DROPOUT",
-    "[0, 1]": "WARMUP_RATIO",
-    "(0, 1]": "TOP_P",
-    "(0, 100]": "LEARNING_RATE GALORE_SCALE",
-    "[0, 100]": "MIN_LR WEIGHT_DECAY TEMPERATURE",
-    "[0, 1000]": "NEFTUNE_NOISE_ALPHA",
-    "(0, inf)": "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT",
-    "[0, inf)": "MAX_GRAD_NORM KL_WEIGHT",
-    "[0, 4294967295]": "SEED",
+    ),
+    "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
+    "at least 1 and at most 8192": (lambda x: 1 <= x <= 8192, "LORA_R GALORE_RANK"),
+    "above 0 and at most 65536": (lambda x: 0 < x <= 65536, "LORA_ALPHA"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "LORA_DROPOUT"),
+    "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "WARMUP_RATIO"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "TOP_P"),
+    "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
+    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
+    "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
+    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
+    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT"),
+    "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
-INTERVAL_OF = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
 SIZES = ("MEMORY_LIMIT", "FIT")
@@ -77,18 +74,15 @@ SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 
 
 def check_setting(name: str, value, script: str = "") -> None:
-    """Raise UserError, naming the setting, its value and the remedy, unless the value is possible.
-
-    script: name of the entry script, for OPTIM, whose choices belong to the method.
-    """
+    """Raise UserError unless the value is possible. script: its name, for the choices of OPTIM."""
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
-    if choices:
-        check_choice(name, value, choices)
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
-    if value is None or choices:
+    if choices:
+        check_choice(name, value, choices)
+    elif value is None:
         return
-    if name in LISTS:
+    elif name in LISTS:
         for item in filter(None, value.replace(" ", "").split(",")):
             if name == "ALLOW_CHANGE" and item not in CHANGEABLE:
                 these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
@@ -99,26 +93,15 @@ def check_setting(name: str, value, script: str = "") -> None:
 
 
 def check_choice(name: str, value, choices) -> None:
-    """Raise UserError unless the setting's value is one of `choices`."""
     if value not in choices:
         listed = ", ".join(str(choice) for choice in choices)
         raise UserError(f"{name}={value} is not known.{nearest(value, choices)} Choose one of: {listed}.")
 
 
 def find_problem(name: str, value) -> str | None:
-    """What is wrong with the value of a setting that is not a choice."""
-    if name in INTERVAL_OF:
-        interval = INTERVAL_OF[name]
-        low, high = (float(bound) for bound in interval[1:-1].split(","))
-        if (
-            value < low
-            or value > high
-            or (value == low and interval[0] == "(")
-            or (value == high and interval[-1] == ")")
-        ):
-            above = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
-            below = "" if high == math.inf else f" and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
-            return f"it must be {above}{below}."
+    for words, (keeps, names) in BOUNDS.items():
+        if name in names.split() and not keeps(value):
+            return f"it must be {words}."
     if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
         return "it must be a whole number, or a share below 1; 0 means none."
     if name in FILES and not Path(value).expanduser().is_file():
@@ -131,7 +114,7 @@ def find_problem(name: str, value) -> str | None:
         return "use 1 to 64 letters, digits, dots, dashes and underscores."
     if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
-    if name == "CHAT_TEMPLATE" and value not in TEMPLATES and not Path(value).is_file():
+    elif name == "CHAT_TEMPLATE" and not Path(value).is_file():
         return "file not found."
     if name == "ADAPTER" and value not in ADAPTERS and not Path(value).expanduser().is_dir():
         check_choice(name, value, [None, *ADAPTERS, "a run folder"])
@@ -142,10 +125,8 @@ def find_problem(name: str, value) -> str | None:
             re.compile(value)
         except re.error as error:
             return f"not a regular expression: {error}."
-    return None
 
 
 def check_package(setting: str, value, package: str, requirement: str) -> None:
-    """Raise UserError where a package that a value needs is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{setting}={value}: the package is missing: pip install {requirement}.")

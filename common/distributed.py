@@ -1,7 +1,4 @@
-"""Several processes, started by torchrun or accelerate, that train one model: their number, and what they agree on.
-
-Only the first one (rank 0) writes files and prints.
-"""
+"""Several processes that train one model; only the first writes files and prints."""
 
 import functools
 import json
@@ -21,8 +18,10 @@ def count() -> int:
 
 
 def engine() -> str | None:
-    """How the model is held. None: by one process; "ddp": whole by each; "fsdp", "zero3": in parts; "zero1", "zero2":
-    whole, and in parts what the optimizer keeps."""
+    """How the model is held: None by one process, "ddp" whole by each, "fsdp" and "zero3" in parts.
+
+    "zero1" and "zero2": whole, and in parts what the optimizer keeps.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -34,7 +33,6 @@ def engine() -> str | None:
 
 
 def holds_parts() -> bool:
-    """Whether a process holds a part of the model only."""
     return engine() in ("fsdp", "zero3")
 
 
@@ -48,24 +46,22 @@ def device() -> torch.device:
 
 
 def enable_fsdp_on_cpu() -> None:
-    """Let FSDP work on CPUs, where accelerate 1.15 goes on with DDP and says nothing; before a trainer is made."""
-    state = PartialState()
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
+    """Let FSDP work on CPUs, where accelerate 1.15 uses DDP; before a trainer is made."""
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 def gather(thing) -> list:
-    """What each process gives, by rank. All of them have to call it."""
-    if count() == 1:
-        return [thing]
-    device()
-    things = [None] * count()
-    dist.all_gather_object(things, thing)
+    """What each process gives, by rank. All have to call it."""
+    things = [thing] * count()
+    if count() > 1:
+        device()
+        dist.all_gather_object(things, thing)
     return things
 
 
 def on_first(function):
-    """What the function returns in the first process, handed to all; what it raises there, all raise."""
+    """What the function returns or raises in the first process, all return or raise."""
     gather(None)  # no other is still busy with what it may change
     result = error = None
     if not RANK:

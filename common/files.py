@@ -1,4 +1,4 @@
-"""Files written whole and brought to the disk, their hashes, a log of lines, and the space left."""
+"""Files: written whole and brought to the disk, hashed, appended to; the space left."""
 
 import errno
 import hashlib
@@ -35,7 +35,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Bring all files of a folder to the disk."""
     for name in file_names(folder):
         with open(folder / name, "r+b") as stream:  # Windows syncs only what is open for writing
             os.fsync(stream.fileno())
@@ -47,7 +46,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def hash_file(file: Path) -> str:
-    """XXH3 of a file: 13 times as fast as SHA-256, and good against accidents, which is all it is for."""
+    """XXH3 of a file: against accidents only, and 13 times as fast as SHA-256."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
@@ -61,23 +60,20 @@ def check_space(folder: Path, needed: float) -> None:
 
 @dataclass
 class LineLog:
-    """A file of lines that a full disk does not corrupt: what it does not take waits for the next append."""
+    """A file of lines; what a full disk does not take waits for the next append."""
 
     file: Path
     pending: bytes = b""
 
     def append(self, line: str = "") -> bool:
-        """Add a line after those that wait; returns whether all of them are in the file."""
+        """Add a line after those that wait; returns whether all are in the file."""
         self.pending += line.encode()
         try:
             with open(self.file, "ab", buffering=0) as stream:
-                end = stream.seek(0, os.SEEK_END)
-                try:
-                    if stream.write(self.pending) < len(self.pending):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
+                end = stream.tell()
+                if stream.write(self.pending) < len(self.pending):
                     stream.truncate(end)
-                    raise
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.pending = b""
         except OSError as error:
             print(f"{self.file} could not be written and is tried again later: {error}", file=sys.stderr)

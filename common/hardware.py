@@ -1,4 +1,4 @@
-"""Hardware: memory, power and load of this machine's GPUs and CPU. Nothing is guessed: what cannot be read is None."""
+"""Memory, power and load of this machine's GPUs and CPU; what cannot be read is None."""
 
 import os
 import platform
@@ -16,10 +16,8 @@ from common import distributed
 from common.bounds import SIZE
 from common.files import GIB
 
-POWERCAP = Path("/sys/class/powercap")  # RAPL: energy counters of Intel's and AMD's CPUs, often for root only
-
+POWERCAP = Path("/sys/class/powercap")  # RAPL, Intel's and AMD's energy counters
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-
 HOT = (
     pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwSlowdown
     | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
@@ -34,27 +32,24 @@ def device_name() -> str:
     """The GPU's name, or the CPU's with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    found = cpuinfo.exists() and re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def now() -> float:
-    """Seconds on a clock for measuring, with the GPU's queue drained first."""
+    """Seconds for measuring, with the GPU's queue drained first."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rss_gib() -> float:
-    """Main memory this process holds now."""
     return psutil.Process().memory_info().rss / GIB
 
 
 def peak_rss_gib() -> float:
-    """The most main memory this process ever held."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
     import resource  # not on Windows
@@ -64,30 +59,30 @@ def peak_rss_gib() -> float:
 
 
 def vram_gib() -> float | None:
-    """Memory that torch has reserved on the GPU now."""
+    """What torch has reserved on the GPU now."""
     return torch.cuda.memory_reserved() / GIB if torch.cuda.is_available() else None
 
 
 def peak_vram_gib(reserved: bool = False) -> float | None:
-    """The most memory that torch's tensors ever took on the GPU, or that torch reserved for them."""
-    if not torch.cuda.is_available():
-        return None
-    return (torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()) / GIB
+    """The most that tensors ever took on the GPU, or that torch reserved for them."""
+    read = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
+    return read() / GIB if torch.cuda.is_available() else None
 
 
 def memory_limit(setting: str | None, device: str) -> float:
-    """Bytes this process may take: a share ("0.9") or size ("7500MiB", "8GiB") of the device, never above what is free.
+    """Bytes this process may take of the device: the setting's, but at most what is free.
 
-    On a GPU torch is held to it, so that memory runs out with an error where Windows would spill into main memory.
+    On a GPU torch is held to it: memory runs out with an error where Windows would spill.
     """
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
     else:
-        free, total = psutil.virtual_memory().available + rss_gib() * GIB, psutil.virtual_memory().total
-        if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # of a container, of a Slurm job
+        memory = psutil.virtual_memory()
+        free, total = memory.available + rss_gib() * GIB, memory.total
+        if CGROUP.is_file() and (text := CGROUP.read_text().strip()).isdigit():  # container, Slurm
             total = min(total, int(text))
             free = min(free, total)
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # other processes of the run take their parts
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = min(free, read_size(setting, total) if setting else free)
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / total)
@@ -101,34 +96,34 @@ def read_size(text: str, total: float = GIB) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
-    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return should_reduce_batch_size(error) or isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
+    """Whether memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
+    signs = "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    ran_out = isinstance(error, RuntimeError) and re.search(signs, str(error))
+    return should_reduce_batch_size(error) or bool(ran_out)
 
 
 class Gpu:
     """One of the GPUs that torch sees, read through NVML."""
 
     def __init__(self, number: int):
-        self.number, self.name = number, f"gpu{number}"
-        uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML counts those that are hidden from torch, too
+        self.number, self.name, self.read_at = number, f"gpu{number}", None
+        uuid = str(torch.cuda.get_device_properties(number).uuid)  # NVML's numbers may differ
         self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        self.power_w, self.read_at = None, None
-        self.energy_at_start = self.ask("nvmlDeviceGetTotalEnergyConsumption")  # mJ
+        self.energy_at_start = self.ask("TotalEnergyConsumption")  # mJ
         self.energy_j = 0.0
 
-    def ask(self, function: str, *arguments):
+    def ask(self, what: str, *arguments):
         try:
-            return getattr(pynvml, function)(self.handle, *arguments)
+            return getattr(pynvml, f"nvmlDeviceGet{what}")(self.handle, *arguments)
         except pynvml.NVMLError:  # not supported by this GPU or driver
             return None
 
     def read(self) -> dict:
-        reserved = torch.cuda.memory_reserved(self.number)  # before what is in use, which grows with it
-        power, memory, now = self.ask("nvmlDeviceGetPowerUsage"), self.ask("nvmlDeviceGetMemoryInfo"), time.monotonic()
-        load, reasons = self.ask("nvmlDeviceGetUtilizationRates"), self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        reserved = torch.cuda.memory_reserved(self.number)  # before "used", which grows with it
+        power, memory, now = self.ask("PowerUsage"), self.ask("MemoryInfo"), time.monotonic()
+        load, reasons = self.ask("UtilizationRates"), self.ask("CurrentClocksThrottleReasons")
         power_w = None if power is None else power / 1000
-        counter = self.ask("nvmlDeviceGetTotalEnergyConsumption")
+        counter = self.ask("TotalEnergyConsumption")
         if counter is not None and self.energy_at_start is not None:
             self.energy_j = (counter - self.energy_at_start) / 1000
         elif power_w is not None and self.read_at is not None:
@@ -140,28 +135,30 @@ class Gpu:
             total_gib=memory and memory.total / GIB,
             reserved_gib=reserved / GIB,
             utilization_percent=load and load.gpu,
-            temperature_c=self.ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-            clock_mhz=self.ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            temperature_c=self.ask("Temperature", pynvml.NVML_TEMPERATURE_GPU),
+            clock_mhz=self.ask("ClockInfo", pynvml.NVML_CLOCK_SM),
             throttled=None if reasons is None else int(bool(reasons & HOT)),
         )
 
 
 class Cpu:
-    """This process on the CPU, and the energy counters of the CPU's packages."""
+    """This process on the CPU, and the energy of its packages."""
 
     name = "cpu"
 
     def __init__(self):
         self.process = psutil.Process()
         self.process.cpu_percent()  # counts from here
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one reads the energy
-        self.counters = [zone for zone in POWERCAP.glob("*-rapl:*") if zone.name.count(":") == 1 and is_first]
-        self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]  # then from 0 again
+        reads_energy = os.environ.get("LOCAL_RANK", "0") == "0"  # one process for all
+        zones = POWERCAP.glob("*-rapl:*") if reads_energy else ()
+        self.counters = [zone for zone in zones if zone.name.count(":") == 1]  # packages
+        # Where a counter starts again from 0.
+        self.ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self.counters]
         self.energy_j, self.read_at = 0.0, time.monotonic()
         self.before = self.energies()
 
     def energies(self) -> list[int] | None:
-        """Microjoules since some time, of each package."""
+        """Microjoules of each package."""
         try:
             return [int((zone / "energy_uj").read_text()) for zone in self.counters] or None
         except OSError:  # not allowed
@@ -170,24 +167,26 @@ class Cpu:
     def read(self) -> dict:
         now, power_w, energies = time.monotonic(), None, self.energies()
         if energies and self.before:
-            joules = sum((e - b) % (r + 1) for e, b, r in zip(energies, self.before, self.ranges, strict=True)) / 1e6
+            counts = zip(energies, self.before, self.ranges, strict=True)
+            joules = sum((e - b) % (top + 1) for e, b, top in counts) / 1e6
             self.energy_j += joules
             power_w = joules / max(now - self.read_at, 1e-3)
         self.before, self.read_at = energies, now
-        rss = self.process.memory_info().rss / GIB
-        return dict(power_w=power_w, used_gib=rss, utilization_percent=self.process.cpu_percent())
+        return dict(power_w=power_w, used_gib=rss_gib(), utilization_percent=self.process.cpu_percent())
 
 
 def open_devices() -> list:
-    """The devices that can be read: the GPUs that torch sees (of several processes, each its own), then the CPU."""
+    """The devices that can be read: the GPUs (of several processes, each its own), the CPU."""
     devices = [Cpu()]
     if torch.cuda.is_available():
         try:
             pynvml.nvmlInit()
-            numbers = [torch.cuda.current_device()] if distributed.count() > 1 else range(torch.cuda.device_count())
-            devices = [*(Gpu(number) for number in numbers), *devices]
+            alone = distributed.count() == 1
+            numbers = range(torch.cuda.device_count()) if alone else [torch.cuda.current_device()]
+            devices = [*map(Gpu, numbers), *devices]
         except pynvml.NVMLError as error:
             print(f"the GPU's power and load cannot be read: {error}", file=sys.stderr)
     elif devices[0].before is None:
-        print(f"power cannot be read: no GPU, and no counters in {POWERCAP} that this user may read", file=sys.stderr)
+        problem = f"no GPU, and no counters in {POWERCAP} that this user may read"
+        print(f"power cannot be read: {problem}", file=sys.stderr)
     return devices

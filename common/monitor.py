@@ -1,5 +1,6 @@
-"""The monitor of a run: hardware.csv, and events that cost time silently: memory that spills, pauses, heat."""
+"""hardware.csv of a run, and what costs time silently: spilled memory, pauses, heat."""
 
+import contextlib
 import csv
 import platform
 import statistics
@@ -25,7 +26,7 @@ PAUSE_SECONDS = 1.0  # more than usual, at least: nobody waits for a tenth of a 
 SPILLED_GIB = 0.1  # of what torch has reserved, elsewhere than on the GPU
 FULL = 0.97  # of the GPU's memory
 HOT_READINGS = 3  # in a row
-# Drivers for Windows, and so for WSL, go on in main memory when the GPU's is full; on Linux it runs out.
+# Windows' drivers, WSL's too, go on in main memory when the GPU's is full.
 CAN_SPILL = sys.platform == "win32" or "microsoft" in platform.release().lower()
 REMEDIES = {
     "spill": "Lower PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, set GRADIENT_CHECKPOINTING=True, or MEMORY_LIMIT=0.9",
@@ -37,8 +38,8 @@ REMEDIES = {
 class HardwareMonitor:
     """A thread that reads the devices once a second into a CSV file, as a context manager.
 
-    latest: the last reading of each device, by name. Power and energy are those of the device that trains, of all
-    processes where there are several: their readings reach the file and the sums by `exchange`.
+    latest: the last reading of each device, by name. Power and energy are those of the devices
+    that train; the readings of other processes come by `exchange`.
     """
 
     def __init__(self, file: Path, interval_seconds: float = 1.0, devices: list | None = None):
@@ -48,67 +49,64 @@ class HardwareMonitor:
         self.latest: dict[str, dict] = {}
         self.hot_readings = 0  # in a row
         self.rows: deque[dict] = deque()  # that are not in the file yet
-        self.others: list[tuple] = []  # watts and joules of other processes
+        self.others: list[tuple | None] = []  # watts and joules of other processes
         self.start = time.monotonic()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
-        while True:
+        waiting = True
+        while waiting:
             self.read()
             if not RANK:
                 self.write()
-            if self.stop.wait(self.interval_seconds):
-                return
+            waiting = not self.stop.wait(self.interval_seconds)
 
     def read(self) -> None:
         self.latest = {device.name: device.read() for device in self.devices}
         self.hot_readings = self.hot_readings + 1 if (self.gpu() or {}).get("throttled") else 0
         for device, reading in self.latest.items():
-            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in reading.items()}
-            self.rows.append({"unix_time": round(time.time(), 2), "rank": RANK, "device": device, **shown})
+            row = dict(unix_time=round(time.time(), 2), rank=RANK, device=device, **reading)
+            self.rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
     def write(self) -> None:
-        """Append the readings; the file of a resumed run shows where it paused."""
         rows = self.take()
-        try:
-            with open(self.file, "a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
-                if not stream.tell():
-                    writer.writeheader()
-                writer.writerows(rows)
-        except OSError:  # a full disk costs these rows; the run itself reports what else it costs
-            pass
+        # A full disk costs these rows; the run itself reports what else it costs.
+        with contextlib.suppress(OSError), open(self.file, "a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+            if not stream.tell():
+                writer.writeheader()
+            writer.writerows(rows)
 
     def exchange(self) -> None:
         """Give the first process the readings of the others; all have to call it."""
-        readings = distributed.gather((self.take() if RANK else [], self.own_power_w(), self.own_energy_j()))
-        self.others = [(watts, joules) for rank, (_, watts, joules) in enumerate(readings) if rank != RANK]
+        readings = distributed.gather((self.take() if RANK else [], self.own_energy()))
+        self.others = [energy for rank, (_, energy) in enumerate(readings) if rank != RANK]
         if not RANK:
-            self.rows.extend(row for rows, _, _ in readings for row in rows)
+            self.rows.extend(row for rows, _ in readings for row in rows)
 
     def take(self) -> list[dict]:
         return [self.rows.popleft() for _ in range(len(self.rows))]
 
     def gpu(self) -> dict | None:
-        """The last reading of the GPU that trains."""
         return self.latest.get(self.trains) if self.trains != "cpu" else None
 
-    def own_power_w(self) -> float | None:
-        return self.latest.get(self.trains, {}).get("power_w")
+    def own_energy(self) -> tuple[float, float] | None:
+        """Watts and joules of this process; None where power cannot be read."""
+        watts = self.latest.get(self.trains, {}).get("power_w")
+        joules = sum(device.energy_j for device in self.devices if device.name == self.trains)
+        return None if watts is None else (watts, joules)
 
-    def own_energy_j(self) -> float | None:
-        if self.own_power_w() is None:
-            return None
-        return next(device.energy_j for device in self.devices if device.name == self.trains)
+    def total(self, which: int) -> float | None:
+        """Watts (0) or joules (1) of all processes; None where power cannot be read."""
+        known = [energy[which] for energy in (self.own_energy(), *self.others) if energy]
+        return sum(known) if known else None
 
     def power_w(self) -> float | None:
-        """Of all processes; None where power cannot be read."""
-        return add_known(self.own_power_w(), *(watts for watts, _ in self.others))
+        return self.total(0)
 
     def energy_j(self) -> float | None:
-        """Since the start, of all processes; None where power cannot be read."""
-        return add_known(self.own_energy_j(), *(joules for _, joules in self.others))
+        return self.total(1)
 
     def mean_power_w(self) -> float | None:
         joules = self.energy_j()
@@ -124,22 +122,16 @@ class HardwareMonitor:
         self.read()  # the end of the energy
 
 
-def add_known(*values: float | None) -> float | None:
-    """The sum of the values that are not None; None where all are."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
-
 @dataclass
 class StepWatch:
-    """Finds events in the times of steps; each is counted and reported once for as long as it lasts."""
+    """Finds events in the times of steps; each is counted and reported once while it lasts."""
 
     counts: Counter = field(default_factory=Counter)
-    usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds and watts of quiet steps
+    usual: deque = field(default_factory=lambda: deque(maxlen=WINDOW))  # quiet steps' (s, W)
     lasting: set[str] = field(default_factory=set)
 
     def step(self, seconds: float, gpu: dict | None = None, hot_readings: int = 0) -> list[str]:
-        """Lines to print after a step. gpu: a reading of hardware.Gpu; hot_readings: throttled ones in a row."""
+        """Lines to print after a step. gpu: a reading of Gpu; hot_readings: throttled, in a row."""
         median = statistics.median(s for s, _ in self.usual) if len(self.usual) >= WINDOW_MIN else None
         found = {}
         if gpu and (how := self.spills(seconds, median, gpu)):
@@ -156,19 +148,21 @@ class StepWatch:
         return [f"{event}: {found[event]}. {REMEDIES[event]}." for event in new]
 
     def spills(self, seconds: float, median: float | None, gpu: dict) -> str | None:
-        """How a step shows that memory lies outside of the GPU (Windows and WSL do that); None where it does not.
+        """How a step shows that memory lies outside of the GPU (on Windows and WSL), or None.
 
-        Either torch has reserved more than the whole GPU has in use, or the GPU is full, and steps have become slower
-        while its power fell: it waits for memory.
+        Either torch has reserved more than is in use on the whole GPU, or the GPU is full and
+        waits for memory: steps have become slower while its power fell.
         """
         used, total, watts = (gpu.get(name) for name in ("used_gib", "total_gib", "power_w"))
         if used is None:
             return None
         at_watts = "" if watts is None else f", at {watts:.0f} W"
-        if gpu["reserved_gib"] - used > SPILLED_GIB:
-            return f"{gpu['reserved_gib'] - used:.1f} GiB lie in main memory, which is many times slower{at_watts}"
+        spilled = gpu["reserved_gib"] - used
+        if spilled > SPILLED_GIB:
+            return f"{spilled:.1f} GiB lie in main memory, which is many times slower{at_watts}"
         before = [power for _, power in self.usual if power is not None]
         falls = watts is None or not before or watts < 0.8 * statistics.median(before)
         if CAN_SPILL and used > FULL * total and median and seconds > 1.5 * median and falls:
-            return f"{used:.1f} of {total:.1f} GiB in use, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
+            full = f"{used:.1f} of {total:.1f} GiB in use"
+            return f"{full}, {seconds:.1f} s a step, before {median:.1f}{at_watts}"
         return None

@@ -1,35 +1,32 @@
-"""Settings: UPPER_CASE constants at the top of a script, changed from the shell as NAME=value.
-
-This module imports nothing slow, so that a typing mistake is answered before torch is loaded.
-"""
+"""Settings: a script's UPPER_CASE constants, changed as NAME=value; nothing slow is imported."""
 
 import ast
+import contextlib
 import io
+import itertools
 import math
 import os
 import sys
 import tokenize
 from pathlib import Path
 
-from common.bounds import check_choice, check_setting  # noqa: F401  (check_choice: until the rooms import it from bounds)
+from common.bounds import check_setting
 from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, redact
 
 SECRET_ADVICE = "{name} holds a secret. Set it in the environment (HF_TOKEN), or use `hf auth login`."
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
+WORDS = {bool: "True or False", type(None): "None"}
 
 
 def declared(script: str | Path) -> list[dict]:
-    """The settings a script declares, in order: dicts of name, types (tuple), comment, and group (the comment above).
-
-    A setting's types come from its annotation (`MAX_STEPS: int | None = None`), or else from its default.
-    """
+    """A script's settings in order: name, types (annotated, or the default's), comment, group."""
     source = Path(script).read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    settings, group, lines_with_settings = [], "", set()
+    settings, group, line_before = [], "", 0
     for node in ast.parse(source).body:
         if isinstance(node, ast.If):  # the guard that calls apply_overrides: settings end here
             break
@@ -38,58 +35,54 @@ def declared(script: str | Path) -> list[dict]:
         if not isinstance(target, ast.Name) or not target.id.isupper():
             continue
         if annotated:
-            types = tuple(TYPES[part.strip()] for part in ast.unparse(node.annotation).split("|"))
+            types = [TYPES[part] for part in ast.unparse(node.annotation).split(" | ")]
         else:
-            types = (type(ast.literal_eval(node.value)),)
-        group = comments.get(node.lineno - 1, group) if node.lineno - 1 not in lines_with_settings else group
-        lines_with_settings.add(node.end_lineno)
-        settings.append(
-            {"name": target.id, "types": types, "comment": comments.get(node.end_lineno, ""), "group": group}
-        )
+            types = [type(ast.literal_eval(node.value))]
+        if node.lineno - 1 != line_before:
+            group = comments.get(node.lineno - 1, group)
+        line_before = node.end_lineno
+        settings.append(dict(name=target.id, types=types, comment=comments.get(line_before, ""), group=group))
     return settings
 
 
-def parse_value(name: str, text: str, types: tuple[type, ...]):
+def parse_value(name: str, text: str, types: list[type]):
     """The value that `text` stands for as one of `types`; UserError if it is none of them."""
     if type(None) in types and text == "None":
         return None
     if bool in types and text in ("True", "False"):
         return text == "True"
-    for kind in (int, float):
-        if kind in types:
-            try:
-                value = kind(text)
-            except ValueError:
-                continue
-            if math.isfinite(value):
+    for kind in [kind for kind in (int, float) if kind in types]:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)):
                 return value
     if str in types:
         return text
-    wanted = " or ".join("True or False" if t is bool else "None" if t is type(None) else t.__name__ for t in types)
+    wanted = " or ".join(WORDS.get(kind, kind.__name__) for kind in types)
     raise UserError(f"{name}={text} has the wrong type: {name} takes {wanted}.")
 
 
 def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
-    """Set a script's constants from NAME=value arguments and print each change; `--help` lists them and exits.
+    """Set a script's constants (its globals()) from NAME=value, or list them for `--help`.
 
-    namespace: the script's globals(). Ends the program with exit code 2 on an unknown name, a wrong type, or a value
-    outside of the setting's bounds (common/bounds.py).
+    Exit code 2 for an unknown name, a wrong type or a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
     if RANK:  # the first process prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    if any(argument in ("--help", "-h", "help") for argument in argv):
+    if {"--help", "-h", "help"} & set(argv):
         print(help_text(namespace, settings.values()))
         raise SystemExit(0)
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "SAVE_STEPS" not in settings:
-            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only training uses several processes. Use python.")
+        count = os.environ.get("WORLD_SIZE", "1")
+        if int(count) > 1 and "SAVE_STEPS" not in settings:
+            raise UserError(f"WORLD_SIZE={count}: only training uses several processes. Use python.")
         for argument in argv:
             name, equals, text = argument.partition("=")
             if name not in settings:
-                secrets = " Secrets are read from the environment, or `hf auth login`." * bool(SECRET_NAME.search(name))
-                hint = secrets or f"{nearest(name, settings)} --help lists all settings."
+                hint = f"{nearest(name, settings)} --help lists all settings."
+                if SECRET_NAME.search(name):
+                    hint = " Secrets are read from the environment, or `hf auth login`."
                 raise UserError(f"unknown setting {name}.{hint}")
             if not equals:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
@@ -100,10 +93,10 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             namespace[name] = value
         for name, setting in settings.items():  # defaults edited in the script, too
             value, types = namespace[name], setting["types"]
-            if not (type(value) in types or (type(value) is int and float in types)):  # a bool is not a number
+            is_int = type(value) is int  # which a bool is not
+            if type(value) not in types and not (is_int and float in types):
                 raise UserError(f"{name} = {value!r} in the script has the wrong type.")
-            # A default may happen to equal some environment variable; only a token's form makes it a secret.
-            if SECRET.search(str(value)):
+            if SECRET.search(str(value)):  # by form: a default may equal some environment variable
                 raise UserError(SECRET_ADVICE.format(name=name))
             check_setting(name, value, Path(namespace["__file__"]).stem)
     except UserError as error:
@@ -111,16 +104,14 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
 
 
 def help_text(namespace: dict, settings) -> str:
-    """The script's docstring and its settings with their values and comments."""
-    lines, group = [namespace["__doc__"].strip(), "", "Settings (NAME=value):"], None
-    for s in settings:
-        if s["group"] != group:
-            group = s["group"]
-            lines += ["", f"  {group}"]
-        lines.append(f"  {s['name'] + '=' + str(namespace[s['name']]):<48} {s['comment']}")
+    lines = [namespace["__doc__"].strip(), "", "Settings (NAME=value):"]
+    for group, members in itertools.groupby(settings, key=lambda s: s["group"]):
+        lines += ["", f"  {group}"]
+        for s in members:
+            lines.append(f"  {s['name'] + '=' + str(namespace[s['name']]):<48} {s['comment']}")
     return "\n".join(lines)
 
 
 def current(namespace: dict) -> dict:
-    """The script's settings as they are now, name to value, in the order of the file."""
+    """The script's settings, name to value, in the order of the file."""
     return {s["name"]: namespace[s["name"]] for s in declared(namespace["__file__"])}

@@ -1,7 +1,4 @@
-"""Write a merged model as a GGUF file, one tensor at a time.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-"""
+"""Write GGUF files, a tensor at a time (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 import re
 from collections.abc import Iterator
@@ -9,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map, quants
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map, quants
-from gguf.constants import MODEL_ARCH_NAMES
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -20,24 +16,21 @@ from common.cli import UserError
 from common.export.gguf_tokenizer import add_tokenizer
 
 # model_type of a config -> architecture of llama.cpp
-ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "stablelm", "gpt2")}
+ARCHITECTURES = {name: name for name in "llama qwen2 qwen3 stablelm gpt2".split()}
 ARCHITECTURES["mistral"] = "llama"
-
 # Kind -> types of most weights, of the most important, and of GPT-2's joint q, k and v. K-quants as
 # llama.cpp mixes them; q4_0 and q5_0 have embeddings and head in 8 bits.
-UNMIXED = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q6_k")
-KINDS = {kind: (Type[kind.upper()],) * 3 for kind in UNMIXED}
+KINDS = {kind: (Type[kind.upper()],) * 3 for kind in "f32 f16 bf16 q8_0 q4_0 q5_0 q6_k".split()}
 KINDS["q4_k_m"] = (Type.Q4_K, Type.Q6_K, Type.Q5_K)
 KINDS["q5_k_m"] = (Type.Q5_K, Type.Q6_K, Type.Q6_K)
 # K-quants -> what is taken for rows that are not a multiple of 256.
 K_QUANTS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
-
 # Features that GGUF files cannot express.
 UNKNOWN = ("qk_layernorm", "use_sliding_window", "mlp_bias", "scale_attn_by_inverse_layer_idx")
 
 
 def check(config, kinds: list[str], llama_cpp: str | None) -> None:
-    """Raise UserError where a package, a checkout's converter or support of the model is missing."""
+    """UserError where a package, a converter or support of the model is missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
     if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
@@ -51,9 +44,11 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
         raise UserError(f"GGUF: cannot write {config.model_type} models, only {known}. Set LLAMA_CPP.")
     values = config.to_dict()
     odd = [name for name in UNKNOWN if values.get(name)]
-    odd += [] if values.get("scale_attn_weights", True) else ["unscaled attention"]
+    if not values.get("scale_attn_weights", True):
+        odd.append("unscaled attention")
     activation = values.get("activation_function") or values["hidden_act"]
-    odd += [] if activation in ("silu", "gelu_new") else [f"activation {activation}"]
+    if activation not in ("silu", "gelu_new"):
+        odd.append(f"activation {activation}")
     rope = values.get("rope_parameters") or {}
     known = rope.get("rope_type", "default") in ("default", "linear", "yarn", "llama3")
     if not known or rope.keys() & {"attention_factor", "beta_fast", "beta_slow", "mscale"}:
@@ -63,15 +58,11 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
 
 
 def bytes_per_weight(*kinds: str) -> float:
-    """At most, of files of these dtypes or kinds together."""
     return sum(4 if "32" in kind else 2 if "16" in kind else 9 / 8 for kind in kinds)
 
 
 def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer: str | None = None) -> str:
-    """Write the model in a folder (safetensors) as a GGUF file; returns a note on its tensors.
-
-    Raises UserError for an unknown pre-tokenizer, or weights that do not fit into float16.
-    """
+    """Write a folder's model; returns a note. UserError where tokens or weights do not fit."""
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     writer.add_name(folder.parent.name)
     writer.add_file_type(LlamaFileType[("ALL_" if kind == "f32" else "MOSTLY_") + kind.upper()])
@@ -80,10 +71,10 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
     add_tokenizer(writer, tokenizer, config, pre_tokenizer)
     types = {}
     for name, tensor in tensors(folder, config):
-        types[name] = tensor_type(name, tensor.shape, kind, config)
-        shape = tensor.shape
-        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, types[name])))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=types[name])
+        shape, type = tensor.shape, tensor_type(name, tensor.shape, kind, config)
+        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, type)))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=type)
+        types[name] = type
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -91,13 +82,11 @@ def write(file: Path, folder: Path, config, tokenizer, kind: str, pre_tokenizer:
         writer.write_tensor_data(quantize(name, tensor, types[name]))
     writer.close()
     short = sum(type not in (Type.F32, *K_QUANTS) for type in types.values())
-    if KINDS[kind][0] not in K_QUANTS or not short:
-        return ""
-    return f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
+    note = f"{short} of {len(types)} tensors have rows too short for K-quants: q5_0, q5_1 or q8_0"
+    return note if KINDS[kind][0] in K_QUANTS and short else ""
 
 
 def add_config(writer: GGUFWriter, config) -> None:
-    """Add the hyperparameters that llama.cpp needs to compute the model."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -131,10 +120,9 @@ def head_size(config) -> int:
 
 
 def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights as llama.cpp expects them, one after another."""
+    """Names and weights as llama.cpp expects them."""
     kind = ARCHITECTURES[config.model_type]
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == kind)
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = get_tensor_name_map(MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stream:
             for name in stream.keys():
@@ -144,9 +132,10 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
                 if new is None:
                     raise UserError(f"GGUF: {file} has an unknown tensor: {name}. Set LLAMA_CPP.")
                 tensor = stream.get_tensor(name)
-                if kind == "llama" and re.search(r"attn_[qk]\.", new):
-                    heads = config.num_attention_heads if "attn_q" in new else config.num_key_value_heads
-                    tensor = interleave(tensor, heads)
+                if kind == "llama" and "attn_q." in new:
+                    tensor = interleave(tensor, config.num_attention_heads)
+                if kind == "llama" and "attn_k." in new:
+                    tensor = interleave(tensor, config.num_key_value_heads)
                 if kind == "gpt2" and re.search(r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", new):
                     tensor = tensor.T.contiguous()  # Conv1D
                 yield new, tensor
@@ -157,7 +146,7 @@ def tensors(folder: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in llama.cpp's order: its rotary embedding pairs neighbours, not halves."""
+    """Rows of heads in llama.cpp's order: its rotary embedding pairs neighbours."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -172,9 +161,8 @@ def tensor_type(name: str, shape, kind: str, config) -> Type:
         chosen = joint
     elif re.search(r"attn_v|ffn_down", name):
         # Layers that suffer most: the first and the last eighth, and every third between.
-        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
-        last = layer >= 7 * config.num_hidden_layers // 8
-        if layer < eighth or last or (layer - eighth) % 3 == 2:
+        layer, layers = int(name.split(".")[1]), config.num_hidden_layers
+        if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
             chosen = important
     if chosen in K_QUANTS and shape[-1] % 256:
         chosen = K_QUANTS[chosen]

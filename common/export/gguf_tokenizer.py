@@ -15,16 +15,13 @@ PATTERN = (
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
 ONE_DIGIT = SPLIT | {"pattern": {"Regex": PATTERN.replace("{1,3}", "")}}
-DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-BYTES_ONLY = BYTES | {"use_regex": False}
 PRE_TOKENIZERS = {
     "gpt-2": [BYTES],
-    "smollm": [DIGITS, BYTES],
-    "llama-bpe": [SPLIT, BYTES_ONLY],
-    "qwen2": [ONE_DIGIT, BYTES_ONLY],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
+    "llama-bpe": [SPLIT, BYTES | {"use_regex": False}],
+    "qwen2": [ONE_DIGIT, BYTES | {"use_regex": False}],
 }
-
 # What stands before each message, by its role and place, then the message; at last the prompt.
 GO_TEMPLATE = (
     '{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}%s'
@@ -35,25 +32,20 @@ GO_TEMPLATE = (
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | None) -> None:
-    """Add vocabulary, merges, types of tokens, the tokens that begin and end, and the template.
-
-    pre_tokenizer: its name in llama.cpp; None: looked up. Raises UserError where it is not known.
-    """
+    """Add a tokenizer and its template. pre_tokenizer: llama.cpp's name, or None to look it up."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, encoder = spec["model"], ChatEncoder(tokenizer)
     if model["type"] != "BPE":
         raise UserError(f"GGUF: cannot write a tokenizer of type {model['type']}. Set LLAMA_CPP.")
     texts = {id: token for token, id in tokenizer.get_vocab().items()}
-    added, ids = tokenizer.added_tokens_decoder, range(config.vocab_size)
+    added, unknown, ids = tokenizer.added_tokens_decoder, tokenizer.unk_token, range(config.vocab_size)
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in ids])
-    unknown = tokenizer.unk_token
     writer.add_token_types([token_type(texts.get(i), added.get(i), unknown) for i in ids])
     if model.get("byte_fallback"):  # SentencePiece, which merges by score
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre(pre_tokenizer or "default")
-        ranked = reversed(list(enumerate(model["merges"])))
-        scores = {"".join(merge): -float(rank) for rank, merge in ranked}
-        writer.add_token_scores([scores.get(texts.get(i), -1e6) for i in ids])
+        ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
+        writer.add_token_scores([-float(ranks.get(texts.get(i), 1e6)) for i in ids])
         writer.add_add_space_prefix(bool(encoder.prefix and encoder.prefix.everywhere))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -62,8 +54,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
     writer.add_add_bos_token(adds_bos(encoder))
     writer.add_add_eos_token(False)
     end = tokenizer.convert_tokens_to_ids(encoder.end_token)
-    special = {"bos": tokenizer.bos_token_id, "eos": end, "eot": end}
-    special |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
+    special = dict(bos=tokenizer.bos_token_id, eos=end, eot=end)
+    special |= dict(padding=tokenizer.pad_token_id, unknown=tokenizer.unk_token_id)
     for name, id in special.items():
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
@@ -71,10 +63,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
 
 
 def adds_bos(encoder: ChatEncoder) -> bool:
-    """Whether llama.cpp should put a BOS before every text, in place of the template's own.
-
-    Where the template writes none, training saw none, though the tokenizer adds it to plain text.
-    """
+    """Whether to put a BOS before every text: only where the template, and so training, had one."""
     text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
     return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
 
@@ -91,7 +80,7 @@ def token_type(text: str | None, added, unknown: str | None) -> TokenType:
 
 
 def pre_tokenizer_name(spec: dict, config) -> str:
-    """llama.cpp's name for how a tokenizer splits text; UserError where none is known."""
+    """llama.cpp's name for how a tokenizer splits text; UserError for none."""
     part, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {}
     steps = [dict(step) for step in part.get("pretokenizers", [part])]
     for step in steps:
@@ -108,20 +97,18 @@ def pre_tokenizer_name(spec: dict, config) -> str:
 
 
 def modelfile(gguf_name: str, tokenizer) -> str:
-    """A Modelfile for Ollama: the GGUF file, the token to stop at, and the template for Go."""
+    """A Modelfile for Ollama: GGUF file, token to stop at, template."""
     encoder = ChatEncoder(tokenizer)
-    text = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
-    if (template := go_template(encoder)) is not None:
-        text = f'TEMPLATE """{template}"""'
-    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{text}\n'
+    return f'FROM ./{gguf_name}\nPARAMETER stop "{encoder.end_token}"\n{go_template(encoder)}\n'
 
 
-def go_template(encoder: ChatEncoder) -> str | None:
-    """The chat template as Go text; None where it is more than fixed texts around the messages."""
+def go_template(encoder: ChatEncoder) -> str:
+    """The chat template for Go; a comment where it is more than fixed texts around messages."""
+    unknown = "# The chat template has no equivalent in Go: use /api/generate with raw prompts."
     bos = encoder.variables["bos_token"] if adds_bos(encoder) else ""
 
     def split(*roles: str) -> list[str]:
-        """The texts before, between and after messages, without a BOS, which is added anyway."""
+        """The texts before, between and after messages, without a BOS."""
         messages = [{"role": role, "content": "\0"} for role in roles]
         text = encoder.render(messages, add_generation_prompt=True)[0]
         return text.removeprefix(bos).split("\0")
@@ -130,8 +117,9 @@ def go_template(encoder: ChatEncoder) -> str | None:
     try:
         first_system, system_user, user_answer, answer_user, prompt = split("system", *turns)
         first_user, *following = split(*turns)
-    except (UserError, ValueError):  # the template refuses system messages, or leaves a message out
-        return None
+    except (UserError, ValueError):  # system messages are refused, or a message is left out
+        return unknown
     if prompt != user_answer or following != [user_answer, answer_user, prompt]:
-        return None
-    return GO_TEMPLATE % (first_system, user_answer, first_user, system_user, answer_user, prompt)
+        return unknown
+    texts = (first_system, user_answer, first_user, system_user, answer_user, prompt)
+    return f'TEMPLATE """{GO_TEMPLATE % texts}"""'

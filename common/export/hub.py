@@ -7,45 +7,37 @@ from common.cli import UserError
 
 
 def model_card(model: str, base: str, run: Path | None) -> str:
-    """The README.md of a model: its base, and its run's settings, summary and scores.
-
-    A checkpoint gets the settings only: summary and scores belong to the run's final model.
-    """
+    """The README.md of a model: base, settings; of a final one also summary and scores."""
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
     is_final = run and Path(model).expanduser() in (run, run / "final")
-    names = ("settings", "summary", "scores") if is_final else ("settings",)
-    for file in [run / f"{name}.json" for name in names] if run else ():
-        if file.is_file():
-            text += table(file.stem, json.loads(file.read_text(encoding="utf-8")))
+    for name in ("settings", "summary", "scores") if is_final else ("settings",):
+        file = run and run / f"{name}.json"
+        if file and file.is_file():
+            text += table(name, json.loads(file.read_text(encoding="utf-8")))
     return text
 
 
 def table(name: str, contents: dict) -> str:
-    """A Markdown table of one of a run's files: a row for each plain value."""
     values = contents["settings"] if name == "settings" else contents
     if name == "scores":  # as evaluate_model.py writes them
         quantization = contents["settings"]["QUANTIZATION"]
-        name, values = f"score (95 % interval) before merging, QUANTIZATION={quantization}", {}
-        for score, value in contents["scores"].items():
-            interval = contents["intervals"][score]  # None: too few answers
-            values[score] = f"{value:.4g}"
-            if interval:
+        name = f"score (95 % interval) before merging, QUANTIZATION={quantization}"
+        values = {score: f"{value:.4g}" for score, value in contents["scores"].items()}
+        for score, interval in contents["intervals"].items():
+            if interval:  # None: too few answers
                 values[score] += " ({:.4g} to {:.4g})".format(*interval)
-    text = f"\n| {name} | |\n|---|---|\n"
-    for key, value in values.items():
-        if not isinstance(value, (list, dict)):
-            cell = str(value).replace("|", "\\|")
-            text += f"| {key} | {cell} |\n"
-    return text
+    plain = {key: str(value) for key, value in values.items() if not isinstance(value, (list, dict))}
+    rows = ["| {} | {} |\n".format(key, value.replace("|", "\\|")) for key, value in plain.items()]
+    return "".join([f"\n| {name} | |\n|---|---|\n", *rows])
 
 
 def upload(folder: Path, files: list[str], hub_id: str, private: bool) -> None:
-    """Upload an export with the environment's token; UserError for a public repository if `private`."""
+    """Upload an export; UserError for a public repository if `private`."""
     from huggingface_hub import HfApi
 
-    others = (folder / name for name in (*files, "Modelfile", "export.json"))
-    paths = [path for path in (*sorted((folder / "final").iterdir()), *others) if path.is_file()]
+    others = [folder / name for name in (*files, "Modelfile", "export.json")]
+    paths = [path for path in sorted((folder / "final").iterdir()) + others if path.is_file()]
     print(f"uploading to {hub_id}, {'private' if private else 'PUBLIC'}:")
     for path in paths:
         print(f"  {path.relative_to(folder)}  {path.stat().st_size / 2**20:.1f} MiB")

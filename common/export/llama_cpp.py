@@ -1,4 +1,4 @@
-"""llama.cpp: the converter and quantizer of a checkout, and its server inside this process."""
+"""llama.cpp: a checkout's converter and quantizer, and its server in this process."""
 
 import json
 import subprocess
@@ -10,14 +10,13 @@ from common.cli import UserError
 
 
 def convert(checkout: Path, file: Path, folder: Path, kind: str) -> str:
-    """Write a folder's model as a GGUF file by a checkout's programs; UserError where they fail."""
+    """Write a folder's model by a checkout's programs; UserError where they fail."""
     converted = kind if kind in ("f32", "f16", "bf16", "q8_0") else "bf16"
     whole = file if kind == converted else file.with_name(f"{file.name}.{converted}")
     converter = checkout / "convert_hf_to_gguf.py"
     run(converter.name, sys.executable, converter, folder, "--outfile", whole, "--outtype", converted)
     if kind != converted:
-        paths = checkout.rglob("llama-quantize*")
-        found = [path for path in paths if path.stem == "llama-quantize"]
+        found = [path for path in checkout.rglob("llama-quantize*") if path.stem == "llama-quantize"]
         if not found:
             raise UserError(f"LLAMA_CPP={checkout}: llama-quantize not found. GGUF={kind} needs it.")
         run("llama-quantize", found[0], whole, file, kind.upper())

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model: into the better of two bases after quantized training."""
+"""Merge an adapter into its base: after quantized training, into the better of two."""
 
 import dataclasses
 import re
@@ -17,28 +17,26 @@ from common.model import generation, load
 from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
-BASES = ("original", "dequantized")
-TIE = 1.01  # ratio of perplexities up to which the original base wins
-
-# {% generation %} marks, which only training needs; other libraries cannot read them.
+# Ratio of perplexities up to which the original base wins: it lost nothing to quantization on
+# other text, though it differs more from the trained model.
+TIE = 1.01
+# {% generation %} marks, which only training needs and other libraries cannot read.
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
 def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
-    """The bases to merge into; UserError where MERGE_INTO does not fit or MODEL is quantized."""
+    """The bases to try; UserError where MERGE_INTO does not fit, or MODEL is quantized."""
     check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     if config.to_dict().get("quantization_config"):
         raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
-    both = source.adapter and quantization
-    if merge_into == "dequantized" and not both:
+    bases = ("original", "dequantized") if source.adapter and quantization else ("original",)
+    if merge_into not in (None, *bases):
         raise UserError("MERGE_INTO=dequantized: MODEL has no quantized base. Set MERGE_INTO=None.")
-    if merge_into:
-        return (merge_into,)
-    return BASES if both else BASES[:1]
+    return (merge_into,) if merge_into else bases
 
 
 def load_chat_tokenizer(source: Source):
-    """The model's tokenizer, with its template as other libraries can read it."""
+    """The tokenizer, with its template as other libraries can read it."""
     tokenizer, name = load.load_tokenizer(source), source.adapter or source.name
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={name} has no chat template. Fine-tune it first.")
@@ -51,33 +49,26 @@ def load_chat_tokenizer(source: Source):
     return tokenizer
 
 
-def merge_adapter(source: Source, base: str, quantization: str | None, dtype: torch.dtype, vocabulary: int):
+def merge_adapter(source: Source, base: str, quantization: str | None, dtype, vocabulary: int):
     """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
 
     base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
     """
-    options = dict(attention="sdpa", vocabulary=vocabulary)
-    if base == "original":
-        model = load.load_model(source, None, dtype, **options)
-    else:
-        bare = dataclasses.replace(source, adapter=None)
-        model = load.load_model(bare, quantization, dtype, **options)
+    quantization = quantization if base == "dequantized" else None
+    bare = dataclasses.replace(source, adapter=None)
+    model = load.load_model(bare, quantization, dtype, "sdpa", vocabulary=vocabulary)
+    if quantization:
         model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
-        model = PeftModel.from_pretrained(model, source.adapter)
-    if source.adapter:
-        model = model.merge_and_unload(safe_merge=True)
+    if source.adapter:  # which the reference was loaded with, and so is checked
+        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
     # An adapter may bring its own head to a base whose head is tied to the embeddings.
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = torch.equal(head.weight, embeddings.weight)
     return model.to(dtype).eval()
 
 
-def merge_best(source: Source, bases, quantization: str | None, dtype: torch.dtype, reference: Reference):
-    """Merge into each base; returns the best model, its result, and the results of all.
-
-    The best has the lowest perplexity on held-out answers. Within TIE the original base wins: it
-    lost nothing to quantization on other text, though it differs more from the trained model.
-    """
+def merge_best(source: Source, bases, quantization: str | None, dtype, reference: Reference):
+    """Merge into each base; returns the model of lowest perplexity, its result, and all results."""
     arguments, results = (quantization, dtype, len(reference.tokenizer)), []
     for base in bases:
         model = None  # frees the last one before this one is loaded

@@ -1,7 +1,4 @@
-"""Verify an export: its predictions on held-out chats, its tokens, and that its answers end.
-
-A GGUF file is read by two other programs: transformers for predictions, llama.cpp for answers.
-"""
+"""Verify an export: its predictions, its tokens, and that its answers end."""
 
 import itertools
 import statistics
@@ -32,11 +29,9 @@ KL_BOUNDS = {
 }  # fmt: skip
 NOISE = 1e-3  # between two computations of one model in 16 bits
 LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values in 16 bits
-
 MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
 PROMPTS = 4  # to answer
-
 # Where tokenizers differ: numbers, white space, contractions, capitals, scripts, symbols.
 TEXTS = (
     "Hello! What's 12345 plus 3.14159?",
@@ -48,9 +43,7 @@ TEXTS = (
 
 
 class Row(NamedTuple):
-    """A held-out chat of T tokens."""
-
-    ids: list[int]  # (T,)
+    ids: list[int]  # (T,): a held-out chat
     answers: list[int]  # positions whose next token is part of an answer
 
 
@@ -59,15 +52,15 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
 
     chats: the setting CHATS; None: what the run held out, or else data/brief.jsonl.
     """
-    file = run / "data" / "eval.parquet" if run and not chats else None
-    if file and file.is_file() and parquet.read_metadata(file).num_rows:
+    rows, pairs, file = [], [], run and run / "data" / "eval.parquet"
+    if file and file.is_file() and not chats:
         table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
-        pairs = (row.values() for row in table.to_pylist())
-    else:
+        pairs = [row.values() for row in table.to_pylist()]
+    if not pairs:
+        encode = ChatEncoder(tokenizer).encode
         sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
-        encoded = map(ChatEncoder(tokenizer).encode, ([chat] for chat in sound))
-        pairs = ((row.ids.tolist(), row.learned.tolist()) for [row] in encoded)
-    rows = []
+        encoded = (row for chat in sound for row in encode([chat]))
+        pairs = ((row.ids.tolist(), row.learned.tolist()) for row in encoded)
     for ids, mask in pairs:
         answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
         if answers:
@@ -87,8 +80,7 @@ class Reference:
 
     def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows, answers=False):
         model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer)).eval()
-        self.tokenizer, self.rows = tokenizer, rows
-        self.dtype, self.config = dtype, model.config
+        self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             problem = "predictions are not finite. Take an earlier checkpoint."
@@ -121,34 +113,32 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
 
 
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
-    """Load the saved model and name it final; returns its reference, and its KL from the trained model.
-
-    Above the bound, or where its tokens differ: final.rejected, and UserError with exit code 5.
-    """
+    """Name the saved model final, or final.rejected (UserError, code 5): its reference and KL."""
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
     saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
     kl = reference.compare(saved.predictions)["kl"]
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
-    tokenizers = reference.tokenizer, load.load_tokenizer(source)
-    expected, actual = (list(map(ChatEncoder(tokenizer).prompt, chats)) for tokenizer in tokenizers)
-    if kl <= bound and actual == expected:
-        unverified.rename(folder / "final")
-        return saved, kl
-    fault = "its tokenizer gives other tokens"
+    encoders = ChatEncoder(reference.tokenizer), ChatEncoder(load.load_tokenizer(source))
+    expected, actual = (list(map(encoder.prompt, chats)) for encoder in encoders)
+    fault = None if actual == expected else "its tokenizer gives other tokens"
     if not kl <= bound:
         fault = f"KL {kl:.2g} nats a token, the bound is {bound:.2g}"
-    rejected = unverified.rename(folder / "final.rejected")
-    raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+    if fault:
+        rejected = unverified.rename(folder / "final.rejected")
+        raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
+    unverified.rename(folder / "final")
+    return saved, kl
 
 
 def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
-    """What was measured of a GGUF file made from the reference's model, and a list of its `faults`.
+    """What was measured of a GGUF file made from the reference's model, and its `faults`.
 
-    kl and perplexity are None where transformers cannot read the file; then llama.cpp alone decides.
+    kl and perplexity are None where transformers cannot read the file: llama.cpp decides.
     """
     faults, prompts = [], len(reference.prompts)
-    result = {"kind": kind, "bytes": file.stat().st_size, "kl": None, "perplexity": None}
+    result = dict(kind=kind, bytes=file.stat().st_size, kl=None, perplexity=None)
+    result |= dict(llama_cpp_kl=None, prompts=prompts, ended=0, tokens_per_second=0.0)
     try:
         model = load_gguf(file, reference.config, reference.dtype)
         result |= reference.compare(predict(model, reference.rows))
@@ -156,7 +146,6 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
     except (RuntimeError, KeyError) as error:
         faults.append(f"transformers finds its tensors wrong: {error}")
-    result |= {"llama_cpp_kl": None, "prompts": prompts, "ended": 0, "tokens_per_second": 0.0}
     try:
         longest = max(map(len, reference.prompts)) + ANSWER_TOKENS
         llama = LlamaCpp(file, min(reference.config.max_position_embeddings, longest))
@@ -166,7 +155,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
             faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
-    bound, noise = KL_BOUNDS[kind], 0 if reference.dtype == torch.float32 else NOISE
+    noise = 0 if reference.dtype == torch.float32 else NOISE
+    bound = KL_BOUNDS[kind]
     bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
     for name, bound in bounds.items():
         if result[name] is not None and not result[name] <= bound:
@@ -176,7 +166,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
 
 
 def load_gguf(file: Path, config, dtype: torch.dtype):
-    """The model in a GGUF file as transformers reads it; the config fills what its reader omits."""
+    """The model as transformers reads it; the config fills what its reader omits."""
     from transformers import GgufConfig  # not in older releases
 
     read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
@@ -191,7 +181,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
 
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
-    """llama.cpp's greedy answers, and its KL divergence over the 64 tokens it finds likeliest."""
+    """llama.cpp's greedy answers, and its KL divergence over its 64 likeliest tokens."""
     divergences, answers = [], []
     starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
     for prompt, start in zip(reference.prompts, starts, strict=False):
@@ -206,15 +196,12 @@ def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
         answers.append(llama.ask("/completion", prompt=prompt, **options))
     tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
     seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
-    return {
-        "llama_cpp_kl": abs(statistics.fmean(divergences)) if divergences else None,
-        "ended": sum(answer["stop_type"] == "eos" for answer in answers),
-        "tokens_per_second": tokens / max(seconds, 1e-6),
-    }
+    kl = abs(statistics.fmean(divergences)) if divergences else None
+    ended = sum(answer["stop_type"] == "eos" for answer in answers)
+    return dict(llama_cpp_kl=kl, ended=ended, tokens_per_second=tokens / max(seconds, 1e-6))
 
 
 def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
-    """Where a file's tokens differ from those that the model was trained on."""
     encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
     if end != encoder.end_token:
         yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
@@ -222,14 +209,14 @@ def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
     for text in TEXTS:
         chat = [*earlier, {"role": "user", "content": text}]
         rendered = llama.ask("/apply-template", messages=chat)["prompt"]
-        options = dict(content=rendered, add_special=True, parse_special=True)
-        actual, expected = llama.ask("/tokenize", **options)["tokens"], encoder.prompt(chat)
+        reply = llama.ask("/tokenize", content=rendered, add_special=True, parse_special=True)
+        actual, expected = reply["tokens"], encoder.prompt(chat)
         if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
             yield "a chat begins with two BOS tokens"
             return
         if actual != expected:
             at = generation.shared(actual, expected)
-            there, trained = (ids[at : at + 3] for ids in (actual, expected))
             name = tokenizer.convert_ids_to_tokens
-            yield f"its tokens of a chat differ: {name(there)} where training had {name(trained)}"
+            there, trained = name(actual[at : at + 3]), name(expected[at : at + 3])
+            yield f"its tokens of a chat differ: {there} where training had {trained}"
             return
