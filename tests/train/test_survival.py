@@ -20,7 +20,7 @@ from common.data import prepare
 from common.model import load
 from common.train import checkpoints, guard, saving, trainer
 from common.train.guard import is_spike
-from common.train.spikes import chats_of
+from common.train.reliability import chats_of
 from common.train.trainer import ChatTrainer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
