@@ -101,9 +101,9 @@ def main():
     # Models against each other
     if judged:
         judge.score_answers(results, judge_server, judged, answers, current(globals()))
+    for name in names[1:]:
+        statistics.compare(names[0], name, results)
     for name, result in results.items():
-        if name != names[0]:
-            statistics.compare(names[0], name, results)
         save(name, result)
 
 

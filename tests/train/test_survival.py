@@ -637,9 +637,9 @@ def test_secrets_in_settings_are_refused_and_not_printed():
 def test_a_sample_of_all_kill_points():
     """README has the result of all of them: python tests/survival_sweep.py"""
     started = time.monotonic()
-    done = run_script("tests/survival_sweep.py", "EVERY=37")
+    done = run_script("tests/survival_sweep.py", "EVERY=61")
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout.split("ours: ")[1].split()[0])
-    assert kills >= 7 and done.stdout.count(f"{kills} of {kills}") == 3, done.stdout
+    assert kills >= 5 and done.stdout.count(f"{kills} of {kills}") == 3, done.stdout
     assert "steps lost, with a checkpoint after each: 1 at most" in done.stdout
     print(f"{kills} kills in {time.monotonic() - started:.0f} s")
