@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), *(str(path) for path in (ROOT / "tests").iterdir() if path.is_dir())]
 os.environ["HF_HUB_OFFLINE"] = "1"
-# TEST_DTYPE=float32 make test: as on a CPU without bf16; bfloat16: as on one with it; for started processes, too.
-if os.environ.get("TEST_DTYPE"):
-    folder = str(ROOT / "tests" / "forced_dtype")
+# For this process and all that it starts; TEST_DTYPE=float32 make test: as on a CPU without bf16.
+folder = str(ROOT / "tests" / "site")
+if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     runpy.run_path(f"{folder}/sitecustomize.py")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")

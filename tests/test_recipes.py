@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_jsonl
-from test_distributed import BIN, deepspeed_on_cpus, environment  # noqa: F401
+from test_distributed import BIN, environment  # noqa: F401
 from test_judge import fake  # noqa: F401  a fixture
 from test_sources import arena, oasst
 
@@ -176,7 +176,7 @@ def test_llama_2_on_samsum(run, run_here, tiny, tmp_path):
         assert code == 2 and re.search(refusal, error), error
 
 
-def test_mistral_by_deepspeed_and_ddp(run, deepspeed_on_cpus):  # noqa: F811
+def test_mistral_by_deepspeed_and_ddp(run):
     for command in commands("recipes.md", "Mistral 7B on your own JSONL"):
         assert "row for runs.md" in run(command, "EVAL_STEPS=2", "SAVE_STEPS=2")
 
