@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common.bounds import CHOICES
+from common.bounds import CHOICES, TRAINERS_OPTIMIZERS
 from common.train.loss import add_chunked_loss, supports_chunked_loss
 from common.train.optimizers import learning_rate_factor
 from common.train.trainer import ChatTrainer
@@ -199,6 +199,17 @@ def test_anyprecision_goes_on_bit_for_bit(train, run_here, tmp_path):
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     assert losses(whole)[-1] == losses(stopped)[-1]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("optim", TRAINERS_OPTIMIZERS)
+def test_every_optimizer_offered_trains_or_asks_for_a_gpu(optim, train, run_here):
+    if "8bit" in optim or "paged" in optim:
+        code, _, error = run_here("qlora_train.py", f"OPTIM={optim}")
+        assert code == 2 and f"error: OPTIM={optim}: it needs an NVIDIA GPU" in error
+    else:
+        folder = train("run", f"OPTIM={optim}", "MAX_STEPS=2")
+        saved = json.loads((folder / "summary.json").read_text())
+        assert saved["verdict"] == "done" and 5 < saved["train_loss"] < 9
 
 
 def test_runs_are_reported_where_asked(train, tmp_path, run_here, monkeypatch):
