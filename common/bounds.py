@@ -1,6 +1,7 @@
 """Bounds and choices of every setting, by name, for all scripts; nothing slow is imported."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -102,10 +103,17 @@ def find_problem(name: str, value) -> str | None:
     for words, (keeps, names) in BOUNDS.items():
         if name in names.split() and not keeps(value):
             return f"it must be {words}."
+    path = Path(str(value)).expanduser()
     if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
         return "it must be a whole number, or a share below 1; 0 means none."
-    if name in FILES and not Path(value).expanduser().is_file():
+    if name in FILES and not path.is_file():
         return "file not found."
+    if name == "LLAMA_CPP" and not path.is_dir():
+        return "folder not found."
+    if name == "OUT_DIR":
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            return f"{existing} is not a folder that can be written. Choose another."
     if name in SIZES:
         size = re.fullmatch(SIZE, value.strip())
         if not size or float(size[1]) <= 0 or (not size[2] and float(size[1]) > 1):
@@ -114,9 +122,9 @@ def find_problem(name: str, value) -> str | None:
         return "use 1 to 64 letters, digits, dots, dashes and underscores."
     if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
-    elif name == "CHAT_TEMPLATE" and not Path(value).is_file():
+    elif name == "CHAT_TEMPLATE" and not path.is_file():
         return "file not found."
-    if name == "ADAPTER" and value not in ADAPTERS and not Path(value).expanduser().is_dir():
+    if name == "ADAPTER" and value not in ADAPTERS and not path.is_dir():
         check_choice(name, value, [None, *ADAPTERS, "a run folder"])
     if name in ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES", "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."

@@ -108,10 +108,10 @@ BOUNDS = {
         MAX_GRAD_NORM=-1 MIN_LR=-1 LR_SCHEDULER=cosin TRAIN_ON=answers TOO_LONG=keep DROP_PATTERN=( QUANTIZATION=nf5
         RUN_NAME=a/b RUN_NAME=.. CHAT_TEMPLATE=none.jinja CHAT_TEMPLATE=chatlm ADAPTER=lorra MEMORY_LIMIT=1.5
         REPORT_TO=tensorbord LOGGING_STEPS=0 MAX_LENGTH=0 NUM_TRAIN_EPOCHS=0 RESUME=yes EVAL_FACTS=none.jsonl
-        SAVE_TOTAL_LIMIT=0 MAX_SAMPLES=0 DTYPE=float8 MODEL= DATA=""",
+        SAVE_TOTAL_LIMIT=0 MAX_SAMPLES=0 DTYPE=float8 MODEL= DATA= OUT_DIR=README.md/out OUT_DIR=""",
     "galore_train.py": "GALORE_RANK=0 GALORE_SCALE=0 GALORE_UPDATE_GAP=0 OPTIM=adamw_torch OPTIM=galore_exact_svd",
     "chat_pipe.py": "TEMPERATURE=-1 TOP_P=0 TOP_P=1.1 MAX_NEW_TOKENS=0 CONTEXT=0 GENERATION_BATCH_SIZE=0 PROMPTS=no",
-    "merge_and_export.py": "GGUF=q3 PROOF_DTYPE=float8 MERGE_INTO=both PROOF_TOKENS=0",
+    "merge_and_export.py": "LLAMA_CPP=none GGUF=q3 PROOF_DTYPE=float8 MERGE_INTO=both PROOF_TOKENS=0",
     "evaluate_model.py": "SUITES=los JUDGE_MODE=triple JUDGE_SCALE=1-5 JUDGE_TIMEOUT=0 MAX_CHATS=0 FACTS=none.jsonl",
     "prepare_data.py": "PROCESSES=0 EVAL_SIZE=1.5 TRAIN_ON=none",
     "estimate_memory.py": "METHOD=loar DEVICE=tpu FIT=8GB FIT=2 LORA_R=0",
@@ -129,7 +129,16 @@ def test_impossible_values_are_answered_at_once(script, argument, run_here):
 
 
 @pytest.mark.parametrize(
-    "argument", ["LEARNIN_RATE=1", "LORA_R=0", "MODEL=/nowhere", "DATA=no-such.jsonl", "RUN_NAME=a/b", "DOCTOR=stopp"]
+    "argument",
+    [
+        "LEARNIN_RATE=1",
+        "LORA_R=0",
+        "MODEL=/nowhere",
+        "DATA=no-such.jsonl",
+        "RUN_NAME=a/b",
+        "DOCTOR=stopp",
+        "OUT_DIR=README.md",
+    ],
 )
 def test_a_mistake_is_answered_without_the_slow_imports(argument):
     """In a process of its own, with a torch that cannot be imported."""

@@ -19,15 +19,8 @@ from common import distributed
 
 CHUNK = 256  # positions whose logits exist at the same time
 # Config entries by which a model changes its logits after the head, or adds a router loss; such models keep TRL's loss.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "num_experts",
-    "num_local_experts",
-)
+LOGIT_CHANGES = """final_logit_softcapping logit_scale output_multiplier lm_head_multiplier logits_scaling num_experts
+num_local_experts""".split()
 
 
 def supports_chunked_loss(config) -> bool:

@@ -1,9 +1,8 @@
 """Memory of a training step, known beforehand: the real step is run on tensors without storage, and each is followed.
 
-Model, adapter, loss, backward pass and optimizer are those of training, as fake tensors (torch's FakeTensorMode: shapes
-and dtypes on the meta device), so nothing is computed or allocated and a model of any size takes seconds. Only what
-takes another path without data is stood in for: fused attention, the positions that a mask selects (all), numbers read
-back.
+Model, adapter, loss, backward pass and optimizer are those of training, as fake tensors (torch's FakeTensorMode), so
+nothing is allocated and a model of any size takes seconds. Only what takes another path without data is stood in for:
+fused attention, the positions that a mask selects (all), numbers read back.
 """
 
 import contextlib
