@@ -89,12 +89,12 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             if redact(text) != text:
                 raise UserError(SECRET_ADVICE.format(name=name))
             value = parse_value(name, text, settings[name]["types"])
-            print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
+            if value != namespace[name]:
+                print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value
         for name, setting in settings.items():  # defaults edited in the script, too
             value, types = namespace[name], setting["types"]
-            is_int = type(value) is int  # which a bool is not
-            if type(value) not in types and not (is_int and float in types):
+            if type(value) not in types and not (type(value) is int and float in types):  # a bool is no int
                 raise UserError(f"{name} = {value!r} in the script has the wrong type.")
             if SECRET.search(str(value)):  # by form: a default may equal some environment variable
                 raise UserError(SECRET_ADVICE.format(name=name))

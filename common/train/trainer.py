@@ -124,6 +124,9 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(self, *args, **kwargs):
+        """TRL's names no base and no data; merge_and_export.py writes one from the run."""
+
     # Rows, optimizer and schedule
 
     def _get_train_sampler(self, *args):
