@@ -108,8 +108,8 @@ def find_problem(name: str, value) -> str | None:
         return "it must be a whole number, or a share below 1; 0 means none."
     if name in FILES and not path.is_file():
         return "file not found."
-    if name == "LLAMA_CPP" and not path.is_dir():
-        return "folder not found."
+    if name == "LLAMA_CPP" and not (path / "convert_hf_to_gguf.py").is_file():
+        return "convert_hf_to_gguf.py not found. Name a checkout of llama.cpp."
     if name == "OUT_DIR":
         existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -33,8 +33,6 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
     """UserError where a package, a converter or support of the model is missing."""
     if kinds:
         check_package("GGUF", ",".join(kinds), "xllamacpp", "xllamacpp")
-    if llama_cpp and not (Path(llama_cpp) / "convert_hf_to_gguf.py").is_file():
-        raise UserError(f"LLAMA_CPP={llama_cpp}: convert_hf_to_gguf.py not found. Name a checkout.")
     if llama_cpp or not kinds:
         return
     if any(KINDS[kind][0] in K_QUANTS for kind in kinds):
