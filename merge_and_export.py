@@ -45,6 +45,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would hide the table
 
 from transformers.utils import logging
 
+from common.bounds import split_list
 from common.export import gguf, hub, llama_cpp, merge, verify
 from common.export.gguf_tokenizer import modelfile
 from common.files import check_space, write_atomic
@@ -60,7 +61,7 @@ def main():
     config = load.load_config(source)
     quantization = QUANTIZATION or location.trained_with(source)
     bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
-    kinds = [kind for kind in (GGUF or "").replace(" ", "").split(",") if kind]
+    kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer, path = merge.load_chat_tokenizer(source), Path(MODEL).expanduser()
     run = next((run for run in (path, path.parent) if (run / "settings.json").is_file()), None)

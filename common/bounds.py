@@ -84,13 +84,18 @@ def check_setting(name: str, value, script: str = "") -> None:
     elif value is None:
         return
     elif name in LISTS:
-        for item in filter(None, value.replace(" ", "").split(",")):
+        for item in split_list(value):
             if name == "ALLOW_CHANGE" and item not in CHANGEABLE:
                 these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
                 raise UserError(f"{name}={value}: {item} cannot change within a run; start a new one.{these}")
             check_choice(name, item, LISTS[name])
     elif problem := find_problem(name, value):
         raise UserError(f"{name}={value}: {problem}")
+
+
+def split_list(value: str | None) -> list[str]:
+    """The items of a comma-separated setting."""
+    return [item for item in (value or "").replace(" ", "").split(",") if item]
 
 
 def check_choice(name: str, value, choices) -> None:

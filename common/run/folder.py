@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common import distributed
-from common.bounds import CHANGEABLE
+from common.bounds import CHANGEABLE, split_list
 from common.cli import UserError
 from common.files import METRICS, write_atomic
 from common.train import checkpoints
@@ -91,7 +91,7 @@ def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
 
 def allowed_changes(settings: dict) -> set[str]:
     """The settings that ALLOW_CHANGE names."""
-    return set(filter(None, settings["ALLOW_CHANGE"].replace(" ", "").split(",")))
+    return set(split_list(settings["ALLOW_CHANGE"]))
 
 
 def provenance() -> dict:

@@ -1,13 +1,14 @@
 """Settings that belong together checked, and put into TRL's terms."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from trl import SFTConfig
 
 from common import distributed
-from common.bounds import check_package
+from common.bounds import check_package, split_list
 from common.cli import UserError
 from common.train.batch_plan import BatchPlan, rows_per_step
 from common.train.loss import supports_chunked_loss
@@ -26,8 +27,9 @@ def check_combinations(settings: dict) -> None:
         raise UserError(f"MIN_LR={settings['MIN_LR']}: it must not be above LEARNING_RATE={settings['LEARNING_RATE']}.")
     if ("8bit" in optim or "paged" in optim) and not torch.cuda.is_available():
         raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. OPTIM=adamw_torch_fused works without.")
-    for name in filter(None, (settings["REPORT_TO"] or "").replace(" ", "").split(",")):
-        check_package("REPORT_TO", settings["REPORT_TO"], "tensorboardX" if name == "tensorboard" else name, name)
+    for name in split_list(settings["REPORT_TO"]):
+        if name != "tensorboard" or not find_spec("tensorboardX"):  # transformers takes either
+            check_package("REPORT_TO", settings["REPORT_TO"], name, name)
     rows_per_step(settings)
 
 
@@ -96,7 +98,7 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
         ddp_find_unused_parameters=False,
         # FSDP would keep whole gradients in every process until the last micro step.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": distributed.engine() == "fsdp"}},
-        report_to=(settings["REPORT_TO"] or "none").replace(" ", "").split(","),
+        report_to=split_list(settings["REPORT_TO"]) or "none",
         run_name=folder.name,
         disable_tqdm=True,
     )

@@ -38,6 +38,15 @@ class Job:
     data_digest: str = ""
     row_length: int = 0  # tokens of the longest row
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all parameters are trained, so that KL_WEIGHT needs a second, frozen model."""
+        return self.settings.get("ADAPTER") is None
+
+    def frozen_base(self, model):
+        """What KL_WEIGHT compares with beside a model without an adapter; else None."""
+        return copy.deepcopy(model).requires_grad_(False) if self.is_full and self.kl_weight else None
+
 
 def start(settings: dict, source: Source, dtype, reference: Source | None, trainer_settings=None) -> Job:
     """Settings, tokenizer and template checked: every mistake that can be found without the weights.
@@ -48,7 +57,8 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     config.check_combinations(trainer_settings)
     load.check_length(source, settings["MAX_LENGTH"])
     tokenizer = load.load_tokenizer(source)
-    base_template = load.load_tokenizer(reference).chat_template if reference else None
+    base = tokenizer if reference == source else reference and load.load_tokenizer(reference)
+    base_template = base and base.chat_template
     model_config = load.load_config(source)
     kl_weight = config.choose_kl_weight(settings, model_config, bool(base_template), reference is not None)
     encoder, note = templates.set_template(tokenizer, settings["CHAT_TEMPLATE"])
@@ -83,17 +93,16 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
     model; None where OPTIM names one of transformers'.
     """
     settings, vocabulary = job.settings, len(job.tokenizer)
-    is_full = settings.get("ADAPTER") is None
 
     def build_meta(quantization):
         model_config = load.load_config(job.source)
         empty = functools.partial(empty_model, model_config, quantization, job.dtype, job.attention, vocabulary)
         adapter = job.source.adapter
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
-        return model, copy.deepcopy(model).requires_grad_(False) if is_full and job.kl_weight else None
+        return model, job.frozen_base(model)
 
     packing, device = settings["PACKING"], hardware.device_type()
-    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=is_full)
+    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=job.is_full)
     optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, job.trainer_settings["OPTIM"])
     plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
     batch_plan.restart_smaller(lambda plan: train_as_planned(job, run, build, make_optimizer, plan), plan, settings)
@@ -107,8 +116,7 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=len(job.tokenizer)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
-    needs_base = settings.get("ADAPTER") is None and job.kl_weight
-    base = copy.deepcopy(model).requires_grad_(False) if needs_base else None
+    base = job.frozen_base(model)
     optimizer = make_optimizer and make_optimizer(model)
     trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer)(
         model=model,

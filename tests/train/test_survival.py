@@ -549,8 +549,15 @@ def test_code_in_a_checkpoint_does_not_run(name, arguments, run_here, tmp_path):
         assert code == 2 and "holds more than numbers" in error and "Traceback" not in error
 
 
+@pytest.fixture
+def score_loss(run_here, chats_file, tmp_path):
+    """score_loss(model): its loss by evaluate_model.py; exit code, out, err."""
+    settings = ("SUITES=loss", "MAX_LENGTH=512", f"CHATS={chats_file}", f"OUT_DIR={tmp_path}/e")
+    return lambda model: run_here("evaluate_model.py", f"MODEL={model}", *settings)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "adapter_model.bin", "optimizer.pt"])
-def test_code_in_a_model_folder_does_not_run(name, run_here, tmp_path, tiny, chats_file, tokenizer):
+def test_code_in_a_model_folder_does_not_run(name, score_loss, tmp_path, tiny, tokenizer):
     model, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(tiny(), model)
     tokenizer.save_pretrained(model)  # with a template
@@ -561,19 +568,12 @@ def test_code_in_a_model_folder_does_not_run(name, run_here, tmp_path, tiny, cha
     elif instead:
         (model / instead).unlink()
     (model / name).write_bytes(pickle.dumps(Malicious(canary)))
-    code, _, error = run_here(
-        "evaluate_model.py",
-        f"MODEL={model}",
-        "SUITES=loss",
-        "MAX_LENGTH=512",
-        f"CHATS={chats_file}",
-        f"OUT_DIR={tmp_path}/e",
-    )
+    code, _, error = score_loss(model)
     assert not canary.exists()
     assert code == (2 if instead else 0) and "Traceback" not in error, error
 
 
-def test_shards_outside_of_the_folder_are_refused(run_here, tmp_path, tiny, chats_file):
+def test_shards_outside_of_the_folder_are_refused(score_loss, tmp_path, tiny):
     model = tmp_path / "model"
     shutil.copytree(tiny(), model)
     weights = load_file(model / "model.safetensors")
@@ -582,14 +582,7 @@ def test_shards_outside_of_the_folder_are_refused(run_here, tmp_path, tiny, chat
     for outside in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "..\\secret.safetensors"):
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, outside)}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
-        code, _, error = run_here(
-            "evaluate_model.py",
-            f"MODEL={model}",
-            "SUITES=loss",
-            "MAX_LENGTH=512",
-            f"CHATS={chats_file}",
-            f"OUT_DIR={tmp_path}/e",
-        )
+        code, _, error = score_loss(model)
         assert code == 2 and "names a file outside of the folder" in error
 
 
