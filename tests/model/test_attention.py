@@ -1,0 +1,96 @@
+"""Every architecture's packed rows: documents are computed as if each stood alone, or the model is not packed."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, OTHERS, random_model
+
+from common.cli import UserError
+from common.model import attention
+from common.train.loss import add_chunked_loss
+
+LENGTHS = [40, 23, 57, 9]
+UNPACKED = {"qwen3.5", "falcon", "lfm2", "llama-4", "mamba-2"}
+NO_SDPA = {"gemma2", "gpt-oss", "mamba-2"}
+
+
+def documents():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 640, (1, length), generator=generator) for length in LENGTHS]
+
+
+def losses_alone(model) -> torch.Tensor:
+    """Each document by itself, as transformers has the model."""
+    losses = []
+    for ids in documents():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.cat(losses)
+
+
+def losses_in_row(model) -> torch.Tensor:
+    """All in one row, by our loss, with the inputs that TRL's collator makes."""
+    ids, offsets = torch.cat(documents(), 1), torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    ends = dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS))
+    labels = ids.masked_fill(positions == 0, -100)
+    return model(input_ids=ids, position_ids=positions, learn=labels, use_cache=False, **ends)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+def test_documents_of_a_row_are_computed_as_if_alone(name):
+    """Windows, sinks, scaled and capped logits, experts: through the attention and the loss of training."""
+    model = random_model(name)
+    expected = losses_alone(model)
+    assert attention.can_pack(model.config, 200) == (name not in UNPACKED)
+    add_chunked_loss(model)
+    if name not in UNPACKED:
+        model.set_attn_implementation(attention.choose_attention(model.config, None, packed=True, device="cpu"))
+        torch.testing.assert_close(losses_in_row(model), expected, rtol=1e-5, atol=2e-5)
+    n = max(LENGTHS)
+    ids, mask, labels = (torch.full((len(LENGTHS), n), fill) for fill in (0, 0, -100))
+    for row, document in enumerate(documents()):
+        length = document.shape[1]
+        ids[row, :length], mask[row, :length], labels[row, 1:length] = document, 1, document[0, 1:]
+    model.set_attn_implementation(attention.choose_attention(model.config, None))
+    padded = model(input_ids=ids, attention_mask=mask, learn=labels, use_cache=False)[0]
+    torch.testing.assert_close(padded, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["falcon", "lfm2", "opt", "gpt-oss"])
+def test_what_is_kept_from_packing_would_go_wrong(name):
+    """The lists of attention.py name real faults: with transformers' own attention documents see each other."""
+    model = random_model(name)
+    expected = losses_alone(model)
+    add_chunked_loss(model)
+    assert (losses_in_row(model) - expected).abs().mean() > 0.01
+
+
+def test_chunked_attention_is_packed_where_a_chunk_holds_a_row():
+    config = random_model("llama-4").config
+    assert attention.can_pack(config, 24) and not attention.can_pack(config, 25)
+
+
+def choose(name, *arguments, **options):
+    return attention.choose_attention(random_model(name).config, *arguments, **options)
+
+
+def test_attention_is_what_the_model_supports():
+    for name in [*ARCHITECTURES, *OTHERS]:
+        assert choose(name, None) == ("eager" if name in NO_SDPA else "sdpa"), name
+    assert choose("gemma3", None, packed=True, device="cuda") == "sdpa"
+    assert choose("gemma2", None, packed=True, device="cuda") == "eager_documents"
+    assert choose("falcon", None, packed=True, device="cpu") == "sdpa"  # it has an attention of its own
+    assert choose("gpt-oss", "eager", packed=True) == "eager_documents"
+    assert choose("gpt-oss", "flex_attention", packed=True) == "flex_attention"
+
+
+@pytest.mark.parametrize("name, wrong", [("gemma2", "sdpa"), ("mamba-2", "sdpa"), ("llama-4", "flash_attention_2")])
+def test_attention_that_a_model_lacks_is_refused_by_name(name, wrong):
+    with pytest.raises(UserError, match=f"ATTN_IMPLEMENTATION={wrong}: .* does not support it"):
+        choose(name, wrong)
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(UserError, match="ATTN_IMPLEMENTATION=flash_attention_2.*pip install flash-attn"):
+        choose("llama-3.2", "flash_attention_2")
