@@ -59,7 +59,7 @@ def main():
     logging.disable_progress_bar()
     source = location.locate(MODEL)
     config = load.load_config(source)
-    quantization = QUANTIZATION or location.trained_with(source)
+    quantization = load.find_quantization(source, QUANTIZATION or location.trained_with(source))
     bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)

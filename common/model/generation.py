@@ -21,6 +21,7 @@ from common.model import load, location
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
     """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
     source = location.locate(model_name)
+    quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")

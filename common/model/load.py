@@ -10,13 +10,22 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoHfQuantizer
 
 import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
 from common.cli import UserError
 from common.files import sync_files
 from common.model.location import Source
-from common.model.quantize import BITS, quantization_config, quantize_hqq
+from common.model.quantize import (
+    BITS,
+    BITSANDBYTES,
+    adopt_dtype,
+    own_quantization,
+    quantization_config,
+    quantize_hqq,
+    report_unquantized,
+)
 
 
 def from_hub(load, source: Source, **kwargs):
@@ -86,6 +95,32 @@ def choose_attention(name: str | None, packing: bool) -> str:
     return name or ("sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa")
 
 
+def find_quantization(source: Source, requested: str | None, wish: str = "") -> str | None:
+    """How the source's base is quantised once loaded: as its folder has it, else as requested.
+
+    wish: the setting that requests it, with its value; "": QUANTIZATION. UserError where the folder's is another, or
+    cannot be loaded here.
+    """
+    config = load_config(source)
+    own = own_quantization(config)
+    if own is None:
+        return requested
+    quantized = f"MODEL={source.name} is quantised already ({own})"
+    if requested not in (None, own):
+        wish, remedy = wish or f"QUANTIZATION={requested}", "Leave this setting out, or take the 16-bit model."
+        raise UserError(f"{wish}: {quantized}. {remedy}")
+    if distributed.engine() in ("fsdp", "zero3"):
+        raise UserError(f"{quantized}, which {distributed.engine()} cannot shard. Use launch/ddp.yaml.")
+    if own not in BITSANDBYTES:
+        try:
+            quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+            quantizer.validate_environment(device_map={"": distributed.device()})
+        except (ImportError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{quantized}, which does not run here: {reason} Take the 16-bit model.") from error
+    return own
+
+
 def count_weights(config) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -105,6 +140,10 @@ def load_model(
     source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
     """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
+    quantization, config = find_quantization(source, quantization), load_config(source)
+    is_own = own_quantization(config) is not None
+    # transformers 5.23 takes None for an order to read a quantised folder's codes as if they were weights.
+    options = {} if is_own else {"quantization_config": quantization_config(quantization, dtype, config)}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(
@@ -112,12 +151,16 @@ def load_model(
         source,
         dtype=dtype,
         attn_implementation=attention,
-        quantization_config=quantization_config(quantization, dtype),
         device_map=None if elsewhere else {"": distributed.device()},
         use_safetensors=True,
+        **options,
     )
     if quantization in BITS:
         quantize_hqq(model, quantization, dtype, distributed.device())
+    if is_own and quantization in BITSANDBYTES:
+        adopt_dtype(model, dtype)
+    if quantization:
+        report_unquantized(model, quantization)
     model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
     # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
     for module in model.modules() if trainable else ():
