@@ -94,7 +94,7 @@ def match_layers(paths: list[str], wanted: str, setting: str) -> list[str]:
         found = {name: {p for p in paths if f".{p}".endswith(f".{name}")} for name in split_list(wanted)}
     if missing := [name for name, these in found.items() if not these]:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-        raise UserError(f"{setting}={wanted}: no layer is called {', '.join(missing)}. The model's layers: {names}.")
+        raise UserError(f"{setting}={wanted}: no layer is called {', '.join(missing)}. The model has: {names}.")
     return [path for path in paths if any(path in these for these in found.values())]
 
 

@@ -59,7 +59,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def load_config(source: Source):
-    return from_hub(AutoConfig.from_pretrained, source)
+    config = from_hub(AutoConfig.from_pretrained, source)
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # only the embeddings ask for it, and stop
+    return config
 
 
 def load_tokenizer(source: Source):
@@ -149,6 +153,7 @@ def load_model(
     model = from_hub(
         AutoModelForCausalLM.from_pretrained,
         source,
+        config=config,
         dtype=dtype,
         attn_implementation=attention,
         device_map=None if elsewhere else {"": distributed.device()},
