@@ -144,6 +144,26 @@ def load_model(
     source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
     """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
+    model = load_base(source, quantization, dtype, attention)
+    model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
+    # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
+    for module in model.modules() if trainable else ():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+    model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
+    if source.adapter:
+        check_adapter(model, source)
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
+    if source.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
+    return model
+
+
+def load_base(source: Source, quantization: str | None, dtype: torch.dtype, attention: str):
+    """The model without adapter, quantised as its folder is or else as requested."""
     quantization, config = find_quantization(source, quantization), load_config(source)
     is_own = own_quantization(config) is not None
     # transformers 5.23 takes None for an order to read a quantised folder's codes as if they were weights.
@@ -166,20 +186,6 @@ def load_model(
         adopt_dtype(model, dtype)
     if quantization:
         report_unquantized(model, quantization)
-    model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
-    # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
-    for module in model.modules() if trainable else ():
-        if "support_avx512bf16_for_cpu" in vars(module):
-            module.support_avx512bf16_for_cpu = False
-    model.base_fingerprint = fingerprint(model)  # before the rows of new tokens come
-    if source.adapter:
-        check_adapter(model, source)
-    if vocabulary > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(vocabulary)
-    if source.adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
     return model
 
 

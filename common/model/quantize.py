@@ -32,7 +32,7 @@ def own_quantization(config) -> str | None:
     if not own:
         return None
     if own.get("load_in_4bit"):
-        return own["bnb_4bit_quant_type"]
+        return own.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     return "int8" if own.get("load_in_8bit") else str(own["quant_method"])
 
 
