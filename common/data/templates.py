@@ -29,11 +29,13 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     had_eos = add_missing_tokens(tokenizer, None)
     encoder = ChatEncoder(tokenizer)
     if encoder.end_token is None:
+        if not had_eos:
+            problem = "no end token of answers is found, and the tokenizer has no eos_token"
+            remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
+            raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
         encoder.mark(PROBE)  # where the answer cannot even be found, this says so
         marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
         problem = f"answers have no end token. {marks}, or the model never learns to stop."
-        if not had_eos:
-            problem += " The tokenizer has no eos_token; CHAT_TEMPLATE=chatml brings an end token of its own."
         raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there

@@ -18,6 +18,8 @@ from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.model import load, location
 
+USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")
+
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
     """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
@@ -46,7 +48,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the model's, the tokenizer's, and the usual ones."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
+    tokens = [*USUAL_ENDS]
     if tokenizer.chat_template:
         tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
     return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
