@@ -38,10 +38,10 @@ class Job:
     data_digest: str = ""
     row_length: int = 0  # tokens of the longest row
 
-    def empty_model(self, quantization: str | None = None):
-        """The base on the meta device, without its adapter."""
+    def empty_model(self, quantization: str | None = None, attention: str = "eager"):
+        """The base on the meta device, without its adapter. attention: any model has the default."""
         model_config, vocabulary = load.load_config(self.source), len(self.tokenizer)
-        return empty_model(model_config, quantization, self.dtype, self.attention, vocabulary)
+        return empty_model(model_config, quantization, self.dtype, attention, vocabulary)
 
     @property
     def is_full(self) -> bool:
@@ -100,7 +100,7 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
     settings, adapter = job.settings, job.source.adapter
 
     def build_meta(quantization):
-        empty = functools.partial(job.empty_model, quantization)
+        empty = functools.partial(job.empty_model, quantization, job.attention)
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
         return model, job.frozen_base(model)
 
