@@ -77,7 +77,6 @@ from peft import PeftModel
 
 from common import distributed
 from common.model import load, location
-from common.model.quantize import own_quantization
 from common.run.training_run import open_run
 from common.train import galore, sft
 
@@ -162,7 +161,7 @@ def check_galore_settings():
 
 def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse weights that cannot be trained by a gradient, with the reason."""
-    if own_quantization(load.load_config(source)):
+    if load.find_quantization(source, None):
         raise UserError(
             f"MODEL={source.name} is quantised: its weights have no gradient to train by. Take the 16-bit model, or "
             "qlora_train.py, which leaves the base frozen."

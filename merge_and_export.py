@@ -60,7 +60,7 @@ def main():
     source = location.locate(MODEL)
     config = load.load_config(source)
     quantization = load.find_quantization(source, QUANTIZATION or location.trained_with(source))
-    bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
+    bases = merge.choose_bases(source, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer, path = merge.load_chat_tokenizer(source), Path(MODEL).expanduser()

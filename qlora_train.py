@@ -81,7 +81,7 @@ from peft import PeftConfig
 from common import distributed
 from common.bounds import ADAPTERS
 from common.model import adapters, load, location
-from common.model.quantize import BITS, own_quantization
+from common.model.quantize import BITS
 from common.run.training_run import open_run
 from common.train import sft
 
@@ -123,7 +123,7 @@ def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
     full, quantised, half = ADAPTER is None, quantization is not None, dtype == torch.float16
     on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
-    has_16_bits = own_quantization(load.load_config(source)) is None
+    has_16_bits = load.find_quantization(source, None) is None
     remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
     for wrong, reason in (
         (full and quantised, f"quantised weights have no gradient to train by. {remedy}"),

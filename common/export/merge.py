@@ -15,7 +15,7 @@ from common.export.verify import Reference, predict
 from common.files import write_atomic
 from common.model import generation, load
 from common.model.location import Source
-from common.model.quantize import BITS, BITSANDBYTES, dequantize_hqq, own_quantization
+from common.model.quantize import BITS, BITSANDBYTES, dequantize_hqq
 
 # Ratio of perplexities up to which the original base wins: it lost nothing to quantization on
 # other text, though it differs more from the trained model.
@@ -24,9 +24,9 @@ TIE = 1.01
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
-def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
+def choose_bases(source: Source, quantization: str | None, merge_into: str | None):
     """The bases to try; UserError where MERGE_INTO does not fit, or MODEL is quantized."""
-    own = own_quantization(config)
+    own = load.find_quantization(source, None)
     if own and not source.adapter:
         raise UserError(f"MODEL={source.name} is quantised ({own}) and has no adapter. Take the 16-bit model.")
     if own not in (None, *BITSANDBYTES):

@@ -20,7 +20,9 @@ from common.model.location import Source
 from common.model.quantize import (
     BITS,
     BITSANDBYTES,
+    UNPACKED,
     adopt_dtype,
+    forget_codes,
     own_quantization,
     quantization_config,
     quantize_hqq,
@@ -100,7 +102,7 @@ def choose_attention(name: str | None, packing: bool) -> str:
 
 
 def find_quantization(source: Source, requested: str | None, wish: str = "") -> str | None:
-    """How the source's base is quantised once loaded: as its folder has it, else as requested.
+    """How the source's base is quantised once loaded: as its folder has it (UNPACKED: not), else as requested.
 
     wish: the setting that requests it, with its value; "": QUANTIZATION. UserError where the folder's is another, or
     cannot be loaded here.
@@ -115,6 +117,8 @@ def find_quantization(source: Source, requested: str | None, wish: str = "") -> 
         raise UserError(f"{wish}: {quantized}. {remedy}")
     if distributed.engine() in ("fsdp", "zero3"):
         raise UserError(f"{quantized}, which {distributed.engine()} cannot shard. Use launch/ddp.yaml.")
+    if own in UNPACKED:
+        return None
     if own not in BITSANDBYTES:
         try:
             quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
@@ -165,9 +169,13 @@ def load_model(
 def load_base(source: Source, quantization: str | None, dtype: torch.dtype, attention: str):
     """The model without adapter, quantised as its folder is or else as requested."""
     quantization, config = find_quantization(source, quantization), load_config(source)
-    is_own = own_quantization(config) is not None
-    # transformers 5.23 takes None for an order to read a quantised folder's codes as if they were weights.
-    options = {} if is_own else {"quantization_config": quantization_config(quantization, dtype, config)}
+    own, options = own_quantization(config), {}
+    if own in UNPACKED:
+        name = str(dtype).removeprefix("torch.")
+        print(f"MODEL={source.name} is quantised ({own}); its weights are taken in {name}", file=sys.stderr)
+        options["quantization_config"] = UNPACKED[own](dequantize=True)
+    elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
+        options["quantization_config"] = quantization_config(quantization, dtype, config)
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(
@@ -182,8 +190,9 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
     )
     if quantization in BITS:
         quantize_hqq(model, quantization, dtype, distributed.device())
-    if is_own and quantization in BITSANDBYTES:
+    if own in (*BITSANDBYTES, *UNPACKED):
         adopt_dtype(model, dtype)
+        forget_codes(model)
     if quantization:
         report_unquantized(model, quantization)
     return model

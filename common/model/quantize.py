@@ -3,9 +3,8 @@
 import sys
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 from transformers.core_model_loading import WeightConverter
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -21,13 +20,15 @@ BITS = {name: int(name[4]) for name in HQQ}  # by the value of QUANTIZATION
 # Weights that share a scale and a zero point, which add half a bit a weight; hqq's own default.
 GROUP_SIZE = 64
 BITSANDBYTES = ("nf4", "fp4", "int8")
+# Folders' own kinds that no adapter trains on here; transformers can turn them into 16 bits while it loads.
+UNPACKED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 # Groups along axis 0 are 64 rows, which every packing divides, whatever a layer's sizes. Loss of SmolLM2-135M
 # on 12 chats along axis 0 and 1: 4 bits 2.13 and 2.08, 3 bits 3.24 and 3.80 (16 bits: 1.96).
 AXIS = 0
 
 
 def own_quantization(config) -> str | None:
-    """How the weights in a folder are quantised: nf4, fp4, int8, or the method's name; None: they are not."""
+    """How a folder's weights are quantised: nf4, fp4, int8, or the method's name; None: they are not."""
     own = config.to_dict().get("quantization_config")
     if not own:
         return None
@@ -70,10 +71,15 @@ def adopt_dtype(model, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype = dtype
-    # Saving reverts what loading converted, and of these two there is no way back once they are dequantised.
-    codes = Bnb4bitDeserialize, Bnb8bitDeserialize
+
+
+def forget_codes(model) -> None:
+    """Let a model that was loaded from a quantised folder be saved once it is dequantised.
+
+    Saving reverts what loading converted; transformers 5.23 would stop, or write weights under the names of codes.
+    """
     used = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
-    of_codes = [c for c in used if any(isinstance(operation, codes) for operation in c.operations)]
+    of_codes = [c for c in used if any("hf_quantizer" in vars(operation) for operation in c.operations)]
     model._weight_conversions = [c for c in model._weight_conversions if c not in of_codes]
 
 

@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import save_tiny, tiny_config
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from common.cli import UserError
 from common.model import generation, location
 from common.model import load as loading
 from common.model.quantize import own_quantization
@@ -189,3 +192,48 @@ def test_experts_that_stay_in_16_bits_are_told(quantization, tmp_path, tiny, cap
     loading.load_model(source_of(tmp_path), None, torch.bfloat16, "sdpa")
     loading.load_model(source_of(tiny()), quantization, torch.bfloat16, "sdpa")
     assert "stay in 16 bits" not in capsys.readouterr().err
+
+
+def pack(folder, method):
+    """Rewrite a saved model as it is published in MXFP4 (experts) or FP8 (linear layers); returns what codes mean."""
+    weights, about, meant = load_file(folder / "model.safetensors"), {"quant_method": method}, {}
+    for name in [n for n in weights if n.endswith("_proj" if method == "mxfp4" else "_proj.weight")]:
+        weight = weights.pop(name)
+        if method == "mxfp4":  # blocks of 32 along the inputs, two codes to a byte
+            experts, inputs, outputs = weight.shape
+            shape = (experts, outputs, inputs // 32)
+            codes, scales = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8), torch.full(shape, 124).byte()
+            weights |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+            meant[name] = convert_moe_packed_tensors(codes, scales)
+        else:
+            scale = weight.float().abs().max() / 400
+            codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+            blocks = [-(-size // 32) for size in weight.shape]
+            weights |= {name: codes, f"{name}_scale_inv": torch.full(blocks, scale)}
+            meant[name] = codes.float() * scale
+            about |= {"activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": about}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("gpt_oss", "mxfp4"), ("llama", "fp8")])
+def test_what_nothing_trains_on_becomes_16_bits_and_is_saved_so(
+    architecture, method, tmp_path, tokenizer_folder, capsys
+):
+    changes = dict(num_local_experts=2, num_experts_per_tok=2, head_dim=16, pad_token_id=2) if method == "mxfp4" else {}
+    meant = pack(save_tiny(architecture, tmp_path / "model", tokenizer_folder, **changes), method)
+    source = source_of(tmp_path / "model")
+    assert loading.find_quantization(source, None) is None and meant
+    with pytest.raises(UserError, match=f"QUANTIZATION=nf4: .* is quantised already .{method}."):
+        loading.find_quantization(source, "nf4")
+    model = loading.load_model(source, None, torch.float32, "eager", trainable=True)
+    assert f"is quantised ({method}); its weights are taken in" in capsys.readouterr().err
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model(input_ids=IDS).logits.isfinite().all()
+    for name, weight in meant.items():
+        torch.testing.assert_close(model.get_parameter(name), weight.float(), rtol=0.01, atol=1e-3)
+    loading.save_final(tmp_path / "saved", model, loading.load_tokenizer(source))
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    again = loading.load_model(source_of(tmp_path / "saved"), None, torch.float32, "eager")
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
