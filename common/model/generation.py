@@ -31,8 +31,6 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if (trained := location.trained_with(source)) != quantization and source.adapter:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
-    end_token = encoder_of(tokenizer, tokenizer.chat_template).end_token
-    templates.add_missing_tokens(tokenizer, end_token)
     arguments = source, quantization, load.choose_dtype(dtype), "sdpa"
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
@@ -40,7 +38,8 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
     if not (ends := end_tokens(model, tokenizer)):
         problem = "neither its tokenizer nor its generation_config has an end token, so answers would not end"
         raise UserError(f"MODEL={model_name}: {problem}. Set eos_token in its tokenizer_config.json.")
-    templates.add_missing_tokens(tokenizer, tokenizer.convert_ids_to_tokens(ends[0]))
+    end_token = encoder_of(tokenizer, tokenizer.chat_template).end_token
+    templates.add_missing_tokens(tokenizer, end_token or tokenizer.convert_ids_to_tokens(ends[0]))
     return model.eval(), tokenizer
 
 
