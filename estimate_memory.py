@@ -40,7 +40,7 @@ import torch
 from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
-from common.model.quantize import BITS, report_unquantized
+from common.model.quantize import BITS, BITSANDBYTES, report_unquantized
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
@@ -56,6 +56,10 @@ def main():
     quantization = load.find_quantization(source, QUANTIZATIONS.get(METHOD), f"METHOD={METHOD}")
     if quantization and METHOD in ("full", "galore"):
         raise UserError(f"METHOD={METHOD}: MODEL={source.name} is quantised ({quantization}). Take METHOD=lora.")
+    if quantization not in (None, *BITSANDBYTES, *BITS):
+        raise UserError(
+            f"MODEL={source.name} is quantised ({quantization}), which is not traced. Name the 16-bit model."
+        )
     model, _ = build(config, quantization)
     if quantization:
         report_unquantized(model, quantization)
