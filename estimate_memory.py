@@ -41,7 +41,7 @@ from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
 from common.model.attention import choose_attention
-from common.model.quantize import BITS
+from common.model.quantize import BITS, BITSANDBYTES, report_unquantized
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
 from common.train.storage import KINDS
@@ -54,7 +54,16 @@ def main():
     source = location.locate(MODEL)
     config = load.load_config(source)
     load.check_length(source, MAX_LENGTH)
-    model, _ = build(config, QUANTIZATIONS.get(METHOD))
+    quantization = load.find_quantization(source, QUANTIZATIONS.get(METHOD), f"METHOD={METHOD}")
+    if quantization and METHOD in ("full", "galore"):
+        raise UserError(f"METHOD={METHOD}: MODEL={source.name} is quantised ({quantization}). Take METHOD=lora.")
+    if quantization not in (None, *BITSANDBYTES, *BITS):
+        raise UserError(
+            f"MODEL={source.name} is quantised ({quantization}), which is not traced. Name the 16-bit model."
+        )
+    model, _ = build(config, quantization)
+    if quantization:
+        report_unquantized(model, quantization)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optim = "galore" if METHOD == "galore" else OPTIM
     print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
@@ -62,7 +71,8 @@ def main():
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
     checkpointing = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
     try:
-        print_fits(config, step, checkpointing, size) if size else print_table(config, step, checkpointing)
+        arguments = config, quantization, step, checkpointing
+        print_fits(*arguments, size) if size else print_table(*arguments)
     except (NotImplementedError, ImportError, ValueError) as error:
         raise UserError(f"MODEL={MODEL} OPTIM={OPTIM} cannot be traced: {error}") from error
 
@@ -86,9 +96,8 @@ def optimizer(model):
     return made
 
 
-def print_table(config, step: memory.Step, columns: tuple[bool, ...]):
+def print_table(config, quantization: str | None, step: memory.Step, columns: tuple[bool, ...]):
     """Memory by kind, with and without checkpointing."""
-    quantization = QUANTIZATIONS.get(METHOD)
     steps = [replace(step, checkpointing=checkpointing) for checkpointing in columns]
     parts = [memory.trace(*build(config, quantization), optimizer, step) for step in steps]
     peaks = [sum(part.values()) for part in parts]
@@ -116,7 +125,7 @@ def print_formula(config, quantized: list[int], plain: list[int]):
         print(f"overhead of quantisation: {found} GiB traced; {expected:.2f} by gpu_poor's formula")
 
 
-def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float):
+def print_fits(config, quantization: str | None, step: memory.Step, choices: tuple[bool, ...], size: float):
     """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
     workspace = batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0
     budget = size * batch_plan.MARGIN[DEVICE] - workspace
@@ -127,7 +136,7 @@ def print_fits(config, step: memory.Step, choices: tuple[bool, ...], size: float
     def needed(tokens: int, again: bool) -> int:
         rows, length = (1, tokens) if PACKING else (tokens // MAX_LENGTH, MAX_LENGTH)
         this = replace(step, rows=rows, length=length, checkpointing=again)
-        model, base = build(config, QUANTIZATIONS.get(METHOD))
+        model, base = build(config, quantization)
         return sum(memory.trace(model, base, optimizer, this).values())
 
     for again in choices:

@@ -73,7 +73,7 @@ def main():
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [MODEL])]
     located = {name: location.locate(name) for name in names}
     for source in located.values():
-        load.load_config(source)
+        load.find_quantization(source, QUANTIZATION)
     chats = read_chats(located.values()) if "loss" in SUITES else {}
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []

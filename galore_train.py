@@ -16,7 +16,7 @@ from common.settings import apply_overrides, current
 GALORE_RANK = 128  # of gradients and moments; memory grows with it. Matrices with a side no longer learn as with adamw
 GALORE_UPDATE_GAP = 50  # steps from one refresh of a matrix's basis to the next
 GALORE_SCALE = 0.25  # factor on the updates of projected matrices, beside LEARNING_RATE
-GALORE_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
+GALORE_TARGET_MODULES = "auto"  # auto: linear layers but the head; or names: "q_proj,v_proj"; or a regex of whole paths
 OPTIM = "galore"  # galore, galore_8bit (CUDA: faster), galore_torch, adamw, adamw_8bit (CUDA), adamw_anyprecision
 LEARNING_RATE = 7e-4  # peak
 # Model
@@ -95,6 +95,8 @@ def main():
     refuse_untrainable(source, dtype)
     check_galore_settings()
     job = sft.start(settings, source, dtype, source, settings_for_trainer(settings))
+    if OPTIM.startswith("galore"):  # layers that the model does not have are found here
+        galore.split_weights(job.empty_model(), GALORE_RANK, GALORE_TARGET_MODULES)
 
     # Run folder and data
     run = open_run(settings, __file__)
@@ -159,7 +161,7 @@ def check_galore_settings():
 
 def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse weights that cannot be trained by a gradient, with the reason."""
-    if "quantization_config" in load.load_config(source).to_dict():
+    if load.find_quantization(source, None):
         raise UserError(
             f"MODEL={source.name} is quantised: its weights have no gradient to train by. Take the 16-bit model, or "
             "qlora_train.py, which leaves the base frozen."

@@ -18,7 +18,8 @@ ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; a run folder t
 LORA_R = 16  # rank; memory and time grow with it, slowly
 LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0
-LORA_TARGET_MODULES = "auto"  # auto: every linear layer but the head; or names, comma-separated: "q_proj,v_proj"
+LORA_TARGET_MODULES = "auto"  # auto: linear layers but the head; or names: "q_proj,v_proj"; or a regex of whole paths
+LORA_LAYERS: str | None = None  # decoder layers with an adapter, a slice or numbers: "-4:", "0,1,-1"; None: all
 OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
 LEARNING_RATE = 1e-3  # peak
 # Model
@@ -87,22 +88,26 @@ from common.train import sft
 
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
-    settings = current(globals())
     source, dtype = locate_base(), load.choose_dtype(DTYPE)
-    refuse_untrainable(source, dtype)
+    quantization = load.find_quantization(source, QUANTIZATION)
+    refuse_untrainable(source, dtype, quantization)
+    settings = current(globals()) | {"QUANTIZATION": quantization}
     job = sft.start(settings, source, dtype, reference(source))
+    rows = trained_rows(source, job.encoder.new_token_ids)
 
-    # Run folder and data
-    run = open_run(settings, __file__)
-    sft.load_data(job, run, trained_rows(source, job.encoder.new_token_ids))
-
-    # Memory, training, result
     def build(load_base):
         model = load_base()
         if source.adapter or ADAPTER is None:
             return model
         return adapters.add_adapter(model, settings, job.encoder.new_token_ids)
 
+    build(job.empty_model)  # names and numbers of layers that the model does not have are found here
+
+    # Run folder and data
+    run = open_run(settings, __file__)
+    sft.load_data(job, run, rows)
+
+    # Memory, training, result
     sft.train(job, run, build)
 
 
@@ -114,23 +119,26 @@ def locate_base() -> location.Source:
     return location.with_adapter(source, location.locate(ADAPTER, "ADAPTER"), "ADAPTER")
 
 
-def refuse_untrainable(source: location.Source, dtype: torch.dtype):
+def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization: str | None):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
-    full, quantised, half = ADAPTER is None, QUANTIZATION is not None, dtype == torch.float16
+    full, quantised, half = ADAPTER is None, quantization is not None, dtype == torch.float16
     on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
+    has_16_bits = load.find_quantization(source, None) is None
+    remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
     for wrong, reason in (
-        (full and quantised, "quantised weights have no gradient to train by. Set QUANTIZATION=None or ADAPTER=lora."),
+        (full and quantised, f"quantised weights have no gradient to train by. {remedy}"),
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
         (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to continue it."),
         (source.adapter and is_new and ADAPTER != "lora", "MODEL has an adapter. Set ADAPTER=lora to continue it."),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
-        (ADAPTER == "pissa" and quantised, "PiSSA rewrites the base weights. Set QUANTIZATION=None or ADAPTER=lora."),
-        (ADAPTER == "ia3" and QUANTIZATION in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
-        (ADAPTER == "loftq" and QUANTIZATION != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
+        (ADAPTER == "pissa" and quantised, f"PiSSA rewrites the base weights. {remedy}"),
+        (ADAPTER == "ia3" and quantization in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
+        (ADAPTER == "loftq" and quantization != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
+        (ADAPTER == "loftq" and not has_16_bits, "LoftQ needs the 16-bit weights, too. Set ADAPTER=lora."),
         (ADAPTER == "loftq" and not on_gpu, "peft computes LoftQ on a GPU only. Set ADAPTER=lora."),
     ):
         if wrong:
-            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={QUANTIZATION} DTYPE={DTYPE}: {reason}")
+            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={quantization} DTYPE={DTYPE}: {reason}")
 
 
 def reference(source: location.Source) -> location.Source | None:

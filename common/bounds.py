@@ -72,6 +72,8 @@ WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a sha
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
 SIZES = ("MEMORY_LIMIT", "FIT")
 SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
+TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")
+LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Python has it
 
 
 def check_setting(name: str, value, script: str = "") -> None:
@@ -96,6 +98,11 @@ def check_setting(name: str, value, script: str = "") -> None:
 def split_list(value: str | None) -> list[str]:
     """The items of a comma-separated setting."""
     return [item for item in (value or "").replace(" ", "").split(",") if item]
+
+
+def is_pattern(value: str) -> bool:
+    """Whether the value of a setting in TARGETS is a regular expression, not names."""
+    return re.search(r"[][\\(){}*+?|^$]", value) is not None
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -131,9 +138,11 @@ def find_problem(name: str, value) -> str | None:
         return "file not found."
     if name == "ADAPTER" and value not in ADAPTERS and not path.is_dir():
         check_choice(name, value, [None, *ADAPTERS, "a run folder"])
-    if name in ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES", "OUT_DIR", "MODEL", "DATA") and not value.strip():
+    if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."
-    if name == "DROP_PATTERN" and value != "auto":
+    if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
+        return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'
+    if name == "DROP_PATTERN" and value != "auto" or name in TARGETS and is_pattern(value):
         try:
             re.compile(value)
         except re.error as error:

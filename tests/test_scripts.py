@@ -237,7 +237,7 @@ def mistakes(tmp_path, tiny, trained):
         "loftq on hqq's layers": (["ADAPTER=loftq", "QUANTIZATION=hqq-4bit"], "QUANTIZATION=nf4"),
         "full fine-tune of one bit": (["ADAPTER=None", "QUANTIZATION=hqq-1bit"], "ADAPTER=lora"),
         "pissa on quantised weights": (["ADAPTER=pissa", "QUANTIZATION=int8"], "QUANTIZATION=None"),
-        "unknown target modules": (["LORA_TARGET_MODULES=attn"], "q_proj"),
+        "unknown target modules": (["LORA_TARGET_MODULES=q_proj,attn"], "no layer is called attn"),
         "hub model without network": (["MODEL=org/no-such-model"], "MODEL=org/no-such-model"),
         "hub data without network": (["DATA=org/no-such-data"], "DATA=org/no-such-data"),
         "paged optimizer without a GPU": (["OPTIM=paged_adamw_8bit"], "OPTIM=adamw_torch_fused"),

@@ -26,16 +26,22 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     tokenizer.chat_template, needed, label = choose(tokenizer, choice, own)
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: labels are made before padding
+    had_eos = add_missing_tokens(tokenizer, None)
     encoder = ChatEncoder(tokenizer)
     if encoder.end_token is None:
+        if not had_eos:
+            problem = "no end token of answers is found, and the tokenizer has no eos_token"
+            remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
+            raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
         encoder.mark(PROBE)  # where the answer cannot even be found, this says so
         marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
         problem = f"answers have no end token. {marks}, or the model never learns to stop."
         raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
+    if not had_eos:
+        add_missing_tokens(tokenizer, encoder.end_token)
+        encoder = ChatEncoder(tokenizer)  # which knows them
     tokens, name = inspect(tokenizer, tokenizer.chat_template)
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
     note = f"chat template: {label}"
@@ -47,6 +53,15 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"
     return encoder, note
+
+
+def add_missing_tokens(tokenizer, end_token: str | None) -> bool:
+    """Let the end token be the eos where there is none, and the eos the pad; returns whether there is an eos."""
+    if tokenizer.eos_token is None and end_token:
+        tokenizer.eos_token = end_token
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: labels are made before padding
+    return tokenizer.eos_token is not None
 
 
 def inspect(tokenizer, template: str) -> tuple[set[str], str]:
@@ -71,13 +86,14 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
     """(template, tokens it needs, what to call it) of CHAT_TEMPLATE.
 
     None: the model's own, with marks where TRL or one of ours has the same; for a model without
-    one, the first of ours whose tokens it has, else zephyr.
+    one, the first of ours whose tokens it has, else zephyr, which ends with the tokenizer's eos.
     """
     bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as before plain text
     ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES}
     if choice is None and not own:
         known = tokenizer.get_vocab().keys()
-        choice = next((name for name, tokens in TOKENS.items() if known >= set(tokens)), "zephyr")
+        fallback = "zephyr" if tokenizer.eos_token else "chatml"  # which brings its own end token
+        choice = next((name for name, tokens in TOKENS.items() if known >= set(tokens)), fallback)
     elif choice is None and not GENERATION.search(own):
         from trl.chat_template_utils import get_training_chat_template  # slow import
 

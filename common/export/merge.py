@@ -15,7 +15,7 @@ from common.files import write_atomic
 from common.model import generation, load, merging
 from common.model.adapters import load_adapter
 from common.model.location import Source
-from common.model.quantize import BITS, dequantize_hqq
+from common.model.quantize import BITS, BITSANDBYTES, dequantize_hqq
 
 # Ratio of perplexities up to which the original base wins: it lost nothing to quantization on
 # other text, though it differs more from the trained model.
@@ -24,14 +24,20 @@ TIE = 1.01
 MARK = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 
 
-def choose_bases(source: Source, config, quantization: str | None, merge_into: str | None):
+def choose_bases(source: Source, quantization: str | None, merge_into: str | None):
     """The bases to try; UserError where MERGE_INTO does not fit, or MODEL is quantized."""
-    check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
-    if config.to_dict().get("quantization_config"):
-        raise UserError(f"MODEL={source.name} is quantized. Take the 16-bit model to merge into.")
-    bases = ("original", "dequantized") if source.adapter and quantization else ("original",)
+    own = load.find_quantization(source, None)
+    if own and not source.adapter:
+        raise UserError(f"MODEL={source.name} is quantised ({own}) and has no adapter. Take the 16-bit model.")
+    if own not in (None, *BITSANDBYTES):
+        raise UserError(f"MODEL={source.name} is quantised ({own}): no adapter is merged into it. Use it as it is.")
+    if not own:
+        check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
+    bases = () if own else ("original",)
+    bases += ("dequantized",) if source.adapter and quantization else ()
     if merge_into not in (None, *bases):
-        raise UserError("MERGE_INTO=dequantized: MODEL has no quantized base. Set MERGE_INTO=None.")
+        problem = f"only a base that is quantised ({own})" if own else "no quantised base"
+        raise UserError(f"MERGE_INTO={merge_into}: MODEL has {problem}. Set MERGE_INTO=None.")
     return (merge_into,) if merge_into else bases
 
 

@@ -7,7 +7,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, replace_lora_
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from common.cli import UserError
-from common.model.quantize import hqq_layer_names
+from common.model.targets import find_targets, ia3_layers, short_names
 
 # Of adapters on one side of tied embeddings, which merging.py gives a matrix each.
 warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
@@ -26,20 +26,23 @@ def add_adapter(model, settings: dict, new_rows=()):
 
     model: may be on the meta device. new_rows: token ids whose rows of embeddings and head are trained.
     """
-    name, target_names = settings["ADAPTER"], settings["LORA_TARGET_MODULES"]
-    on_meta = model.device.type == "meta"
-    targets = None if target_names == "auto" else target_names.replace(" ", "").split(",")
+    name, on_meta = settings["ADAPTER"], model.device.type == "meta"
+    targets = find_targets(model, settings)
+    names = short_names(model, targets)
     try:
-        if name == "ia3":  # auto: peft's own choice, which it knows for most architectures
-            config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=targets and [])
+        if name == "ia3":
+            of_inputs = ia3_layers(model)[1] if settings["LORA_TARGET_MODULES"] == "auto" else ()
+            inputs = [path for path in targets if path.endswith(of_inputs)]
+            inputs = short_names(model, inputs) if inputs else []
+            config = IA3Config(task_type="CAUSAL_LM", target_modules=names, feedforward_modules=inputs)
         else:
             config = LoraConfig(
                 task_type="CAUSAL_LM",
                 r=settings["LORA_R"],
                 lora_alpha=settings["LORA_ALPHA"],
                 lora_dropout=settings["LORA_DROPOUT"],
-                target_modules=targets or hqq_layer_names(model) or "all-linear",
-                trainable_token_indices=embedding_rows(model, new_rows) if new_rows else None,
+                target_modules=names,
+                trainable_token_indices=embedding_rows(model, new_rows, targets) if new_rows else None,
                 **({} if on_meta and name == "pissa" else VARIANTS[name]),
             )
         model = keep_head_bias(get_peft_model(model, config))
@@ -47,16 +50,19 @@ def add_adapter(model, settings: dict, new_rows=()):
             local = Path(model.name_or_path) / "model.safetensors"
             replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
     except (ValueError, OSError) as error:
-        leaves = (path for path, module in model.named_modules() if not any(module.children()))
-        layers = ", ".join(sorted({path.rpartition(".")[2] for path in leaves}))
-        problem = f"does not fit {settings['MODEL']}: {error} (its layers: {layers})"
-        raise UserError(f"ADAPTER={name} LORA_TARGET_MODULES={target_names} {problem}") from error
+        problem = f"LORA_TARGET_MODULES={settings['LORA_TARGET_MODULES']} does not fit {settings['MODEL']}: {error}"
+        raise UserError(f"ADAPTER={name} {problem}") from error
     return model
 
 
-def embedding_rows(model, rows: list[int]) -> dict[str, list[int]]:
+def embedding_rows(model, rows: list[int], targets: list[str]) -> dict[str, list[int]]:
     """The rows to train, by the name of the embeddings and, where it is not tied, of the head."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    both = [path for path, module in model.named_modules() if module is embeddings or module is head]
+    if taken := set(both) & set(targets):  # peft puts only one of both on a matrix
+        problem = f"{taken.pop()} cannot have an adapter while the rows of the template's {len(rows)} new tokens train"
+        remedy = "Leave it out, or take a CHAT_TEMPLATE without new tokens, such as zephyr."
+        raise UserError(f"LORA_TARGET_MODULES: {problem}. {remedy}")
     chosen = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
     return {name: rows for name, module in model.named_modules() if any(module is c for c in chosen)}
 

@@ -14,27 +14,34 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from common.cli import UserError
+from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.model import load, location
 from common.model.attention import choose_attention
 from common.model.merging import merge_adapter
 
+USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")
+
 
 def load_for_chat(model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None):
     """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
     source = location.locate(model_name)
+    quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
     if (trained := location.trained_with(source)) != quantization and source.adapter:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     attention = choose_attention(load.load_config(source), attention)
     model = load.load_model(source, quantization, load.choose_dtype(dtype), attention, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         model = merge_adapter(model)
+    if not (ends := end_tokens(model, tokenizer)):
+        problem = "neither its tokenizer nor its generation_config has an end token, so answers would not end"
+        raise UserError(f"MODEL={model_name}: {problem}. Set eos_token in its tokenizer_config.json.")
+    end_token = encoder_of(tokenizer, tokenizer.chat_template).end_token
+    templates.add_missing_tokens(tokenizer, end_token or tokenizer.convert_ids_to_tokens(ends[0]))
     return model.eval(), tokenizer
 
 
@@ -42,7 +49,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the model's, the tokenizer's, and the usual ones."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    tokens = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
+    tokens = [*USUAL_ENDS]
     if tokenizer.chat_template:
         tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
     return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})

@@ -10,12 +10,23 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoHfQuantizer
 
 from common import distributed
 from common.cli import UserError
 from common.files import sync_files
 from common.model.location import Source
-from common.model.quantize import BITS, quantization_config, quantize_hqq
+from common.model.quantize import (
+    BITS,
+    BITSANDBYTES,
+    UNPACKED,
+    adopt_dtype,
+    forget_codes,
+    own_quantization,
+    quantization_config,
+    quantize_hqq,
+    report_unquantized,
+)
 
 
 def from_hub(load, source: Source, **kwargs):
@@ -49,7 +60,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def load_config(source: Source):
-    return from_hub(AutoConfig.from_pretrained, source)
+    config = from_hub(AutoConfig.from_pretrained, source)
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # only the embeddings ask for it, and stop
+    return config
 
 
 def load_tokenizer(source: Source):
@@ -80,6 +95,34 @@ def choose_dtype(name: str | None) -> torch.dtype:
     return torch.bfloat16
 
 
+def find_quantization(source: Source, requested: str | None, wish: str = "") -> str | None:
+    """How the source's base is quantised once loaded: as its folder has it (UNPACKED: not), else as requested.
+
+    wish: the setting that requests it, with its value; "": QUANTIZATION. UserError where the folder's is another, or
+    cannot be loaded here.
+    """
+    config = load_config(source)
+    own = own_quantization(config)
+    if own is None:
+        return requested
+    quantized = f"MODEL={source.name} is quantised already ({own})"
+    if requested not in (None, own):
+        wish, remedy = wish or f"QUANTIZATION={requested}", "Leave this setting out, or take the 16-bit model."
+        raise UserError(f"{wish}: {quantized}. {remedy}")
+    if distributed.engine() in ("fsdp", "zero3"):
+        raise UserError(f"{quantized}, which {distributed.engine()} cannot shard. Use launch/ddp.yaml.")
+    if own in UNPACKED:
+        return None
+    if own not in BITSANDBYTES:
+        try:
+            quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+            quantizer.validate_environment(device_map={"": distributed.device()})
+        except (ImportError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{quantized}, which does not run here: {reason} Take the 16-bit model.") from error
+    return own
+
+
 def count_weights(config) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -99,19 +142,7 @@ def load_model(
     source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
 ):
     """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
-    # hqq's layers are packed one by one: the device need not hold the 16-bit model.
-    elsewhere = distributed.holds_parts() or quantization in BITS
-    model = from_hub(
-        AutoModelForCausalLM.from_pretrained,
-        source,
-        dtype=dtype,
-        attn_implementation=attention,
-        quantization_config=quantization_config(quantization, dtype),
-        device_map=None if elsewhere else {"": distributed.device()},
-        use_safetensors=True,
-    )
-    if quantization in BITS:
-        quantize_hqq(model, quantization, dtype, distributed.device())
+    model = load_base(source, quantization, dtype, attention)
     model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
     # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
     for module in model.modules() if trainable else ():
@@ -126,6 +157,38 @@ def load_model(
         from common.model.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, source.adapter, trainable)
+    return model
+
+
+def load_base(source: Source, quantization: str | None, dtype: torch.dtype, attention: str):
+    """The model without adapter, quantised as its folder is or else as requested."""
+    quantization, config = find_quantization(source, quantization), load_config(source)
+    own, options = own_quantization(config), {}
+    if own in UNPACKED:
+        name = str(dtype).removeprefix("torch.")
+        print(f"MODEL={source.name} is quantised ({own}); its weights are taken in {name}", file=sys.stderr)
+        options["quantization_config"] = UNPACKED[own](dequantize=True)
+    elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
+        options["quantization_config"] = quantization_config(quantization, dtype, config)
+    # hqq's layers are packed one by one: the device need not hold the 16-bit model.
+    elsewhere = distributed.holds_parts() or quantization in BITS
+    model = from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map=None if elsewhere else {"": distributed.device()},
+        use_safetensors=True,
+        **options,
+    )
+    if quantization in BITS:
+        quantize_hqq(model, quantization, dtype, distributed.device())
+    if own in (*BITSANDBYTES, *UNPACKED):
+        adopt_dtype(model, dtype)
+        forget_codes(model)
+    if quantization:
+        report_unquantized(model, quantization)
     return model
 
 

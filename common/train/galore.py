@@ -14,9 +14,9 @@ import math
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
-from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
+from common.model.targets import is_linear, match_layers
 from common.train.moments import add_stochastically, get_moments, put_moments
 
 FIRST_REFRESHES = 16  # steps over which the random bases of the start are replaced
@@ -201,15 +201,14 @@ def split_weights(model, rank: int, target_modules: str = "auto") -> tuple[list,
     """(projected, other_params): the weights of linear layers in GALORE_TARGET_MODULES with both sides above the rank,
     and all other trained parameters. UserError where no weight is projected."""
     head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
-    names = {name.rpartition(".")[2] for name in layers}
-    wanted = names if target_modules == "auto" else set(target_modules.replace(" ", "").split(","))
-    projected = [m.weight for n, m in layers.items() if n.rpartition(".")[2] in wanted and min(m.weight.shape) > rank]
-    if not projected or wanted - names:
-        raise UserError(
-            f"GALORE_TARGET_MODULES={target_modules} GALORE_RANK={rank}: no such linear layer with both sides above "
-            f"the rank. The model has: {', '.join(sorted(names))}."
-        )
+    layers = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
+    wanted = list(layers)
+    if target_modules != "auto":
+        wanted = match_layers(wanted, target_modules, "GALORE_TARGET_MODULES")
+    projected = [layers[name].weight for name in wanted if min(layers[name].weight.shape) > rank]
+    if not projected:
+        problem = f"none of these {len(wanted)} layers has both sides above the rank. Lower GALORE_RANK."
+        raise UserError(f"GALORE_TARGET_MODULES={target_modules} GALORE_RANK={rank}: {problem}")
     ids = {id(p) for p in projected}
     return projected, [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
 

@@ -25,9 +25,9 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
         if quantization in BITS:
             quantize_hqq(model, quantization, dtype, "meta")
         elif quantization:
-            quantizer = AutoHfQuantizer.from_config(quantization_config(quantization, dtype))
+            quantizer = AutoHfQuantizer.from_config(quantization_config(quantization, dtype, config))
             quantizer.preprocess_model(model=model, device_map=None)
-            setattr(model, "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit", True)
+            setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
             for module in model.modules():
                 empty_quantized(module, dtype)
     return model
@@ -41,13 +41,17 @@ def empty_quantized(module, dtype: torch.dtype) -> None:
     if isinstance(module, Linear4bit):
         weight, shape = module.weight, module.weight.shape
         blocks = -(-shape.numel() // weight.blocksize)
-        second = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
         about = dict(code=torch.empty(16), blocksize=weight.blocksize, quant_type=weight.quant_type, dtype=dtype)
-        state = QuantState(
-            torch.empty(blocks, dtype=torch.uint8), shape, offset=torch.empty(()), state2=second, **about
-        )
+        scales = torch.empty(blocks)
+        if weight.compress_statistics:
+            second = torch.empty(-(-blocks // 256))
+            second = QuantState(second, code=torch.empty(256), blocksize=256, dtype=torch.float32)
+            scales = torch.empty(blocks, dtype=torch.uint8)
+            about |= dict(offset=torch.empty(()), state2=second)
+        state = QuantState(scales, shape, **about)
         packed = torch.nn.Parameter(torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
-        packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, True
+        packed.quant_state, packed.quant_type = state, weight.quant_type
+        packed.compress_statistics = weight.compress_statistics
         packed.bnb_quantized = True
         module.weight, module.quant_state, module.support_avx512bf16_for_cpu = packed, state, False
     elif isinstance(module, Linear8bitLt):

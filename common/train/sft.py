@@ -42,6 +42,11 @@ class Job:
     data_digest: str = ""
     row_length: int = 0  # tokens of the longest row
 
+    def empty_model(self, quantization: str | None = None, attention: str = "eager"):
+        """The base on the meta device, without its adapter. attention: any model has the default."""
+        model_config, vocabulary = load.load_config(self.source), len(self.tokenizer)
+        return empty_model(model_config, quantization, self.dtype, attention, vocabulary)
+
     @property
     def is_full(self) -> bool:
         """Whether all parameters are trained, so that KL_WEIGHT needs a second, frozen model."""
@@ -101,12 +106,10 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
     build: called with a function that loads the base; returns the model to train. make_optimizer: called with that
     model; None where OPTIM names one of transformers'.
     """
-    settings, vocabulary = job.settings, len(job.tokenizer)
+    settings, adapter = job.settings, job.source.adapter
 
     def build_meta(quantization):
-        model_config = load.load_config(job.source)
-        empty = functools.partial(empty_model, model_config, quantization, job.dtype, job.attention, vocabulary)
-        adapter = job.source.adapter
+        empty = functools.partial(job.empty_model, quantization, job.attention)
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
         return model, job.frozen_base(model)
 

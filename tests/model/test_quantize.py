@@ -141,5 +141,5 @@ def test_layers_that_no_group_divides_are_refused(tmp_path, tokenizer_folder, ch
 
 
 def test_the_wrong_names_are_answered_with_those_of_the_layers(tiny):
-    with pytest.raises(UserError, match="its layers: .*q_proj"):
+    with pytest.raises(UserError, match="The model has: .*q_proj"):
         adapters.add_adapter(load(tiny(), "hqq-4bit"), LORA | {"LORA_TARGET_MODULES": "attn"})
