@@ -34,7 +34,7 @@ WINDOWS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "cohere2": 4}
 # Which may rotate only a part of each head, and whose heads have to be hidden_size wide together.
 PARTIAL_ROTARY = ("stablelm", "phi2", "phi3")
 WHOLE_HEADS = (*PARTIAL_ROTARY, "olmo2", "cohere2", "gpt2", "qwen2")
-ROPE_TYPES = {"llama3": ("llama", "granite"), "longrope": ("llama", "granite", "phi3")}  # others: all
+ROPE_TYPES = {"llama3": ("llama", "granite"), "longrope": ("llama", "phi3")}  # others: all
 # Numbers of a config -> how they are written.
 SCALES = {
     "attn_logit_softcapping": GGUFWriter.add_attn_logit_softcapping,
@@ -101,6 +101,14 @@ def windowed_layers(config) -> list[bool]:
     values = config.to_dict()
     kinds = values.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
     return [bool(values.get("sliding_window")) and kind == "sliding_attention" for kind in kinds]
+
+
+def last_change(config) -> int:
+    """Tokens up to which a model sees and rotates all as in a short text; 0 if it always does."""
+    values = config.to_dict()
+    lengths = [rope.get("original_max_position_embeddings") for rope in ropes(config)]
+    lengths += [any(windowed_layers(config)) and config.sliding_window, values.get("attention_chunk_size")]
+    return max(filter(None, lengths), default=0)
 
 
 def exact_context(config) -> tuple[int, str]:

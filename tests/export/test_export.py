@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, gguf_tokenizer, hub, verify
+from common.export import gguf, gguf_tokenizer, hub, verify, verify_gguf
 from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
@@ -85,7 +85,7 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
-        read = verify.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
+        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
     llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
@@ -429,7 +429,7 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
     llama = LlamaCpp(tmp_path / "model.gguf", 256)
-    assert list(verify.token_faults(llama, tokenizer)) == []
+    assert list(verify_gguf.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -539,11 +539,11 @@ def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export)
 @pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
 def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify.token_faults"}[moment]
+    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}[moment]
     code = f"""
 import os, sys
 sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
-from common.export import gguf, verify
+from common.export import gguf, verify, verify_gguf
 from common.model import load
 {place} = lambda *a: os._exit(9)
 import runpy
