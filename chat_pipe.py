@@ -16,6 +16,7 @@ MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder,
 COMPARE: str | None = None  # a second model, which answers the same prompts; each continues from its own answers
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Conversation
 SYSTEM: str | None = None  # system message put before the conversation
 PROMPT: str | None = None  # answer this one prompt and leave
@@ -60,7 +61,9 @@ def main():
     # Models
     generators = {}
     for name in filter(None, (MODEL, COMPARE)):
-        generators[name] = generation.Generator(*generation.load_for_chat(name, QUANTIZATION, DTYPE))
+        generators[name] = generation.Generator(
+            *generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION)
+        )
     conversation = Conversation(generators, current(globals()), opening)
     set_seed(SEED)
 

@@ -40,6 +40,7 @@ import torch
 from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
+from common.model.attention import choose_attention
 from common.model.quantize import BITS
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
@@ -68,7 +69,7 @@ def main():
 
 def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
-    attention = "sdpa_documents" if DEVICE == "cpu" and PACKING else "sdpa"
+    attention = choose_attention(config, None, PACKING, DEVICE)
     empty = functools.partial(empty_model, config, quantization, getattr(torch, DTYPE), attention)
     if METHOD in ("full", "galore"):
         return empty(), empty().requires_grad_(False) if KL_WEIGHT else None

@@ -18,6 +18,7 @@ MODELS: str | None = None  # several, comma-separated, in place of MODEL; each i
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 SUITES = "loss,facts,health"  # comma-separated: loss, facts, health, judge
 LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
 OUT_DIR = "out/evaluation"
@@ -83,7 +84,7 @@ def main():
     # Each model by itself
     results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
     for name, result in results.items():
-        model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE)
+        model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION)
         print(f"\n{name}")
         suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         if questions:

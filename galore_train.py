@@ -22,7 +22,7 @@ LEARNING_RATE = 7e-4  # peak
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
 DTYPE: str | None = None  # of weights and compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
-ATTN_IMPLEMENTATION: str | None = None  # None: sdpa; flash_attention_2, flex_attention, eager ...
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
 MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
@@ -76,7 +76,7 @@ import torch
 from peft import PeftModel
 
 from common import distributed
-from common.model import load, location
+from common.model import load, location, merging
 from common.run.training_run import open_run
 from common.train import galore, sft
 
@@ -116,7 +116,7 @@ def settings_for_trainer(settings: dict) -> dict:
 def build(load_base):
     """The model with all its parameters trained; an adapter on it is merged first."""
     model = load_base()
-    model = (model.merge_and_unload() if isinstance(model, PeftModel) else model).requires_grad_(True)
+    model = (merging.merge_adapter(model) if isinstance(model, PeftModel) else model).requires_grad_(True)
     if OPTIM.startswith("galore") and model.device.type != "meta":
         projected, _ = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
         share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())

@@ -17,6 +17,7 @@ MODEL = "out/demo"  # run folder, adapter, local folder, hub id or .gguf file
 QUANTIZATION: str | None = None  # base: nf4, int8, hqq-4bit ...; None: as in training
 MERGE_INTO: str | None = None  # original or dequantized base, after quantized training; None: the better
 DTYPE = "bfloat16"  # merged weights
+ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other
 # GGUF
 GGUF: str | None = None  # "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q6_k; None: merge only
 PRE_TOKENIZER: str | None = None  # llama.cpp's name of the pre-tokenizer; None: look it up
@@ -50,6 +51,7 @@ from common.export import gguf, gguf_config, hub, llama_cpp, merge, verify, veri
 from common.export.gguf_tokenizer import modelfile
 from common.files import check_space, write_atomic
 from common.model import load, location
+from common.model.attention import choose_attention
 from common.run.folder import create_folder
 
 
@@ -59,6 +61,7 @@ def main():
     logging.disable_progress_bar()
     source = location.locate(MODEL)
     config = load.load_config(source)
+    attention = choose_attention(config, ATTN_IMPLEMENTATION)
     quantization = QUANTIZATION or location.trained_with(source)
     bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
@@ -71,7 +74,7 @@ def main():
 
     # The trained model, with which the merged one is compared
     dtype, proof_dtype = map(load.choose_dtype, (DTYPE, PROOF_DTYPE))
-    reference = verify.Reference(source, quantization, proof_dtype, tokenizer, rows)
+    reference = verify.Reference(source, quantization, proof_dtype, attention, tokenizer, rows)
     print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens")
 
     # Merge, save, and verify what was saved

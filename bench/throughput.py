@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.cli import run_main
 from common.data import prepare, templates
 from common.model import load, location
+from common.model.attention import choose_attention
 from common.settings import apply_overrides
 
 MODEL = "smollm2-135m-instruct"  # as in qlora_train.py
@@ -79,7 +80,7 @@ def run_side(side: str) -> dict:
     settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
     with tempfile.TemporaryDirectory() as folder:
         train_set, _, _ = prepare.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
-    attention = load.choose_attention(None, packing=True) if side == "ours" else "sdpa"
+    attention = choose_attention(load.load_config(source), None, packed=True) if side == "ours" else "sdpa"
     model = load.load_model(source, None, torch.bfloat16, attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return train_side(side, model, train_set, tokenizer, MAX_LENGTH, STEPS, LORA_R, device)

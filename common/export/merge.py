@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig
 
 from common.bounds import check_setting
@@ -13,7 +12,8 @@ from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.export.verify import Reference, predict
 from common.files import write_atomic
-from common.model import generation, load
+from common.model import generation, load, merging
+from common.model.adapters import load_adapter
 from common.model.location import Source
 from common.model.quantize import BITS, dequantize_hqq
 
@@ -49,30 +49,27 @@ def load_chat_tokenizer(source: Source):
     return tokenizer
 
 
-def merge_adapter(source: Source, base: str, quantization: str | None, dtype, vocabulary: int):
+def load_merged(source: Source, base: str, quantization: str | None, dtype, attention: str, vocabulary: int):
     """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
 
     base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
     """
     quantization = quantization if base == "dequantized" else None
     bare = dataclasses.replace(source, adapter=None)
-    model = load.load_model(bare, quantization, dtype, "sdpa", vocabulary=vocabulary)
+    model = load.load_model(bare, quantization, dtype, attention, vocabulary=vocabulary)
     if quantization:
         model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
     if source.adapter:  # which the reference was loaded with, and so is checked
-        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload(safe_merge=True)
-    # An adapter may bring its own head to a base whose head is tied to the embeddings.
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = torch.equal(head.weight, embeddings.weight)
+        model = merging.merge_adapter(load_adapter(model, source.adapter))
     return model.to(dtype).eval()
 
 
 def merge_best(source: Source, bases, quantization: str | None, dtype, reference: Reference):
     """Merge into each base; returns the model of lowest perplexity, its result, and all results."""
-    arguments, results = (quantization, dtype, len(reference.tokenizer)), []
+    arguments, results = (quantization, dtype, reference.attention, len(reference.tokenizer)), []
     for base in bases:
         model = None  # frees the last one before this one is loaded
-        model = merge_adapter(source, base, *arguments)
+        model = load_merged(source, base, *arguments)
         predictions = predict(model.to(reference.dtype), reference.rows)
         results.append({"into": base} | reference.compare(predictions))
         line = "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}"
@@ -82,7 +79,7 @@ def merge_best(source: Source, bases, quantization: str | None, dtype, reference
     was_rounded = torch.promote_types(dtype, reference.dtype) != reference.dtype
     if kept["into"] != base or was_rounded:
         model = None
-        model = merge_adapter(source, kept["into"], *arguments)
+        model = load_merged(source, kept["into"], *arguments)
     return model.to(dtype), kept, results
 
 

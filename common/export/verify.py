@@ -81,9 +81,10 @@ class Reference:
     predictions on it.
     """
 
-    def __init__(self, source, quantization: str | None, dtype: torch.dtype, tokenizer, rows, answers=False):
-        model = load.load_model(source, quantization, dtype, "sdpa", vocabulary=len(tokenizer)).eval()
+    def __init__(self, source, quantization: str | None, dtype, attention: str, tokenizer, rows, answers=False):
+        model = load.load_model(source, quantization, dtype, attention, vocabulary=len(tokenizer)).eval()
         self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
+        self.attention = attention
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             problem = "predictions are not finite. Take an earlier checkpoint."
@@ -128,7 +129,8 @@ def verify_merged(folder: Path, reference: Reference, bound: float, answers: boo
     """Name the saved model final, or final.rejected (UserError, code 5): its reference and KL."""
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
-    saved = Reference(source, None, reference.dtype, reference.tokenizer, reference.rows, answers)
+    how = reference.dtype, reference.attention, reference.tokenizer, reference.rows
+    saved = Reference(source, None, *how, answers)
     kl = reference.compare(saved.predictions)["kl"]
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     encoders = ChatEncoder(reference.tokenizer), ChatEncoder(load.load_tokenizer(source))

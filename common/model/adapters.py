@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from peft import IA3Config, LoraConfig, get_peft_model, replace_lora_weights_loftq
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from common.cli import UserError
 from common.model.quantize import hqq_layer_names
@@ -38,7 +39,7 @@ def add_adapter(model, settings: dict, new_rows=()):
                 trainable_token_indices=embedding_rows(model, new_rows) if new_rows else None,
                 **({} if on_meta and name == "pissa" else VARIANTS[name]),
             )
-        model = get_peft_model(model, config)
+        model = keep_head_bias(get_peft_model(model, config))
         if name == "loftq" and not on_meta:
             local = Path(model.name_or_path) / "model.safetensors"
             replace_lora_weights_loftq(model, model_path=str(local) if local.is_file() else None)
@@ -55,3 +56,22 @@ def embedding_rows(model, rows: list[int]) -> dict[str, list[int]]:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     chosen = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
     return {name: rows for name, module in model.named_modules() if any(module is c for c in chosen)}
+
+
+def keep_head_bias(model):
+    """Mend peft 0.21, which drops the bias of a head whose token rows are trained (Phi-2); returns the model."""
+    for layer in model.modules():
+        bias = getattr(layer.base_layer, "bias", None) if isinstance(layer, TrainableTokensLayer) else None
+        if bias is not None:
+            layer.register_forward_hook(add_bias)
+    return model
+
+
+def add_bias(layer, args, output):
+    uses_base = layer.disable_adapters or layer.merged or not layer.active_adapters
+    return output if uses_base else output + layer.base_layer.bias
+
+
+def load_adapter(model, folder: str, trainable: bool = False):
+    """The model with the adapter in a folder."""
+    return keep_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=trainable))

@@ -1,28 +1,106 @@
-"""Attention over packed rows on the CPU, one document at a time: `sdpa_documents` in transformers.
+"""Attention: what a model supports, and attention over packed rows one document at a time.
 
-With a block-diagonal mask SDPA still computes the full T x T square: on two cores a third of the step.
+transformers knows it as `sdpa_documents` and `eager_documents`. With a block-diagonal mask SDPA still computes the full
+T x T square: on two cores a third of the step. Some models (gpt-oss, OPT) do not even build that mask, so that their
+documents would see each other.
 """
 
+import sys
+from importlib.util import find_spec
+
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from common import distributed
+from common.cli import UserError
+
+# Kinds of layers (config.layer_types) whose tokens can be kept apart by attention alone. Convolutions and running
+# states, as in Qwen3.5, LFM2 and Mamba, go on from one document to the next.
+PACKABLE = {"full_attention", "sliding_attention", "chunked_attention"}
+# Models with an attention of their own that keeps the documents of a row apart; Falcon's, BLOOM's and MPT's do not.
+KEEP_APART = {"stablelm", "gptj", "codegen"}
 
 
-def document_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
-    """Causal attention inside each document; plain SDPA where no document boundaries are given.
+def model_class(config):
+    """The class that AutoModelForCausalLM makes from a config; UserError where it makes none."""
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UserError(f"MODEL: transformers has no causal language model of type {config.model_type}.") from None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def can_pack(config, max_length: int) -> bool:
+    """Whether rows of several documents, max_length tokens long, can be computed as if these stood alone."""
+    text = config.get_text_config().to_dict()
+    # Chunks are counted from the beginning of the row, not of a document.
+    layers, kind = set(text.get("layer_types") or ()), model_class(config)
+    is_cut = "chunked_attention" in layers and max_length > text["attention_chunk_size"]
+    keeps_apart = kind._supports_attention_backend or config.model_type in KEEP_APART
+    return keeps_apart and layers <= PACKABLE and not (is_cut or kind._is_stateful)
+
+
+def choose_attention(config, name: str | None, packed: bool = False, device: str | None = None) -> str:
+    """transformers' name of the attention: the one asked for, else SDPA, or eager where the model has no SDPA.
+
+    packed: attend per document where rows hold several and the model's own mask is slow (on a CPU) or not to be relied
+    on (eager). device: its type; None: this process's. Raises UserError where the model does not support `name`.
+    """
+    kind = model_class(config)
+    if name in ("sdpa", "flash_attention_2", "flex_attention"):
+        supported = {"sdpa": kind._supports_sdpa, "flex_attention": kind._supports_flex_attn}
+        if not supported.get(name, kind._supports_flash_attn):
+            raise UserError(f"ATTN_IMPLEMENTATION={name}: {config.model_type} does not support it. Set None or eager.")
+        if name == "flash_attention_2" and not find_spec("flash_attn"):
+            raise UserError(f"ATTN_IMPLEMENTATION={name}: the package is missing: pip install flash-attn.")
+    chosen = name or ("sdpa" if kind._supports_sdpa else "eager")
+    on_cpu = name is None and (device or distributed.device().type) == "cpu"
+    if packed and kind._supports_attention_backend and (chosen == "eager" or on_cpu):
+        return f"{chosen}_documents"
+    return chosen
+
+
+def plain_attention(name: str) -> str:
+    """The same attention without documents, for rows that hold one."""
+    return name.removesuffix("_documents")
+
+
+def eager_attention(module, *args, **kwargs):
+    """The model's own attention, as the paper has it, from its modeling file."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def document_attention(attend, module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+    """Causal attention inside each document; `attend` itself where no document boundaries are given.
 
     query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim); cu_seq_lens_q: (documents + 1,)
     token offsets, from TRL's padding-free collator. Returns (1, T, heads, head_dim) and no weights.
     """
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kwargs["is_causal"] = True
-    lengths = cu_seq_lens_q.diff().tolist()
-    documents = zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in documents]
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    kwargs["is_causal"], outputs, start = True, [], 0
+    for length in cu_seq_lens_q.diff().tolist():
+        part = slice(start, start := start + length)
+        mask = None if attention_mask is None else attention_mask[:, :, part, part]
+        # The last token sees the first: there is no window, or a longer one. SDPA is faster without a mask.
+        if mask is not None and mask.dtype == torch.bool and mask[0, 0, -1, 0]:
+            mask = None
+        states = (tensor[:, :, part] for tensor in (query, key, value))
+        outputs.append(attend(module, *states, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
-AttentionInterface.register("sdpa_documents", document_attention)
+def sdpa_documents(*args, **kwargs):
+    return document_attention(sdpa_attention_forward, *args, **kwargs)
+
+
+def eager_documents(*args, **kwargs):
+    return document_attention(eager_attention, *args, **kwargs)
+
+
+AttentionInterface.register("sdpa_documents", sdpa_documents)
 AttentionMaskInterface.register("sdpa_documents", sdpa_mask)
+AttentionInterface.register("eager_documents", eager_documents)
+AttentionMaskInterface.register("eager_documents", eager_mask)

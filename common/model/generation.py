@@ -16,9 +16,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.model import load, location
+from common.model.attention import choose_attention
+from common.model.merging import merge_adapter
 
 
-def load_for_chat(model_name: str, quantization: str | None = None, dtype: str | None = None):
+def load_for_chat(model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None):
     """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
     source = location.locate(model_name)
     tokenizer = load.load_tokenizer(source)
@@ -29,10 +31,10 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype: str |
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    arguments = source, quantization, load.choose_dtype(dtype), "sdpa"
-    model = load.load_model(*arguments, vocabulary=len(tokenizer))
+    attention = choose_attention(load.load_config(source), attention)
+    model = load.load_model(source, quantization, load.choose_dtype(dtype), attention, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
-        model = model.merge_and_unload()
+        model = merge_adapter(model)
     return model.eval(), tokenizer
 
 

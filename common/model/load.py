@@ -11,7 +11,6 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
 from common.cli import UserError
 from common.files import sync_files
@@ -81,11 +80,6 @@ def choose_dtype(name: str | None) -> torch.dtype:
     return torch.bfloat16
 
 
-def choose_attention(name: str | None, packing: bool) -> str:
-    """The attention asked for, or SDPA: per document where rows are packed on a CPU."""
-    return name or ("sdpa_documents" if packing and distributed.device().type == "cpu" else "sdpa")
-
-
 def count_weights(config) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -129,9 +123,9 @@ def load_model(
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
     if source.adapter:
-        from peft import PeftModel
+        from common.model.adapters import load_adapter  # imports peft, which is slow
 
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable)
+        model = load_adapter(model, source.adapter, trainable)
     return model
 
 

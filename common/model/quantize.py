@@ -6,7 +6,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-import common.model.attention  # noqa: F401  registers sdpa_documents
 from common import distributed
 from common.bounds import HQQ
 from common.cli import UserError

@@ -12,7 +12,18 @@ from common import hardware
 from common.monitor import StepWatch
 
 # What metrics.jsonl takes from Trainer's logs.
-LOGGED = ("loss", "kl", "grad_norm", "learning_rate", "eval_loss", "facts", "samples", "bad_steps", "spike")
+LOGGED = (
+    "loss",
+    "kl",
+    "router_loss",
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    "facts",
+    "samples",
+    "bad_steps",
+    "spike",
+)
 
 
 class MetricsLog(TrainerCallback):

@@ -11,7 +11,6 @@ from common import distributed
 from common.bounds import check_package, split_list
 from common.cli import UserError
 from common.train.batch_plan import BatchPlan, rows_per_step
-from common.train.loss import supports_chunked_loss
 
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
@@ -60,17 +59,17 @@ def check_engine(settings: dict) -> None:
             raise UserError(f"{what}: {reason}")
 
 
-def choose_kl_weight(settings: dict, config, base_has_template: bool, keeps_base: bool) -> float:
+def choose_kl_weight(settings: dict, base_has_template: bool, keeps_base: bool) -> float:
     """KL_WEIGHT; for None, 1 where the base is a chat model to keep (it comes with a template), else 0.
 
-    keeps_base: whether the base's predictions can be had. Models that change their head's logits keep TRL's loss.
+    keeps_base: whether the base's predictions can be had.
     """
-    possible, weight = keeps_base and supports_chunked_loss(config), settings["KL_WEIGHT"]
-    if weight and not possible:
+    weight = settings["KL_WEIGHT"]
+    if weight and not keeps_base:
         adapter = f"ADAPTER={settings['ADAPTER']} on " if "ADAPTER" in settings else ""
         raise UserError(f"KL_WEIGHT={weight} does not work with {adapter}{settings['MODEL']}. Set KL_WEIGHT=0.")
     if weight is None:
-        weight = 1.0 if possible and base_has_template and settings["TRAIN_ON"] == "assistant" else 0.0
+        weight = 1.0 if keeps_base and base_has_template and settings["TRAIN_ON"] == "assistant" else 0.0
     print(f"KL regularization towards the base: weight {weight}")
     return weight
 

@@ -49,12 +49,10 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
 
     model: on the meta device, with its adapter; it cannot be used afterwards. base: the frozen one that KL_WEIGHT needs
     beside a model without an adapter, or None. make_optimizer: called with the model.
-    Raises NotImplementedError for models that keep TRL's loss.
     """
     on_gpu, vocabulary = step.device == "cuda", model.config.get_text_config().vocab_size
     tracker = StorageTracker(512 if on_gpu else 1, vocabulary, step.rows * step.length, on_gpu)
-    if not prepare_model(model, step.kl_weight, base):
-        raise NotImplementedError("models that change their logits keep TRL's loss, which is not traced")
+    prepare_model(model, step.kl_weight, base)
     model.train()
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -76,9 +74,9 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
         for _ in range(2 if projects and step.accumulates else 1):
             inputs, tracker.phase = batch(step), "forward"
             with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
-                loss, divergence = model(**inputs, learn=inputs["input_ids"], use_cache=False)
+                losses, divergence, router_loss = model(**inputs, learn=inputs["input_ids"], use_cache=False)
             tracker.phase = "backward"
-            (loss + step.kl_weight * divergence).backward()
+            (losses.sum() + step.kl_weight * divergence + router_loss).backward()
             tracker.label([p.grad for p in trained], "gradients")
             tracker.label(optimizer.projected_grads.values() if projects else (), "gradients")
         if not is_blockwise:

@@ -7,7 +7,8 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-import common.model.attention  # noqa: F401  registers sdpa_documents
+from common.model.adapters import keep_head_bias
+from common.model.attention import choose_attention
 from common.model.quantize import BITS, quantization_config, quantize_hqq
 
 
@@ -15,7 +16,8 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
     """What load_model would load, on the meta device: every shape and dtype, no weights. For memory.trace."""
     config = copy.deepcopy(config)
     # Kernels that need data (FlashAttention, FlexAttention) keep what attention per document keeps.
-    attention = attention if attention in ("sdpa", "eager") else "sdpa_documents"
+    if attention not in ("sdpa", "eager"):
+        attention = choose_attention(config, None, packed=True, device="cpu")
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocabulary)
     with torch.device("meta"):
@@ -59,4 +61,4 @@ def empty_adapter(model, folder: str):
     """A model on the meta device with an adapter of the form of the one in a folder, as if it went on training."""
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode, config.init_lora_weights = False, True
-    return get_peft_model(model, config)
+    return keep_head_bias(get_peft_model(model, config))

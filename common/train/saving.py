@@ -28,7 +28,7 @@ class Progress:
     tokens: int = 0  # seen in training by all processes, without padding
     seconds: float = 0.0  # spent in steps
     joules: float | None = None  # None where power cannot be read
-    kl_sums: list[float] = field(default_factory=lambda: [0.0, 0, 0.0, 0])  # KL (nats) and steps; since the last log
+    penalties: dict[str, list] = field(default_factory=dict)  # name: its sum (nats) and steps; both since the last log
     guard: StepGuard = field(default_factory=StepGuard)
     bad_since_log: int = 0  # steps that were not finite
     spike: dict | None = None  # since the last log

@@ -12,12 +12,16 @@ from common.data import checks, prepare, templates
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
+from common.model.attention import can_pack, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
 from common.train.galore import GaLore
+from common.train.loss import router_loss_weight
 from common.train.memory import Step
 from common.train.meta_model import empty_adapter, empty_model
 from common.train.trainer import ChatTrainer, GaloreTrainer
+
+KEEPS_BASE = ("lora", "dora", "rslora", "ia3")  # PiSSA and LoftQ change the base's weights
 
 
 @dataclass
@@ -60,13 +64,18 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     base = tokenizer if reference == source else reference and load.load_tokenizer(reference)
     base_template = base and base.chat_template
     model_config = load.load_config(source)
-    kl_weight = config.choose_kl_weight(settings, model_config, bool(base_template), reference is not None)
+    kl_weight = config.choose_kl_weight(settings, bool(base_template), reference is not None)
+    if weight := router_loss_weight(model_config):
+        print(f"balance of the experts: weight {weight}; logged as router_loss, not part of loss and eval_loss")
+    if settings["PACKING"] and not can_pack(model_config, settings["MAX_LENGTH"]):
+        print(f"PACKING=False: layers of {model_config.model_type} would carry one chat's state into the next")
+        settings, trainer_settings = ({**each, "PACKING": False} for each in (settings, trainer_settings))
     encoder, note = templates.set_template(tokenizer, settings["CHAT_TEMPLATE"])
     print(note)
     probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
     # Compiled, attention per document would be compiled again for every length of a document.
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
-    attention = load.choose_attention(settings["ATTN_IMPLEMENTATION"], per_document)
+    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
     return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe)
 
@@ -133,6 +142,7 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
         save_total_limit=settings["SAVE_TOTAL_LIMIT"],
         data_digest=job.data_digest,
         base_fingerprint=model.base_fingerprint,
+        has_new_adapter=settings.get("ADAPTER") in KEEPS_BASE and not job.source.adapter,
     )
 
     def save(folder, weights):

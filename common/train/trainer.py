@@ -1,15 +1,18 @@
 """The trainer: TRL's, with our loss and schedule, exact evaluation, and rows dealt out evenly to processes."""
 
+import contextlib
 import math
 import statistics
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTTrainer
 
 from common import distributed
 from common.cli import RANK
 from common.train import optimizers, parallel
-from common.train.loss import prepare_model
+from common.train.loss import prepare_model, router_loss_weight
+from common.train.preflight import check_losses
 from common.train.reliability import ReliableTrainer
 
 
@@ -18,13 +21,21 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
 
     settings: those of the script, for the schedule (`optimizers.make_schedule`).
     kl_weight: adds kl_weight * KL(base || model), measured outside of the loss, to the loss; the base is the model
-    without its adapter, or base_model. The logged loss leaves it out, so that runs compare; it is logged as `kl`.
+    without its adapter, or base_model. The logged loss leaves it out, so that runs compare; it is logged as `kl`. The
+    same holds for the loss that balances a mixture's experts, logged as `router_loss`.
     probe: called with the model at each evaluation; what it returns is logged (facts.make_probe).
+    has_new_adapter: the model has an untrained adapter that leaves the base's weights as they are.
     """
 
-    def __init__(self, *args, settings: dict, kl_weight: float = 0.0, base_model=None, probe=None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model, *args, settings: dict, kl_weight=0.0, base_model=None, probe=None, has_new_adapter=False, **kwargs
+    ):
+        with bare_head(model):
+            super().__init__(model, *args, **kwargs)
+        self.has_new_adapter = has_new_adapter
         self.settings, self.probe, self.kl_weight = settings, probe, kl_weight
+        penalties = {"kl": kl_weight, "router_loss": router_loss_weight(self.model.config)}
+        self.penalties = {name: weight for name, weight in penalties.items() if weight}
         self.dtype = self.model.dtype
         self.rows = len(self.train_dataset)
         if distributed.count() > 1:
@@ -37,32 +48,34 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
         if base_model is not None:
             base_model.to(distributed.device())  # it is not sharded where the model is
-        self.chunked = prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
+        prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
+
+    def restore_progress(self):
+        check_losses(self, self.has_new_adapter and not self.restored)
+        super().restore_progress()
 
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
             self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
-        if not self.chunked or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        loss, divergence = model(**inputs, learn=labels, use_cache=False)
+        losses, divergence, router_loss = model(**inputs, learn=labels, use_cache=False)
         if num_items_in_batch is None:  # evaluation
-            return loss / count_loss_tokens(labels).clamp(min=1)
+            return losses.sum() / count_loss_tokens(labels).clamp(min=1)
         # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
         # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
-        loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
-        if self.kl_weight:
-            divergence = divergence / self.micro_steps_with_tokens  # a step's sum, over all processes, is a mean
-            kl, share = divergence.item(), 1 / self.current_gradient_accumulation_steps / distributed.count()
-            if math.isfinite(kl):
-                added = kl, share, kl, share
-                sums = zip(self.progress.kl_sums, added, strict=True)
-                self.progress.kl_sums = [total + more for total, more in sums]
-            loss = loss + self.kl_weight * divergence * self.accelerator.num_processes
-        return loss
+        loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # A step's sum, over all processes, is a mean.
+        share = 1 / self.current_gradient_accumulation_steps / distributed.count()
+        values = {"kl": divergence / self.micro_steps_with_tokens, "router_loss": router_loss * share}
+        for name, weight in self.penalties.items():
+            loss = loss + weight * values[name]
+            if math.isfinite(value := values[name].item()):
+                sums = self.progress.penalties.setdefault(name, [0.0, 0, 0.0, 0])
+                sums[:] = [total + more for total, more in zip(sums, (value, share) * 2, strict=True)]
+        return loss * self.accelerator.num_processes
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
@@ -78,17 +91,20 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
             logs["spike"], progress.spike = progress.spike, None
         if "loss" in logs and progress.bad_since_log:  # Trainer has put other numbers in the place of those not finite
             logs |= {"loss": None, "grad_norm": None, "bad_steps": progress.bad_since_log}
-            progress.bad_since_log, progress.kl_sums[2:] = 0, (0.0, 0)
+            progress.bad_since_log = 0
+            for sums in progress.penalties.values():
+                sums[2:] = 0.0, 0
             super().log(logs, start_time)
             return
-        if self.kl_weight and ("loss" in logs or "train_loss" in logs):
-            totals = [sum(numbers) for numbers in zip(*distributed.gather(progress.kl_sums), strict=True)]
+        for name, weight in self.penalties.items() if "loss" in logs or "train_loss" in logs else ():
+            sums = progress.penalties.setdefault(name, [0.0, 0, 0.0, 0])
+            totals = [sum(numbers) for numbers in zip(*distributed.gather(sums), strict=True)]
             if "loss" in logs:
-                logs["kl"] = totals[2] / (totals[3] or 1)
-                logs["loss"] -= self.kl_weight * logs["kl"]
-                progress.kl_sums[2:] = 0.0, 0
+                logs[name] = totals[2] / (totals[3] or 1)
+                logs["loss"] -= weight * logs[name]
+                sums[2:] = 0.0, 0
             else:
-                logs["train_loss"] -= self.kl_weight * totals[0] / (totals[1] or 1)
+                logs["train_loss"] -= weight * totals[0] / (totals[1] or 1)
         if "train_loss" in logs:  # what is not logged yet, Trainer adds as this process has it
             rest = distributed.gather(self._tr_loss.item())
             logs["train_loss"] += (statistics.fmean(rest) - rest[RANK]) / max(1, self.state.global_step)
@@ -159,6 +175,18 @@ class GaloreTrainer(ChatTrainer):
         if grad_norm is None:  # MAX_GRAD_NORM=0
             grad_norm = self.optimizer.optimizer.clip_grad_norm_(math.inf)
         return super()._get_grad_norm(model, grad_norm)
+
+
+@contextlib.contextmanager
+def bare_head(model):
+    """For TRL, which refuses an adapter on the head: its own loss would not see it, ours does."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    model.get_output_embeddings = head.get_base_layer
+    yield
+    del model.get_output_embeddings
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:
