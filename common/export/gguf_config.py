@@ -63,6 +63,8 @@ def unknown_to_llama_cpp(config) -> list[str]:
         for name, allowed in known.items()
         if name in values and (values[name] is None if allowed is ANY else values[name] not in allowed)
     }
+    if architecture in ("gemma2", "cohere2") and not any(windowed_layers(config)):
+        odd["sliding_window"] = None  # it would abort
     return [f"{name}={value}" for name, value in odd.items()] + unknown_rope(config, architecture)
 
 
@@ -159,9 +161,8 @@ def add_config(writer: GGUFWriter, config) -> None:
 
 def add_windows(writer: GGUFWriter, config) -> None:
     period, layers = WINDOWS.get(ARCHITECTURES[config.model_type]), windowed_layers(config)
-    # Gemma 2 and Cohere 2 have windows even where the file names none.
-    if period and (any(layers) or period < 6 and config.model_type != "olmo2"):
-        writer.add_sliding_window(config.sliding_window or config.max_position_embeddings)
+    if period and any(layers):
+        writer.add_sliding_window(config.sliding_window)
         if layers != [(i + 1) % period != 0 for i in range(len(layers))]:
             writer.add_sliding_window_pattern(layers)
 

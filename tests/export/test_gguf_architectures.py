@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.cli import UserError
 from common.export import gguf, gguf_config, verify, verify_gguf
 from common.model import location
+from common.model.attention import choose_attention
 
 SIZES = dict(
     vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -58,7 +59,11 @@ CASES = {
             }
         ),
     ),
-    "gemma 2, no window": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=16, layer_types=["full_attention"] * 2)),
+    "gemma 3, all see all": (
+        "gemma3_text",
+        dict(head_dim=16, query_pre_attn_scalar=16, layer_types=["full_attention"] * 2),
+    ),
+    "olmo 3, all local": ("olmo3", dict(sliding_window=64, layer_types=["sliding_attention"] * 2)),
     "phi-2": ("phi", dict(tie_word_embeddings=False)),
     "phi-4": ("phi3", dict(tie_word_embeddings=False)),
     "phi-3, window": ("phi3", dict(sliding_window=64)),
@@ -99,7 +104,8 @@ def verified(tokenizer, tmp_path, monkeypatch):
         tokenizer.save_pretrained(tmp_path / "final")
         rows = verify.held_out_rows(None, None, tokenizer, 1024, 60)
         source = location.locate(str(tmp_path / "final"))
-        reference = verify.Reference(source, None, torch.float32, tokenizer, rows, answers=True)
+        attention = choose_attention(model.config, None)
+        reference = verify.Reference(source, None, torch.float32, attention, tokenizer, rows, answers=True)
         note = gguf.write(tmp_path / "model.gguf", tmp_path / "final", reference.config, tokenizer, "f32")
         return verify_gguf.verify_gguf(tmp_path / "model.gguf", "f32", reference) | {"note": note}
 
@@ -180,7 +186,7 @@ FAULTS = [
     *((case, changed("rope_", torch.ones_like)) for case in ("llama 3.2", "llama, longrope", "granite, llama3, biases")),
     ("phi-4-mini, longrope", changed("rope_", torch.ones_like)),
     ("phi-4-mini, longrope", without(GGUFWriter, "add_rope_scaling_attn_factors")),
-    *((case, instead(gguf_config, "exact_context", whole_context)) for case in CASES if "window" in case),
+    *((case, instead(gguf_config, "exact_context", whole_context)) for case in CASES if case.endswith("window")),
     ("phi-4-mini, longrope", instead(gguf_config, "exact_context", whole_context)),
 ]
 
