@@ -351,21 +351,21 @@ def test_quantised_files_hold_what_llama_cpp_would_write(chat_model, export):
 # --- tokenizers ---
 
 
-def byte_level(split=None, digits=False, **model):
+def byte_level(split=None, digits=False, behavior="isolated", **model):
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     tokenizer = Tokenizer(BPE(**model))
     steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps += [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+    steps += [pre_tokenizers.Split(Regex(split), behavior, invert=behavior == "removed")] if split else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train(
-        [str(ROOT / "README.md")],
-        trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet),
+    tokenizer.train_from_iterator(
+        [(ROOT / "README.md").read_text(encoding="utf-8"), *verify.TEXTS * 20],  # whose words become tokens
+        trainers.BpeTrainer(vocab_size=1300, special_tokens=special, initial_alphabet=alphabet),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
@@ -373,8 +373,8 @@ def byte_level(split=None, digits=False, **model):
 
 
 def sentence_piece(prefix: str):
-    """As Llama 2 and Mistral have it: merges with a fall-back to bytes, spaces as ▁."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    """As Llama 2, Mistral and Gemma have it: merges with a fall-back to bytes, spaces as ▁."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -385,8 +385,16 @@ def sentence_piece(prefix: str):
     spec = json.loads(trained.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
     spec["pre_tokenizer"] = None
+    if prefix == "gemma":  # whose runs of spaces are merged before all else
+        spec["model"]["vocab"] |= {"▁▁": len(spec["model"]["vocab"]), "▁▁▁": len(spec["model"]["vocab"]) + 1}
+        spec["model"]["merges"] = [["▁", "▁"], ["▁▁", "▁"], *spec["model"]["merges"]]
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    if prefix == "normalizer":
+    if "gemma" in prefix:
+        runs, normalized = ("\n", "\n\n", "▁▁", "▁▁▁", "<h1>"), "normalized" in prefix
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.add_tokens([AddedToken(text, normalized=normalized) for text in runs])
+    elif prefix == "normalizer":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
@@ -403,10 +411,17 @@ TOKENIZERS = {
     "llama-bpe": ("llama", lambda: byte_level(LLAMA3, ignore_merges=True)),
     "qwen2": ("qwen2", lambda: byte_level(QWEN)),
     "stablelm2": ("stablelm", lambda: byte_level(QWEN)),
+    "dbrx": ("phi3", lambda: byte_level(LLAMA3)),
+    "dbrx, as OpenAI's are converted": ("olmo2", lambda: byte_level(LLAMA3, behavior="removed")),
+    "default, Gemma": ("gemma3_text", lambda: sentence_piece("gemma")),
+    "default, Gemma, normalized": ("gemma3_text", lambda: sentence_piece("gemma, normalized")),
     "default, Llama 2's normalizer": ("llama", lambda: sentence_piece("normalizer")),
     "default, Metaspace": ("mistral", lambda: sentence_piece("first")),
     "default, Metaspace everywhere": ("mistral", lambda: sentence_piece("always")),
 }
+
+
+ALSO = {"gemma3_text": dict(head_dim=16, query_pre_attn_scalar=16)}
 
 
 @pytest.mark.parametrize(
@@ -424,7 +439,7 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     if "BOS" in template:
         tokenizer.chat_template = "{{- bos_token -}}" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path)
-    save_tiny(architecture, tmp_path / "final", tmp_path, vocab_size=960)
+    save_tiny(architecture, tmp_path / "final", tmp_path, vocab_size=1312, **ALSO.get(architecture, {}))
     config = AutoConfig.from_pretrained(tmp_path / "final")
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]

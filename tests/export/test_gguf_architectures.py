@@ -3,10 +3,9 @@
 import pytest
 import torch
 from conftest import ROOT
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.cli import UserError
 from common.export import gguf, gguf_config, verify, verify_gguf
 from common.model import location
 from common.model.attention import choose_attention
@@ -28,9 +27,7 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
 DEFAULT = dict(rope_type="default", rope_theta=1e4)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-MULTIPLIERS = dict(
-    embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.7, attention_multiplier=0.5
-)
+MULTIPLIERS = dict(embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.7, attention_multiplier=0.5)
 CASES = {
     "llama 3.2": ("llama", dict(rope_parameters=LLAMA3, head_dim=32)),
     "llama, biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
@@ -183,7 +180,10 @@ FAULTS = [
     *((case, without(GGUFWriter, "add_rope_dimension_count")) for case in ("phi-2", "phi-4-mini")),
     ("phi-2", changed("output.bias", torch.zeros_like)),
     ("olmo 2, tied", instead(gguf, "HEADS", ())),
-    *((case, changed("rope_", torch.ones_like)) for case in ("llama 3.2", "llama, longrope", "granite, llama3, biases")),
+    *(
+        (case, changed("rope_", torch.ones_like))
+        for case in ("llama 3.2", "llama, longrope", "granite, llama3, biases")
+    ),
     ("phi-4-mini, longrope", changed("rope_", torch.ones_like)),
     ("phi-4-mini, longrope", without(GGUFWriter, "add_rope_scaling_attn_factors")),
     *((case, instead(gguf_config, "exact_context", whole_context)) for case in CASES if case.endswith("window")),
