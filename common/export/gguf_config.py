@@ -16,7 +16,8 @@ GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 BUILT_IN = {
     "all": dict(
         qk_layernorm=[False], mlp_bias=[False], attention_bias=[False], scale_attn_weights=[True],
-        scale_attn_by_inverse_layer_idx=[False], use_bidirectional_attention=[None, False], hidden_act=["silu"],
+        scale_attn_by_inverse_layer_idx=[False], use_bidirectional_attention=[None, False],
+        hidden_act=["silu", "swish"],
     ),
     "llama": dict(mlp_bias=[False, True], attention_bias=[False, True]),
     "granite": dict(mlp_bias=[False, True], attention_bias=[False, True]),

@@ -538,17 +538,17 @@ def test_wrong_inputs_end_with_2_and_one_line(chat_model, tiny, tmp_path, export
     assert code == 2 and "are needed" in text and not (out / "final").exists()
 
 
-def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export):
+def test_what_llama_cpp_cannot_compute_is_refused_before_weights_are_loaded(chat_model, export):
     folder = chat_model()
+    (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
-    for change, word in (
-        ({"model_type": "gemma"}, "gemma"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "relu"}, "relu"),
+    for change, line in (
+        ({"model_type": "gemma"}, "GGUF: cannot write gemma models, only llama, qwen2, "),
+        ({"hidden_act": "relu"}, "GGUF: llama.cpp cannot compute llama models with hidden_act=relu. Set GGUF=None"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         code, _, text = export(folder, "GGUF=f16")
-        assert code == 2 and word in text and "LLAMA_CPP" in text
+        assert code == 2 and f"error: {line}" in text and text.count("error: ") == 1
 
 
 @pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])

@@ -6,6 +6,7 @@ from conftest import ROOT
 from gguf import GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.cli import UserError
 from common.export import gguf, gguf_config, verify, verify_gguf
 from common.model import location
 from common.model.attention import choose_attention
@@ -204,3 +205,52 @@ def test_both_sets_of_longropes_factors_are_written(verified, monkeypatch):
     monkeypatch.setattr(gguf_config, "exact_context", whole_context)
     result = verified("phi-4-mini, longrope")
     assert result["llama_cpp_long_kl"] < 1e-4 and result["llama_cpp_kl"] > 1e-3
+
+
+HEADS_OF_16 = dict(head_dim=16, query_pre_attn_scalar=16)
+LOCAL = {"sliding_attention": DEFAULT, "full_attention": DEFAULT}
+UNKNOWN = [
+    ("llama", dict(hidden_act="gelu_new"), "hidden_act=gelu_new"),
+    ("llama", dict(rope_parameters=DEFAULT | dict(rope_type="dynamic", factor=2.0)), "rope_type=dynamic"),
+    ("qwen2", dict(rope_parameters=LLAMA3), "rope_type=llama3"),
+    ("qwen3", dict(attention_bias=True), "attention_bias=True"),
+    ("qwen3", dict(rope_parameters=YARN | dict(truncate=False, beta_fast=16.0)), "beta_fast=16.0, truncate=False"),
+    ("qwen3", dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ("stablelm", dict(qk_layernorm=True), "qk_layernorm=True"),
+    ("phi", dict(hidden_act="gelu"), "hidden_act=gelu"),
+    ("gemma2", dict(head_dim=16, query_pre_attn_scalar=24), "query_pre_attn_scalar=24"),
+    ("gemma2", HEADS_OF_16 | dict(attn_logit_softcapping=None), "attn_logit_softcapping=None"),
+    ("gemma2", HEADS_OF_16 | dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
+    ("gemma2", HEADS_OF_16 | dict(layer_types=["full_attention"] * 2), "sliding_window=None"),
+    ("gemma3_text", HEADS_OF_16 | dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+    ("gemma3_text", HEADS_OF_16 | dict(rope_parameters=LOCAL | dict(full_attention=YARN)), "rope_parameters={"),
+    (
+        "olmo3",
+        dict(rope_parameters=LOCAL | dict(sliding_attention=DEFAULT | dict(rope_theta=9.0))),
+        "rope_parameters={",
+    ),
+    ("cohere2", dict(head_dim=32), "head_dim=32"),
+    ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers=[1, 0]"),
+    ("qwen3_moe", dict(norm_topk_prob=False), "norm_topk_prob=False"),
+    ("qwen3_moe", dict(norm_topk_prob=True, mlp_only_layers=[0]), "mlp_only_layers=[0]"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "named"), UNKNOWN)
+def test_what_llama_cpp_computes_differently_is_refused_by_its_name(kind, changes, named):
+    with pytest.raises(UserError) as error:
+        gguf.check(AutoConfig.for_model(kind, **SIZES | changes), ["f16"], None)
+    line = f"GGUF: llama.cpp cannot compute {kind} models with {named}"
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_the_largest_gemmas_have_a_scale_that_llama_cpp_knows():
+    changes = dict(num_hidden_layers=62, hidden_size=5376, num_attention_heads=32, query_pre_attn_scalar=168)
+    gguf.check_config(AutoConfig.for_model("gemma3_text", **SIZES | changes | dict(head_dim=128)))
+
+
+def test_a_head_that_merging_has_untied_is_refused(tmp_path):
+    config = AutoConfig.for_model("gemma2", **SIZES | HEADS_OF_16 | dict(tie_word_embeddings=False))
+    with pytest.raises(UserError, match="tie_word_embeddings=False"):
+        gguf.write(tmp_path / "model.gguf", tmp_path, config, None, "f16")
