@@ -51,7 +51,6 @@ from common.export import gguf, gguf_config, hub, llama_cpp, merge, verify, veri
 from common.export.gguf_tokenizer import modelfile
 from common.files import check_space, write_atomic
 from common.model import load, location
-from common.model.attention import choose_attention
 from common.run.folder import create_folder
 
 
@@ -61,7 +60,6 @@ def main():
     logging.disable_progress_bar()
     source = location.locate(MODEL)
     config = load.load_config(source)
-    attention = choose_attention(config, ATTN_IMPLEMENTATION)
     quantization = QUANTIZATION or location.trained_with(source)
     bases = merge.choose_bases(source, config, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
@@ -74,7 +72,7 @@ def main():
 
     # The trained model, with which the merged one is compared
     dtype, proof_dtype = map(load.choose_dtype, (DTYPE, PROOF_DTYPE))
-    reference = verify.Reference(source, quantization, proof_dtype, attention, tokenizer, rows)
+    reference = verify.Reference(source, quantization, proof_dtype, ATTN_IMPLEMENTATION, tokenizer, rows)
     print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens")
 
     # Merge, save, and verify what was saved
@@ -88,8 +86,8 @@ def main():
 
     # GGUF files, which are compared with the merged model
     files = write_files(kinds, folder, saved) if kinds else []
-    report = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges)
-    write_atomic(folder / "export.json", json.dumps(report | dict(saved_kl=saved_kl, files=files), indent=1))
+    report = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=saved_kl)
+    write_atomic(folder / "export.json", json.dumps(report | {"files": files}, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
     if rejected := [file["file"] for file in files if file["faults"]]:
         remedy = "The faults are in export.json. Choose a kind with more bits, or set LLAMA_CPP."

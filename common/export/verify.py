@@ -13,6 +13,7 @@ from common.data import sources
 from common.data.encoder import ChatEncoder
 from common.export import gguf_config
 from common.model import generation, load, location
+from common.model.attention import choose_attention
 
 # Highest mean KL divergence, in nats a token.
 MERGE_BOUND = 0.05  # merged model from the trained one
@@ -81,10 +82,10 @@ class Reference:
     predictions on it.
     """
 
-    def __init__(self, source, quantization: str | None, dtype, attention: str, tokenizer, rows, answers=False):
-        model = load.load_model(source, quantization, dtype, attention, vocabulary=len(tokenizer)).eval()
+    def __init__(self, source, quantization: str | None, dtype, attention: str | None, tokenizer, rows, answers=False):
+        self.attention = choose_attention(load.load_config(source), attention)
+        model = load.load_model(source, quantization, dtype, self.attention, vocabulary=len(tokenizer)).eval()
         self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
-        self.attention = attention
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             problem = "predictions are not finite. Take an earlier checkpoint."

@@ -8,6 +8,8 @@ computed again in the backward pass instead of being kept.
 
 import contextlib
 import functools
+import inspect
+from unittest import mock
 
 import torch
 from peft import PeftModel
@@ -16,14 +18,16 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
+from common.model.attention import model_class
 
 CHUNK = 256  # positions whose logits exist at the same time
 
 
 def router_loss_weight(config) -> float:
     """The weight of the loss that balances a mixture's experts, as its config has it; 0 for other models."""
-    values = config.get_text_config().to_dict()
-    return (values.get("router_aux_loss_coef") or 0.0) if "output_router_logits" in values else 0.0
+    # Some configs (Llama 4's) have a weight of a loss that their model does not compute.
+    computes = "output_router_logits" in inspect.signature(model_class(config).forward).parameters
+    return (config.get_text_config().to_dict().get("router_aux_loss_coef") or 0.0) if computes else 0.0
 
 
 def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = False) -> None:
@@ -41,102 +45,106 @@ def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = Fals
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
     for parameter in model.parameters():
-        # TRL makes QLoRA adapters bf16, in which small updates round to nothing; they stay in float32.
+        # In 16 bits small updates round to nothing.
         if parameter.requires_grad and is_adapted:
             parameter.data = parameter.data.float()
+
+
+class SplitForward:
+    """A causal language model's own forward in two parts: its decoder, and what it makes of the hidden states.
+
+    For the second part the decoder stands aside, so that logits are scaled and capped, and the balance of a router
+    measured, as the model does it.
+    """
+
+    def __init__(self, model):
+        self.forward, self.decoder = model.forward, model.get_decoder()
+        if self.decoder is model:  # Llama 4's text model has another prefix
+            self.decoder = model.model
+
+    def decode(self, *args, **kwargs):
+        """The decoder's output, with last_hidden_state (B, T, hidden)."""
+        output = self.decoder(*args, **kwargs)
+        self.output_type = type(output)
+        return output
+
+    @torch.compiler.disable  # it changes the model while it is called
+    def finish(self, output, **kwargs):
+        """The model's output (logits, aux_loss) for its decoder's."""
+        ids = output.last_hidden_state.new_zeros((1, 1), dtype=torch.int64)
+        with mock.patch.object(self.decoder, "forward", lambda *args, **kwargs: output):
+            return self.forward(input_ids=ids, use_cache=False, return_dict=True, **kwargs)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, vocabulary) in float32 of hidden states (N, hidden)."""
+        return self.finish(self.output_type(last_hidden_state=hidden[None])).logits[0].float()
 
 
 def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (losses, divergence, router loss).
 
     labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1.
-    losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: mean KL(base || model) in
-    nats over up to CHUNK random positions outside of the loss, where the base is the model inside
-    `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss: of a mixture of experts
-    in training, not yet weighted; else 0. sharded: the head's weights are gathered by all processes together, so all
-    need as many chunks. All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
+    losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: see `base_divergence`; the
+    base is the model inside `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss:
+    of a mixture of experts in training, not yet weighted; else 0. sharded: the head's weights are gathered by all
+    processes together, so all need as many chunks.
+    All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
     """
-    original, balances = model.forward, bool(router_loss_weight(model.config))
+    own, has_router_loss = SplitForward(model), bool(router_loss_weight(model.config))
+    reference = SplitForward(base) if base else own
+    context = contextlib.nullcontext if base else without_adapter
     model.config.get_text_config().output_router_logits = False  # TRL sets it; only training needs them
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
     def forward(*args, learn=None, **kwargs):
         if learn is None:
-            return original(*args, **kwargs)
-        routing = {"output_router_logits": True} if balances and model.training else {}
-        output = decoder_of(model)(*args, **kwargs, **routing)
-        hidden = output.last_hidden_state[:, :-1]  # (B, T - 1, hidden)
+            return own.forward(*args, **kwargs)
+        routing = {"output_router_logits": True} if has_router_loss and model.training else {}
+        output = own.decode(*args, **kwargs, **routing)
+        hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
         in_loss = learn[:, 1:] != -100
         positions = in_loss.nonzero().unbind(1)
-        head = functools.partial(head_logits, model, original, type(output))
-        losses = chunked_losses(head, hidden[positions], learn[:, 1:][positions], sharded)
-        router_loss = losses.new_zeros(())
+        losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded)
+        divergence = router_loss = losses.new_zeros(())
         if routing:
-            mask = kwargs.get("attention_mask")
-            router_loss = call_head(model, original, output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
-        if without_adapter is base is None or not model.training:
-            return losses, losses.new_zeros(()), router_loss
-        reference_model, context = base or model, contextlib.nullcontext if base else without_adapter
-        with torch.no_grad(), context():
-            reference_decoder = decoder_of(reference_model)
-            reference_decoder.eval()  # no dropout, no NEFTune noise
-            reference = reference_decoder(*args, **kwargs).last_hidden_state[:, :-1]
-            decoder_of(model).train()
-        outside = ~in_loss
-        if kwargs.get("attention_mask") is not None:
-            outside &= kwargs["attention_mask"][:, 1:].bool()
-        outside = outside.nonzero()
-        sample = outside[torch.randperm(len(outside))[:CHUNK].to(outside.device)].unbind(1)
-
-        def divergence(hidden, reference):
+            router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
+        if context and model.training:
+            outside = ~in_loss if mask is None else ~in_loss & mask[:, 1:].bool()
             with torch.no_grad(), context():
-                expected = head_logits(reference_model, base.forward if base else original, type(output), reference)
-            return mean_kl(expected, head(hidden))
-
-        return losses, checkpoint(divergence, hidden[sample], reference[sample], use_reentrant=False), router_loss
+                reference.decoder.eval()  # no dropout, no NEFTune noise
+                expected = reference.decode(*args, **kwargs).last_hidden_state[:, :-1]
+                own.decoder.train()
+            divergence = base_divergence(own, reference, context, hidden, expected, outside.nonzero())
+        return losses, divergence, router_loss
 
     model.forward = forward
 
 
-def decoder_of(model):
-    """The part of a causal language model below its head."""
-    decoder = model.get_decoder()
-    return model.model if decoder is model else decoder  # Llama 4's text model has another prefix
+def base_divergence(own: SplitForward, reference: SplitForward, context, hidden, expected, outside) -> torch.Tensor:
+    """Mean KL(base || model) in nats over up to CHUNK random positions outside of the loss.
+
+    hidden, expected: hidden states (B, T - 1, hidden) of the model and of the base, whose logits `reference` gives
+    inside `with context():`. outside: (positions, 2), row and column of each.
+    """
+    sample = outside[torch.randperm(len(outside))[:CHUNK].to(outside.device)].unbind(1)
+
+    def divergence(hidden, expected):
+        with torch.no_grad(), context():
+            base = log_softmax(reference.logits(expected), dim=-1)  # (N, vocabulary)
+        ours = log_softmax(own.logits(hidden), dim=-1)
+        return kl_div(ours, base, reduction="sum", log_target=True) / max(1, len(hidden))
+
+    return checkpoint(divergence, hidden[sample], expected[sample], use_reentrant=False)
 
 
-@torch.compiler.disable  # it changes the model while it is called
-def call_head(model, forward, output, **kwargs):
-    """What a model's own forward makes of its decoder's output: logits, scaled or capped as it does, and aux_loss."""
-    decoder, ids = decoder_of(model), output.last_hidden_state.new_zeros((1, 1), dtype=torch.int64)
-    instance = "forward" in vars(decoder), decoder.forward
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        return forward(input_ids=ids, use_cache=False, return_dict=True, **kwargs)
-    finally:
-        decoder.forward = instance[1]
-        if not instance[0]:
-            del decoder.forward
-
-
-def head_logits(model, forward, output_type, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (N, vocabulary) in float32 of hidden states (N, hidden). output_type: what the decoder returns."""
-    return call_head(model, forward, output_type(last_hidden_state=hidden[None])).logits[0].float()
-
-
-def chunked_losses(head, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool) -> torch.Tensor:
-    """Cross-entropy in nats (N,) of hidden states (N, hidden) with targets (N,), a chunk of logits at a time."""
+def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool) -> torch.Tensor:
+    """Cross-entropy in nats (N,) of hidden states (N, hidden) with targets (N,), a chunk of `logits(hidden)` a time."""
 
     def head_losses(hidden, targets):
-        return cross_entropy(head(hidden), targets, reduction="none")
+        return cross_entropy(logits(hidden), targets, reduction="none")
 
     # Without a token in the loss there is one empty chunk, by which the batch takes part in the backward pass.
     chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
     if sharded:
         chunks += [(hidden[:0], targets[:0])] * (max(distributed.gather(len(chunks))) - len(chunks))
     return torch.cat([checkpoint(head_losses, h, t, use_reentrant=False) for h, t in chunks])
-
-
-def mean_kl(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Mean KL(expected || logits) over positions, in nats: both (N, vocabulary)."""
-    ours, base = log_softmax(logits, dim=-1), log_softmax(expected, dim=-1)
-    return kl_div(ours, base, reduction="sum", log_target=True) / max(1, len(logits))

@@ -149,6 +149,7 @@ def fill_states(optimizer, on_gpu: bool) -> bool:
 def stand_ins(step: Step) -> list:
     """Patches for what takes another path without data, or on another device."""
     patches = [mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention)]
+    patches.append(mock.patch.object(torch.nn.functional, "grouped_mm", one_expert))
     if step.packed:  # whether a row is, the positions would tell
         patches.append(mock.patch.object(masking_utils, "find_packed_sequence_indices", torch.zeros_like))
     if step.device == "cuda":
@@ -165,6 +166,11 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def one_expert(inputs, weight, offs):
+    """grouped_mm, which without data takes bfloat16 only: inputs (S, in), weight (experts, in, out) -> (S, out)."""
+    return inputs @ weight[0]
 
 
 def in_float32(function):

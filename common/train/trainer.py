@@ -30,7 +30,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
     def __init__(
         self, model, *args, settings: dict, kl_weight=0.0, base_model=None, probe=None, has_new_adapter=False, **kwargs
     ):
-        with bare_head(model):
+        with shielded_adapter(model):
             super().__init__(model, *args, **kwargs)
         self.has_new_adapter = has_new_adapter
         self.settings, self.probe, self.kl_weight = settings, probe, kl_weight
@@ -178,15 +178,17 @@ class GaloreTrainer(ChatTrainer):
 
 
 @contextlib.contextmanager
-def bare_head(model):
-    """For TRL, which refuses an adapter on the head: its own loss would not see it, ours does."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, BaseTunerLayer):
-        yield
-        return
-    model.get_output_embeddings = head.get_base_layer
+def shielded_adapter(model):
+    """From TRL, which rounds the adapters of quantised models to bfloat16, in which small updates are lost, and refuses
+    an adapter on the head, which its own loss would not see; ours does."""
+    head, trained = model.get_output_embeddings(), [(p, p.data) for p in model.parameters() if p.requires_grad]
+    if has_adapter := isinstance(head, BaseTunerLayer):
+        model.get_output_embeddings = head.get_base_layer
     yield
-    del model.get_output_embeddings
+    if has_adapter:
+        del model.get_output_embeddings
+    for parameter, data in trained:
+        parameter.data = data
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:

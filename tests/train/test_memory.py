@@ -384,11 +384,14 @@ def test_a_run_that_logs_nothing_is_finished_all_the_same(run, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "plot.png").exists()
 
 
-def test_models_with_other_losses_are_said_not_to_be_predicted(run, tmp_path, tokenizer_folder):
-    folder = save_tiny("granite", tmp_path / "granite", tokenizer_folder)
+@pytest.mark.parametrize("architecture", ["granite", "gemma2", "mixtral", "gpt_oss"])
+def test_models_that_change_their_logits_or_have_experts_are_predicted(architecture, run, tmp_path, tokenizer_folder):
+    """Scaled and capped logits, attention without SDPA, experts: nothing of them keeps the trace from the truth."""
+    changes = {} if architecture in ("granite", "gemma2") else dict(num_local_experts=4, num_experts_per_tok=2)
+    folder = save_tiny(architecture, tmp_path / architecture, tokenizer_folder, head_dim=16, **changes)
     code, _, err = run("qlora_train.py", "run", f"MODEL={folder}", "ADAPTER=None")
-    assert code == 0 and "memory could not be predicted" in err and "TRL's loss" in err
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["predicted_peak_gib"] is None
+    assert code == 0 and "could not be predicted" not in err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["predicted_peak_gib"] > 0
 
 
 def test_other_errors_do_not_start_again(run, monkeypatch):
