@@ -40,13 +40,13 @@ def check(config, kinds: list[str], llama_cpp: str | None) -> None:
 
 
 def check_config(config) -> None:
-    """UserError for a model that llama.cpp cannot compute, or that is not written here."""
+    """UserError for a model that is not written here, or that llama.cpp would compute differently."""
     if config.model_type not in gguf_config.ARCHITECTURES:
         known = ", ".join(gguf_config.ARCHITECTURES)
         raise UserError(f"GGUF: cannot write {config.model_type} models, only {known}. Set LLAMA_CPP.")
     if odd := gguf_config.unknown_to_llama_cpp(config):
-        problem = f"llama.cpp cannot compute {config.model_type} models with {', '.join(odd)}"
-        raise UserError(f"GGUF: {problem}. Set GGUF=None and use the merged model.")
+        model = f"{config.model_type} models with {', '.join(odd)}"
+        raise UserError(f"GGUF: cannot write {model} so that llama.cpp computes them alike. Set GGUF=None.")
 
 
 def bytes_per_weight(*kinds: str) -> float:
