@@ -36,13 +36,16 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     kl and perplexity are None where transformers cannot read the file: llama.cpp decides. long_kl
     is that of the long row, and None where the file's context is shorter, or there is none.
     """
-    faults, prompts, context = [], len(reference.prompts), trained_context(file)
+    faults, context = [], trained_context(file)
     result = dict(kind=kind, bytes=file.stat().st_size, context=context, kl=None, perplexity=None, long_kl=None)
-    result |= dict(llama_cpp_kl=None, llama_cpp_long_kl=None, prompts=prompts, ended=0, tokens_per_second=0.0)
+    result |= dict(llama_cpp_kl=None, llama_cpp_long_kl=None, prompts=0, ended=0, tokens_per_second=0.0)
     long = reference.long if reference.long and len(reference.long.ids) <= context else None
     try:
         model = load_gguf(file, reference.config, reference.dtype)
-        result |= reference.compare(predict(model, reference.rows))
+        predictions = predict(model, reference.rows)
+        result |= reference.compare(predictions)
+        within = torch.tensor([position < context for row in reference.rows for position in row.answers])
+        result["kl"] = divergence(reference.predictions[within], predictions[within]) if within.any() else None
         if long:
             result["long_kl"] = divergence(reference.long_predictions, predict(model, [long]))
     except (ValueError, NotImplementedError) as error:
@@ -56,8 +59,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         if long:
             result["llama_cpp_long_kl"] = llama_cpp_divergence(llama, [long], reference.long_predictions)
         faults += token_faults(llama, reference.tokenizer)
-        if not result["ended"] and reference.ended > prompts / 2:
-            faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
+        if (asked := result["prompts"]) and not result["ended"] and reference.ended > len(reference.prompts) / 2:
+            faults.append(f"its answers do not end: 0 of {asked}, the model's {reference.ended}")
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
     return result | {"faults": [*faults, *prediction_faults(result, reference.dtype)]}
@@ -96,14 +99,14 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
     """llama.cpp's greedy answers, and its KL divergence."""
-    prompts = [prompt for prompt in reference.prompts if len(prompt) < llama.context]
+    prompts = [prompt for prompt in reference.prompts if len(prompt) + verify.ANSWER_TOKENS <= llama.context]
     options = dict(n_predict=verify.ANSWER_TOKENS, temperature=0, top_k=1)
     answers = [llama.ask("/completion", prompt=prompt, **options) for prompt in prompts]
     tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
     seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
     kl = llama_cpp_divergence(llama, reference.rows[: verify.PROMPTS], reference.predictions)
     ended = sum(answer["stop_type"] == "eos" for answer in answers)
-    return dict(llama_cpp_kl=kl, ended=ended, tokens_per_second=tokens / max(seconds, 1e-6))
+    return dict(prompts=len(prompts), llama_cpp_kl=kl, ended=ended, tokens_per_second=tokens / max(seconds, 1e-6))
 
 
 def llama_cpp_divergence(llama: LlamaCpp, rows: list[Row], predictions: torch.Tensor) -> float | None:
