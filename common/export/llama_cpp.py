@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import torch
 from gguf import GGUFReader
 
 from common.cli import UserError
@@ -49,6 +50,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
+        params.cpuparams.n_threads = torch.get_num_threads()  # OMP_NUM_THREADS; they spin where cores are shared
         self.server = xllamacpp.Server(params)  # raises RuntimeError for a file it cannot load
 
     def ask(self, path: str, **body) -> dict:

@@ -348,6 +348,24 @@ def test_quantised_files_hold_what_llama_cpp_would_write(chat_model, export):
     assert gguf.tensor_type("blk.1.attn_q.weight", (64, 72), "q4_k_m", config) == GGMLQuantizationType.F16
 
 
+def test_stacked_experts_are_quantised_and_the_router_is_not(chat_model, export):
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True)
+    experts["initializer_range"] = 0.05
+    code, out, text = export(chat_model("qwen3_moe", hidden_size=256, head_dim=64, **experts), "GGUF=q4_k_m")
+    assert code == 0, text
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "chat-model-q4_k_m.gguf").tensors}
+    assert types["blk.0.ffn_up_exps.weight"] == "Q4_K" and types["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_it_is_said_where_texts_end_before_the_model_changes(chat_model, export, monkeypatch):
+    monkeypatch.setattr(verify, "LONGEST", 100)
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=256)
+    code, out, text = export(chat_model("qwen3", rope_parameters=yarn), "GGUF=f16")
+    assert code == 0 and "texts of up to 100 tokens" in text and "original context: 256" in text
+    file = json.loads((out / "export.json").read_text())["files"][0]
+    assert file["context"] == 512 and file["long_kl"] < 1e-4 and file["llama_cpp_long_kl"] < 1e-4
+
+
 # --- tokenizers ---
 
 

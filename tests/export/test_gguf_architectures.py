@@ -34,6 +34,7 @@ CASES = {
     "llama, biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama, longrope": ("llama", dict(rope_parameters=LONGROPE)),
     "mistral, window": ("mistral", dict(sliding_window=64, tie_word_embeddings=False)),
+    "mistral, window shorter than a chat": ("mistral", dict(sliding_window=16)),
     "qwen2, window": ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=1)),
     "qwen3, yarn": ("qwen3", dict(head_dim=32, rope_parameters=YARN)),
     "gemma 2": (
@@ -117,7 +118,7 @@ def test_llama_cpp_predicts_what_the_model_does(case, verified):
     assert not result["faults"] and result["llama_cpp_kl"] < 1e-4
     long = {name: value for name, value in result.items() if name.endswith("long_kl")}
     if result["note"]:
-        assert result["context"] in (64, 256) and f"context {result['context']} of 512" in result["note"]
+        assert result["context"] in (16, 64, 256) and f"context {result['context']} of 512" in result["note"]
         assert set(long.values()) == {None}
     else:
         assert result["context"] == 512
@@ -198,6 +199,13 @@ def test_a_part_that_is_left_out_is_seen(case, plant, verified, monkeypatch):
     result = verified(case)
     print("FAULT", case, result["llama_cpp_kl"], result["llama_cpp_long_kl"], result["faults"])
     assert any("llama_cpp" in fault or "llama.cpp" in fault for fault in result["faults"])
+
+
+@pytest.mark.parametrize("case", ["gemma 2", "gemma 3", "olmo 3", "cohere 2"])
+def test_a_window_that_is_one_token_shorter_is_seen(case, verified, monkeypatch):
+    honest = GGUFWriter.add_sliding_window
+    monkeypatch.setattr(GGUFWriter, "add_sliding_window", lambda self, window: honest(self, window - 1))
+    assert all("long_kl is" in fault for fault in verified(case)["faults"] or [""])
 
 
 def test_both_sets_of_longropes_factors_are_written(verified, monkeypatch):
