@@ -49,7 +49,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         if long:
             result["long_kl"] = divergence(reference.long_predictions, predict(model, [long]))
     except (ValueError, NotImplementedError) as error:
-        print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
+        print(f"transformers cannot read {file.name}, llama.cpp alone decides: {error}", file=sys.stderr)
     except (RuntimeError, KeyError) as error:
         faults.append(f"transformers finds its tensors wrong: {error}")
     try:
