@@ -1,5 +1,6 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
+import warnings
 from pathlib import Path
 
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
@@ -8,6 +9,8 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from common.cli import UserError
 from common.model.quantize import hqq_layer_names
 
+# Of adapters on one side of tied embeddings, which merging.py gives a matrix each.
+warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
 # Papers: https://arxiv.org/abs/ and the number. IA3, which scales activations: 2205.05638.
 VARIANTS = {
     "lora": {},  # 2106.09685
