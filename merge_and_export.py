@@ -47,7 +47,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would hide the table
 from transformers.utils import logging
 
 from common.bounds import split_list
-from common.export import gguf, hub, llama_cpp, merge, verify
+from common.export import gguf, gguf_config, hub, llama_cpp, merge, verify, verify_gguf
 from common.export.gguf_tokenizer import modelfile
 from common.files import check_space, write_atomic
 from common.model import load, location
@@ -102,6 +102,10 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
     name, results = Path(MODEL).name.removesuffix(".gguf"), []
     row = f"{{:<{len(name) + 14}}}{{:>7}}{{:>10}}{{:>12}}{{:>15}}{{:>10}}"
     print(row.format("file", "MiB", "KL", "perplexity", "answers ended", "tokens/s"))
+    if (change := gguf_config.last_change(config)) > verify.LONGEST:
+        print(
+            f"compared on texts of up to {verify.LONGEST} tokens, which end before window or original context: {change}"
+        )
     for kind in kinds:
         file = folder / f"{name}-{kind}.gguf"
         partial = file.with_name(f"{file.name}.partial")
@@ -109,7 +113,7 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
             note = llama_cpp.convert(Path(LLAMA_CPP), partial, folder / "final", kind)
         else:
             note = gguf.write(partial, folder / "final", config, tokenizer, kind, PRE_TOKENIZER)
-        result = verify.verify_gguf(partial, kind, reference)
+        result = verify_gguf.verify_gguf(partial, kind, reference)
         partial.rename(f"{file}.rejected" if result["faults"] else file)
         results.append({"file": file.name, "note": note} | result)
         measured = (result["kl"], result["perplexity"])

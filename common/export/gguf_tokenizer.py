@@ -19,7 +19,8 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 PRE_TOKENIZERS = {
     "gpt-2": [BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
-    "llama-bpe": [SPLIT, BYTES | {"use_regex": False}],
+    "llama-bpe": [SPLIT, BYTES | {"use_regex": False}],  # and without merges for whole words:
+    "dbrx": [SPLIT, BYTES | {"use_regex": False}],
     "qwen2": [ONE_DIGIT, BYTES | {"use_regex": False}],
 }
 # What stands before each message, by its role and place, then the message; at last the prompt.
@@ -39,7 +40,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
         raise UserError(f"GGUF: cannot write a tokenizer of type {model['type']}. Set LLAMA_CPP.")
     texts = {id: token for token, id in tokenizer.get_vocab().items()}
     added, unknown, ids = tokenizer.added_tokens_decoder, tokenizer.unk_token, range(config.vocab_size)
-    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in ids])
+    writer.add_token_list([token_text(texts.get(i, f"[PAD{i}]"), added.get(i)) for i in ids])
     writer.add_token_types([token_type(texts.get(i), added.get(i), unknown) for i in ids])
     if model.get("byte_fallback"):  # SentencePiece, which merges by score
         writer.add_tokenizer_model("llama")
@@ -79,16 +80,24 @@ def token_type(text: str | None, added, unknown: str | None) -> TokenType:
     return TokenType.CONTROL if control else TokenType.USER_DEFINED
 
 
+def token_text(text: str, added) -> str:
+    """An added token that is looked for in normalized text, as llama.cpp looks for it in the text itself."""
+    return text.replace("▁", " ") if added and added.normalized and not added.special else text
+
+
 def pre_tokenizer_name(spec: dict, config) -> str:
     """llama.cpp's name for how a tokenizer splits text; UserError for none."""
     part, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {}
     steps = [dict(step) for step in part.get("pretokenizers", [part])]
     for step in steps:
         step.pop("trim_offsets", None)  # no effect on the tokens
-    name = next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
+        if step.get("behavior") == "Removed" and step["invert"]:  # what matches is kept, and everything matches
+            step.update(behavior="Isolated", invert=False)
     # llama.cpp ignores merges for whole words that are tokens with llama-bpe only.
     whole_words = spec["model"].get("ignore_merges", False)
-    if not name or normalizer.get("type", "NFC") != "NFC" or whole_words != (name == "llama-bpe"):
+    fitting = (name for name, known in PRE_TOKENIZERS.items() if steps == known)
+    name = next((name for name in fitting if whole_words == (name == "llama-bpe")), None)
+    if not name or normalizer.get("type", "NFC") != "NFC":
         raise UserError(
             "GGUF: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does: "
             f"{json.dumps(part)[:300]}. Try PRE_TOKENIZER=name; verification shows if it fits."

@@ -6,6 +6,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import torch
+from gguf import GGUFReader
+
 from common.cli import UserError
 
 
@@ -31,15 +34,23 @@ def run(name: str, *command) -> None:
         raise UserError(f"LLAMA_CPP: {name} failed: {last}. Update the checkout, or set LLAMA_CPP=None.")
 
 
+def trained_context(file: Path) -> int:
+    """Tokens of context that a GGUF file names, and that llama.cpp takes by default."""
+    fields = GGUFReader(file).fields
+    return fields[f"{fields['general.architecture'].contents()}.context_length"].contents()
+
+
 class LlamaCpp:
     """A GGUF file in a server of the package xllamacpp, which ends with this object."""
 
     def __init__(self, file: Path, context: int):
         import xllamacpp
 
+        self.context = context
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
+        params.cpuparams.n_threads = torch.get_num_threads()  # OMP_NUM_THREADS; they spin where cores are shared
         self.server = xllamacpp.Server(params)  # raises RuntimeError for a file it cannot load
 
     def ask(self, path: str, **body) -> dict:

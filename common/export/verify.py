@@ -1,38 +1,27 @@
-"""Verify an export: its predictions, its tokens, and that its answers end."""
+"""Verify an export: a model's predictions on held-out chats, and those of the model merged from it."""
 
-import itertools
-import statistics
-import sys
-from collections.abc import Iterator
+import math
+import random
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as parquet
 import torch
-from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.cli import UserError
 from common.data import sources
 from common.data.encoder import ChatEncoder
-from common.export.llama_cpp import LlamaCpp
+from common.export import gguf_config
 from common.model import generation, load, location
 from common.model.attention import choose_attention
 
 # Highest mean KL divergence, in nats a token.
 MERGE_BOUND = 0.01  # merged model from the trained one; rounding to bfloat16 gives 6e-5 on SmolLM2
-# GGUF files from the merged model: f32, f16 and bf16 may differ by rounding only, the others leave
-# room for small models, which lose most (docs/benchmarks.md). A wrong layout gives several nats.
-KL_BOUNDS = {
-    "f32": 1e-4, "f16": 1e-4, "bf16": 1e-4, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q5_0": 0.2, "q4_k_m": 0.3,
-    "q4_0": 0.6,
-}  # fmt: skip
-NOISE = 1e-3  # between two computations of one model in 16 bits
-LLAMA_CPP_NOISE = 0.02  # the same with llama.cpp, which keeps keys and values in 16 bits
 MAX_LOSS = 700.0  # nats a token, also for what is not finite: exp(710) overflows
 ANSWER_TOKENS = 128  # in which an answer must end
 PROMPTS = 4  # to answer
+LONGEST = 8256  # tokens of the long row: past the windows and original contexts in use
+POSITIONS = 16  # at its end
 # Where tokenizers differ: numbers, white space, contractions, capitals, scripts, symbols.
 TEXTS = (
     "Hello! What's 12345 plus 3.14159?",
@@ -72,11 +61,25 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
     return rows
 
 
+def long_row(rows: list[Row], config) -> Row | None:
+    """Held-out tokens past the last change by length; None if there is none within the context.
+
+    Drawn at random: of a repeated text, what is beyond a window stands within it as well.
+    """
+    change = gguf_config.last_change(config)
+    if not 0 < change < config.max_position_embeddings:
+        return None
+    length = min(change + 64, LONGEST, config.max_position_embeddings)
+    ids = random.Random(0).choices([token for row in rows for token in row.ids], k=length)
+    return Row(ids, list(range(length - POSITIONS - 1, length - 1)))
+
+
 class Reference:
     """A model's predictions on held-out chats, to compare those of models made from it.
 
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
-    ended: how many prompts get an answer that ends; counted if `answers`.
+    For GGUF files, if `answers`: how many prompts get an answer that ends, a long row, and the
+    predictions on it.
     """
 
     def __init__(self, source, quantization: str | None, dtype, attention: str | None, tokenizer, rows, answers=False):
@@ -89,6 +92,8 @@ class Reference:
             raise UserError(f"MODEL={source.name}: {problem}", code=4)
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
+        self.long = long_row(rows, model.config) if answers else None
+        self.long_predictions = predict(model, [self.long] if self.long else [])
         self.ended, generator = 0, generation.Generator(model, tokenizer)
         for prompt in self.prompts if answers else ():
             list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))
@@ -96,11 +101,18 @@ class Reference:
 
     def compare(self, predictions: torch.Tensor) -> dict:
         """Perplexity of other predictions (N, vocabulary), and their mean KL in nats a token."""
-        kl = (self.predictions.exp() * (self.predictions - predictions)).sum(-1).mean()
         tokens = torch.tensor([row.ids[t + 1] for row in self.rows for t in row.answers])
-        loss = -predictions.gather(1, tokens[:, None]).mean()
-        kl, loss = (value.nan_to_num(MAX_LOSS).clamp(0, MAX_LOSS) for value in (kl, loss))
-        return {"kl": kl.item(), "perplexity": loss.double().exp().item()}
+        loss = bounded(-predictions.gather(1, tokens[:, None]).mean())
+        return {"kl": divergence(self.predictions, predictions), "perplexity": math.exp(loss)}
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Mean KL divergence of log-probabilities (N, vocabulary), in nats a token."""
+    return bounded((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
+def bounded(loss: torch.Tensor) -> float:
+    return loss.nan_to_num(MAX_LOSS).clamp(0, MAX_LOSS).item()
 
 
 @torch.no_grad()
@@ -111,7 +123,7 @@ def predict(model, rows: list[Row]) -> torch.Tensor:
         ids, keep = (torch.tensor(values, device=model.device) for values in row)
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=keep).logits[0]
         parts.append(logits.float().log_softmax(-1).cpu())
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def verify_merged(folder: Path, reference: Reference, bound: float, answers: bool) -> tuple[Reference, float]:
@@ -132,94 +144,3 @@ def verify_merged(folder: Path, reference: Reference, bound: float, answers: boo
         raise UserError(f"{rejected} is not the model that was trained: {fault}. Try DTYPE=float32.", code=5)
     unverified.rename(folder / "final")
     return saved, kl
-
-
-def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
-    """What was measured of a GGUF file made from the reference's model, and its `faults`.
-
-    kl and perplexity are None where transformers cannot read the file: llama.cpp decides.
-    """
-    faults, prompts = [], len(reference.prompts)
-    result = dict(kind=kind, bytes=file.stat().st_size, kl=None, perplexity=None)
-    result |= dict(llama_cpp_kl=None, prompts=prompts, ended=0, tokens_per_second=0.0)
-    try:
-        model = load_gguf(file, reference.config, reference.dtype)
-        result |= reference.compare(predict(model, reference.rows))
-    except (ValueError, NotImplementedError) as error:
-        print(f"transformers cannot read {file.name}: {error}", file=sys.stderr)
-    except (RuntimeError, KeyError) as error:
-        faults.append(f"transformers finds its tensors wrong: {error}")
-    try:
-        longest = max(map(len, reference.prompts)) + ANSWER_TOKENS
-        llama = LlamaCpp(file, min(reference.config.max_position_embeddings, longest))
-        result |= measure_in_llama_cpp(llama, reference)
-        faults += token_faults(llama, reference.tokenizer)
-        if not result["ended"] and reference.ended > prompts / 2:
-            faults.append(f"its answers do not end: 0 of {prompts}, the model's {reference.ended}")
-    except (RuntimeError, OSError, KeyError) as error:
-        faults.append(f"llama.cpp refuses it: {error}")
-    noise = 0 if reference.dtype == torch.float32 else NOISE
-    bound = KL_BOUNDS[kind]
-    bounds = {"kl": max(bound, noise), "llama_cpp_kl": LLAMA_CPP_NOISE + 20 * bound}
-    for name, bound in bounds.items():
-        if result[name] is not None and not result[name] <= bound:
-            detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
-            faults.append(f"it predicts something else: {detail}")
-    return result | {"faults": faults}
-
-
-def load_gguf(file: Path, config, dtype: torch.dtype):
-    """The model as transformers reads it; the config fills what its reader omits."""
-    from transformers import GgufConfig  # not in older releases
-
-    read, values = load_gguf_checkpoint(str(file))["config"], config.to_dict()
-    if "rope_theta" in read and values.get("rope_parameters"):
-        values["rope_parameters"]["rope_theta"] = read.pop("rope_theta")
-    if config.model_type == "mistral":  # the reader takes it for a Llama; only the window differs
-        config = AutoConfig.for_model("llama")
-    values = {name: read.get(name, value) for name, value in values.items() if name != "model_type"}
-    options = dict(config=type(config).from_dict(values), quantization_config=GgufConfig(dequantize=True))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
-    return model.to(PartialState().device).eval()
-
-
-def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:
-    """llama.cpp's greedy answers, and its KL divergence over its 64 likeliest tokens."""
-    divergences, answers = [], []
-    starts = itertools.accumulate((len(row.answers) for row in reference.rows), initial=0)
-    for prompt, start in zip(reference.prompts, starts, strict=False):
-        reply = llama.ask("/completion", prompt=prompt, n_predict=1, temperature=-1, n_probs=64)
-        # Absent where the next token is only a part of a character.
-        if entries := reply.get("completion_probabilities"):
-            top = entries[0]["top_logprobs"]
-            log_p = torch.tensor([token["logprob"] for token in top])  # (64,)
-            log_q = reference.predictions[start, [token["id"] for token in top]]
-            divergences.append((log_p.exp() * (log_p - log_q)).sum().item())
-        options = dict(n_predict=ANSWER_TOKENS, temperature=0, top_k=1)
-        answers.append(llama.ask("/completion", prompt=prompt, **options))
-    tokens = sum(answer["timings"]["predicted_n"] for answer in answers)
-    seconds = sum(answer["timings"]["predicted_ms"] for answer in answers) / 1000
-    kl = abs(statistics.fmean(divergences)) if divergences else None
-    ended = sum(answer["stop_type"] == "eos" for answer in answers)
-    return dict(llama_cpp_kl=kl, ended=ended, tokens_per_second=tokens / max(seconds, 1e-6))
-
-
-def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
-    encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
-    if end != encoder.end_token:
-        yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
-    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    for text in TEXTS:
-        chat = [*earlier, {"role": "user", "content": text}]
-        rendered = llama.ask("/apply-template", messages=chat)["prompt"]
-        reply = llama.ask("/tokenize", content=rendered, add_special=True, parse_special=True)
-        actual, expected = reply["tokens"], encoder.prompt(chat)
-        if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
-            yield "a chat begins with two BOS tokens"
-            return
-        if actual != expected:
-            at = generation.shared(actual, expected)
-            name = tokenizer.convert_ids_to_tokens
-            there, trained = name(actual[at : at + 3]), name(expected[at : at + 3])
-            yield f"its tokens of a chat differ: {there} where training had {trained}"
-            return

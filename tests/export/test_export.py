@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, gguf_tokenizer, hub, verify
+from common.export import gguf, gguf_tokenizer, hub, verify, verify_gguf
 from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
@@ -85,7 +85,7 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
-        read = verify.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
+        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
     llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
@@ -348,24 +348,42 @@ def test_quantised_files_hold_what_llama_cpp_would_write(chat_model, export):
     assert gguf.tensor_type("blk.1.attn_q.weight", (64, 72), "q4_k_m", config) == GGMLQuantizationType.F16
 
 
+def test_stacked_experts_are_quantised_and_the_router_is_not(chat_model, export):
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True)
+    experts["initializer_range"] = 0.05
+    code, out, text = export(chat_model("qwen3_moe", hidden_size=256, head_dim=64, **experts), "GGUF=q4_k_m")
+    assert code == 0, text
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(out / "chat-model-q4_k_m.gguf").tensors}
+    assert types["blk.0.ffn_up_exps.weight"] == "Q4_K" and types["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_it_is_said_where_texts_end_before_the_model_changes(chat_model, export, monkeypatch):
+    monkeypatch.setattr(verify, "LONGEST", 100)
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=256)
+    code, out, text = export(chat_model("qwen3", rope_parameters=yarn), "GGUF=f16")
+    assert code == 0 and "texts of up to 100 tokens" in text and "original context: 256" in text
+    file = json.loads((out / "export.json").read_text())["files"][0]
+    assert file["context"] == 512 and file["long_kl"] < 1e-4 and file["llama_cpp_long_kl"] < 1e-4
+
+
 # --- tokenizers ---
 
 
-def byte_level(split=None, digits=False, **model):
+def byte_level(split=None, digits=False, behavior="isolated", **model):
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     tokenizer = Tokenizer(BPE(**model))
     steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps += [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+    steps += [pre_tokenizers.Split(Regex(split), behavior, invert=behavior == "removed")] if split else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train(
-        [str(ROOT / "README.md")],
-        trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet),
+    tokenizer.train_from_iterator(
+        [(ROOT / "README.md").read_text(encoding="utf-8"), *verify.TEXTS * 20],  # whose words become tokens
+        trainers.BpeTrainer(vocab_size=1300, special_tokens=special, initial_alphabet=alphabet),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
@@ -373,8 +391,8 @@ def byte_level(split=None, digits=False, **model):
 
 
 def sentence_piece(prefix: str):
-    """As Llama 2 and Mistral have it: merges with a fall-back to bytes, spaces as ▁."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    """As Llama 2, Mistral and Gemma have it: merges with a fall-back to bytes, spaces as ▁."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -385,8 +403,16 @@ def sentence_piece(prefix: str):
     spec = json.loads(trained.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
     spec["pre_tokenizer"] = None
+    if prefix == "gemma":  # whose runs of spaces are merged before all else
+        spec["model"]["vocab"] |= {"▁▁": len(spec["model"]["vocab"]), "▁▁▁": len(spec["model"]["vocab"]) + 1}
+        spec["model"]["merges"] = [["▁", "▁"], ["▁▁", "▁"], *spec["model"]["merges"]]
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    if prefix == "normalizer":
+    if "gemma" in prefix:
+        runs, normalized = ("\n", "\n\n", "▁▁", "▁▁▁", "<h1>"), "normalized" in prefix
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.add_tokens([AddedToken(text, normalized=normalized) for text in runs])
+    elif prefix == "normalizer":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
@@ -403,10 +429,17 @@ TOKENIZERS = {
     "llama-bpe": ("llama", lambda: byte_level(LLAMA3, ignore_merges=True)),
     "qwen2": ("qwen2", lambda: byte_level(QWEN)),
     "stablelm2": ("stablelm", lambda: byte_level(QWEN)),
+    "dbrx": ("phi3", lambda: byte_level(LLAMA3)),
+    "dbrx, as OpenAI's are converted": ("olmo2", lambda: byte_level(LLAMA3, behavior="removed")),
+    "default, Gemma": ("gemma3_text", lambda: sentence_piece("gemma")),
+    "default, Gemma, normalized": ("gemma3_text", lambda: sentence_piece("gemma, normalized")),
     "default, Llama 2's normalizer": ("llama", lambda: sentence_piece("normalizer")),
     "default, Metaspace": ("mistral", lambda: sentence_piece("first")),
     "default, Metaspace everywhere": ("mistral", lambda: sentence_piece("always")),
 }
+
+
+ALSO = {"gemma3_text": dict(head_dim=16, query_pre_attn_scalar=16)}
 
 
 @pytest.mark.parametrize(
@@ -424,12 +457,12 @@ def test_llama_cpp_makes_the_same_tokens(name, template, tmp_path):
     if "BOS" in template:
         tokenizer.chat_template = "{{- bos_token -}}" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path)
-    save_tiny(architecture, tmp_path / "final", tmp_path, vocab_size=960)
+    save_tiny(architecture, tmp_path / "final", tmp_path, vocab_size=1312, **ALSO.get(architecture, {}))
     config = AutoConfig.from_pretrained(tmp_path / "final")
     gguf.write(tmp_path / "model.gguf", tmp_path / "final", config, tokenizer, "q8_0")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name.split(",")[0]
     llama = LlamaCpp(tmp_path / "model.gguf", 256)
-    assert list(verify.token_faults(llama, tokenizer)) == []
+    assert list(verify_gguf.token_faults(llama, tokenizer)) == []
 
 
 @pytest.mark.parametrize("change", ["digits", "prefix", "regex", "ignore_merges", "lowercase"])
@@ -523,27 +556,27 @@ def test_wrong_inputs_end_with_2_and_one_line(chat_model, tiny, tmp_path, export
     assert code == 2 and "are needed" in text and not (out / "final").exists()
 
 
-def test_an_architecture_that_is_not_written_here_is_refused(chat_model, export):
+def test_what_llama_cpp_cannot_compute_is_refused_before_weights_are_loaded(chat_model, export):
     folder = chat_model()
+    (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
-    for change, word in (
-        ({"model_type": "gemma"}, "gemma"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "relu"}, "relu"),
+    for change, line in (
+        ({"model_type": "gemma"}, "GGUF: cannot write gemma models, only llama, qwen2, "),
+        ({"hidden_act": "relu"}, "GGUF: cannot write llama models with hidden_act=relu so that llama.cpp "),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         code, _, text = export(folder, "GGUF=f16")
-        assert code == 2 and word in text and "LLAMA_CPP" in text
+        assert code == 2 and f"error: {line}" in text and text.count("error: ") == 1
 
 
 @pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
 def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify.token_faults"}[moment]
+    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}[moment]
     code = f"""
 import os, sys
 sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
-from common.export import gguf, verify
+from common.export import gguf, verify, verify_gguf
 from common.model import load
 {place} = lambda *a: os._exit(9)
 import runpy
