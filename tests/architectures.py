@@ -12,8 +12,8 @@ ARCHITECTURES = {
     "mistral-window": ("mistral", dict(sliding_window=24)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=32, tie_word_embeddings=True)),
-    "gemma2": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=24)),
-    "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=16, **TWO_KINDS)),
+    "gemma2": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True)),
+    "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True, **TWO_KINDS)),
     "phi-2": ("phi", dict()),
     "phi-4": ("phi3", dict()),
     "phi-4-mini": (
@@ -24,7 +24,7 @@ ARCHITECTURES = {
         ),
     ),
     "olmo2": ("olmo2", dict()),
-    "smollm3": ("smollm3", dict(tie_word_embeddings=True, no_rope_layers=[1, 0])),
+    "smollm3": ("smollm3", dict(tie_word_embeddings=True, num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])),
     "granite": (
         "granite",
         dict(
@@ -33,7 +33,10 @@ ARCHITECTURES = {
         ),
     ),
     "mixtral": ("mixtral", EXPERTS),
-    "qwen3-moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16)),
+    "qwen3-moe": (
+        "qwen3_moe",
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, norm_topk_prob=True),
+    ),
     "gpt-oss": ("gpt_oss", dict(head_dim=16, sliding_window=24, **EXPERTS)),
     "qwen3.5": (
         "qwen3_5_text",
@@ -42,7 +45,7 @@ ARCHITECTURES = {
             linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
         ),
     ),
-    "cohere2": ("cohere2", TWO_KINDS),
+    "cohere2": ("cohere2", dict(tie_word_embeddings=True, **TWO_KINDS)),
 }  # fmt: skip
 OTHERS = {
     "olmo3": ("olmo3", TWO_KINDS),

@@ -118,7 +118,7 @@ def exact_context(config) -> tuple[int, str]:
     """Tokens of context in which llama.cpp computes what the model does; a note where the model has more."""
     whole, rope = config.max_position_embeddings, ropes(config)[0]
     limits = {whole: ""}
-    if ARCHITECTURES[config.model_type] not in WINDOWS and any(windowed_layers(config)):
+    if ARCHITECTURES.get(config.model_type) not in WINDOWS and any(windowed_layers(config)):
         limits[config.sliding_window] = "its layers for this architecture have no sliding window"
     if rope.get("rope_type") == "longrope":
         # It chooses by the length of the context, transformers by the length of the text.

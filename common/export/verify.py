@@ -61,25 +61,26 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
     return rows
 
 
-def long_row(rows: list[Row], config) -> Row | None:
-    """Held-out tokens past the last change by length; None if there is none within the context.
+def long_rows(rows: list[Row], config) -> list[Row]:
+    """Held-out tokens past the last change by length, and up to where llama.cpp is exact, the longest first.
 
     Drawn at random: of a repeated text, what is beyond a window stands within it as well.
     """
-    change = gguf_config.last_change(config)
-    if not 0 < change < config.max_position_embeddings:
-        return None
-    length = min(change + 64, LONGEST, config.max_position_embeddings)
-    ids = random.Random(0).choices([token for row in rows for token in row.ids], k=length)
-    return Row(ids, list(range(length - POSITIONS - 1, length - 1)))
+    whole, change = config.max_position_embeddings, gguf_config.last_change(config)
+    lengths = {min(change + 64, LONGEST, whole)} if 0 < change < whole else set()
+    if (exact := gguf_config.exact_context(config)[0]) < whole:
+        lengths.add(min(exact, LONGEST))
+    tokens = [token for row in rows for token in row.ids]
+    drawn = (random.Random(0).choices(tokens, k=length) for length in sorted(lengths, reverse=True))
+    return [Row(ids, list(range(max(0, len(ids) - POSITIONS - 1), len(ids) - 1))) for ids in drawn]
 
 
 class Reference:
     """A model's predictions on held-out chats, to compare those of models made from it.
 
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
-    For GGUF files, if `answers`: how many prompts get an answer that ends, a long row, and the
-    predictions on it.
+    For GGUF files, if `answers`: how many prompts get an answer that ends, and `long`: long rows, each
+    with its predictions.
     """
 
     def __init__(self, source, quantization: str | None, dtype, attention: str | None, tokenizer, rows, answers=False):
@@ -92,8 +93,7 @@ class Reference:
             raise UserError(f"MODEL={source.name}: {problem}", code=4)
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
-        self.long = long_row(rows, model.config) if answers else None
-        self.long_predictions = predict(model, [self.long] if self.long else [])
+        self.long = [(row, predict(model, [row])) for row in (long_rows(rows, model.config) if answers else ())]
         self.ended, generator = 0, generation.Generator(model, tokenizer)
         for prompt in self.prompts if answers else ():
             list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))

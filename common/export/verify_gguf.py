@@ -34,12 +34,12 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     """What was measured of a GGUF file made from the reference's model, and its `faults`.
 
     kl and perplexity are None where transformers cannot read the file: llama.cpp decides. long_kl
-    is that of the long row, and None where the file's context is shorter, or there is none.
+    is that of the longest row within the file's context, and None where there is none.
     """
     faults, context = [], trained_context(file)
     result = dict(kind=kind, bytes=file.stat().st_size, context=context, kl=None, perplexity=None, long_kl=None)
     result |= dict(llama_cpp_kl=None, llama_cpp_long_kl=None, prompts=0, ended=0, tokens_per_second=0.0)
-    long = reference.long if reference.long and len(reference.long.ids) <= context else None
+    long, expected = next((pair for pair in reference.long if len(pair[0].ids) <= context), (None, None))
     try:
         model = load_gguf(file, reference.config, reference.dtype)
         predictions = predict(model, reference.rows)
@@ -47,7 +47,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         within = torch.tensor([position < context for row in reference.rows for position in row.answers])
         result["kl"] = divergence(reference.predictions[within], predictions[within]) if within.any() else None
         if long:
-            result["long_kl"] = divergence(reference.long_predictions, predict(model, [long]))
+            result["long_kl"] = divergence(expected, predict(model, [long]))
     except (ValueError, NotImplementedError) as error:
         print(f"transformers cannot read {file.name}, llama.cpp alone decides: {error}", file=sys.stderr)
     except (RuntimeError, KeyError) as error:
@@ -57,7 +57,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
         llama = LlamaCpp(file, min(context, max(longest, len(long.ids) if long else 0)))
         result |= measure_in_llama_cpp(llama, reference)
         if long:
-            result["llama_cpp_long_kl"] = llama_cpp_divergence(llama, [long], reference.long_predictions)
+            result["llama_cpp_long_kl"] = llama_cpp_divergence(llama, [long], expected)
         faults += token_faults(llama, reference.tokenizer)
         if (asked := result["prompts"]) and not result["ended"] and reference.ended > len(reference.prompts) / 2:
             faults.append(f"its answers do not end: 0 of {asked}, the model's {reference.ended}")
@@ -67,14 +67,14 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
 
 
 def prediction_faults(result: dict, dtype: torch.dtype) -> Iterator[str]:
-    if result["kl"] is None and result["llama_cpp_kl"] is None:
-        yield "its predictions could not be compared"
     bound = KL_BOUNDS[result["kind"]]
     noise, llama_cpp_noise = NOISE.get(dtype, NOISE_16_BITS)
     in_transformers, in_llama_cpp = max(bound, noise), llama_cpp_noise + LLAMA_CPP_RATIO * bound
     bounds = dict(
         kl=in_transformers, long_kl=in_transformers, llama_cpp_kl=in_llama_cpp, llama_cpp_long_kl=in_llama_cpp
     )
+    if all(result[name] is None for name in bounds):
+        yield "its predictions could not be compared"
     for name, bound in bounds.items():
         if result[name] is not None and not result[name] <= bound:
             detail = f"{name} is {result[name]:.2g} nats a token, the bound is {bound:.2g}"
