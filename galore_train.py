@@ -118,7 +118,7 @@ def settings_for_trainer(settings: dict) -> dict:
 def build(load_base):
     """The model with all its parameters trained; an adapter on it is merged first."""
     model = load_base()
-    model = (merging.merge_adapter(model) if isinstance(model, PeftModel) else model).requires_grad_(True)
+    model = (merging.merge_adapter(model, MODEL) if isinstance(model, PeftModel) else model).requires_grad_(True)
     if OPTIM.startswith("galore") and model.device.type != "meta":
         projected, _ = galore.split_weights(model, GALORE_RANK, GALORE_TARGET_MODULES)
         share = sum(p.numel() for p in projected) / sum(p.numel() for p in model.parameters())

@@ -66,7 +66,7 @@ def load_merged(source: Source, base: str, quantization: str | None, dtype, atte
     if quantization:
         model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
     if source.adapter:  # which the reference was loaded with, and so is checked
-        model = merging.merge_adapter(load_adapter(model, source.adapter))
+        model = merging.merge_adapter(load_adapter(model, source.adapter), source.adapter)
     return model.to(dtype).eval()
 
 

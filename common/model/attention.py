@@ -1,8 +1,7 @@
 """Attention: what a model supports, and attention over packed rows one document at a time.
 
 transformers knows it as `sdpa_documents` and `eager_documents`. With a block-diagonal mask SDPA still computes the full
-T x T square: on two cores a third of the step. Some models (gpt-oss, OPT) do not even build that mask, so that their
-documents would see each other.
+T x T square: on two cores a third of the step. Some models do not even build that mask.
 """
 
 import sys
@@ -19,8 +18,10 @@ from common.cli import UserError
 # Kinds of layers (config.layer_types) whose tokens can be kept apart by attention alone. Convolutions and running
 # states, as in Qwen3.5, LFM2 and Mamba, go on from one document to the next.
 PACKABLE = {"full_attention", "sliding_attention", "chunked_attention"}
-# Models with an attention of their own that keeps the documents of a row apart; Falcon's, BLOOM's and MPT's do not.
-KEEP_APART = {"stablelm", "gptj", "codegen"}
+# Models with an attention of their own that separates the documents of a row; Falcon's, BLOOM's and MPT's do not.
+SEPARATES_DOCUMENTS = {"stablelm", "gptj", "codegen"}
+# Models whose mask does not, but that take one of our attentions.
+MIXES_DOCUMENTS = {"opt", "gpt_oss"}
 
 
 def model_class(config):
@@ -38,8 +39,8 @@ def can_pack(config, max_length: int) -> bool:
     # Chunks are counted from the beginning of the row, not of a document.
     layers, kind = set(text.get("layer_types") or ()), model_class(config)
     is_cut = "chunked_attention" in layers and max_length > text["attention_chunk_size"]
-    keeps_apart = kind._supports_attention_backend or config.model_type in KEEP_APART
-    return keeps_apart and layers <= PACKABLE and not (is_cut or kind._is_stateful)
+    separates = kind._supports_attention_backend or config.model_type in SEPARATES_DOCUMENTS
+    return separates and layers <= PACKABLE and not (is_cut or kind._is_stateful)
 
 
 def choose_attention(config, name: str | None, packed: bool = False, device: str | None = None) -> str:
@@ -50,21 +51,17 @@ def choose_attention(config, name: str | None, packed: bool = False, device: str
     """
     kind = model_class(config)
     if name in ("sdpa", "flash_attention_2", "flex_attention"):
-        supported = {"sdpa": kind._supports_sdpa, "flex_attention": kind._supports_flex_attn}
-        if not supported.get(name, kind._supports_flash_attn):
+        supported = dict(sdpa=kind._supports_sdpa, flex_attention=kind._supports_flex_attn)
+        if not (supported | {"flash_attention_2": kind._supports_flash_attn})[name]:
             raise UserError(f"ATTN_IMPLEMENTATION={name}: {config.model_type} does not support it. Set None or eager.")
         if name == "flash_attention_2" and not find_spec("flash_attn"):
             raise UserError(f"ATTN_IMPLEMENTATION={name}: the package is missing: pip install flash-attn.")
     chosen = name or ("sdpa" if kind._supports_sdpa else "eager")
     on_cpu = name is None and (device or distributed.device().type) == "cpu"
-    if packed and kind._supports_attention_backend and (chosen == "eager" or on_cpu):
+    is_ours = on_cpu or chosen == "eager" or chosen == "sdpa" and config.model_type in MIXES_DOCUMENTS
+    if packed and is_ours and kind._supports_attention_backend:
         return f"{chosen}_documents"
     return chosen
-
-
-def plain_attention(name: str) -> str:
-    """The same attention without documents, for rows that hold one."""
-    return name.removesuffix("_documents")
 
 
 def eager_attention(module, *args, **kwargs):

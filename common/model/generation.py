@@ -34,9 +34,14 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype=None, 
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     attention = choose_attention(load.load_config(source), attention)
-    model = load.load_model(source, quantization, load.choose_dtype(dtype), attention, vocabulary=len(tokenizer))
+    arguments = source, quantization, load.choose_dtype(dtype), attention
+    model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
-        model = merge_adapter(model)
+        try:
+            model = merge_adapter(model, model_name)
+        except UserError as error:
+            print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
+            model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if not (ends := end_tokens(model, tokenizer)):
         problem = "neither its tokenizer nor its generation_config has an end token, so answers would not end"
         raise UserError(f"MODEL={model_name}: {problem}. Set eos_token in its tokenizer_config.json.")

@@ -109,10 +109,10 @@ def find_quantization(source: Source, requested: str | None, wish: str = "") -> 
     if requested not in (None, own):
         wish, remedy = wish or f"QUANTIZATION={requested}", "Leave this setting out, or take the 16-bit model."
         raise UserError(f"{wish}: {quantized}. {remedy}")
-    if distributed.engine() in ("fsdp", "zero3"):
-        raise UserError(f"{quantized}, which {distributed.engine()} cannot shard. Use launch/ddp.yaml.")
     if own in UNPACKED:
         return None
+    if distributed.engine() in ("fsdp", "zero3"):
+        raise UserError(f"{quantized}, which {distributed.engine()} cannot shard. Use launch/ddp.yaml.")
     if own not in BITSANDBYTES:
         try:
             quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)

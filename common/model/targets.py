@@ -9,23 +9,18 @@ from transformers.pytorch_utils import Conv1D
 from common.bounds import is_pattern, split_list
 from common.cli import UserError
 
-MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-
 
 def find_targets(model, settings: dict) -> list[str]:
     """The paths of the layers that LORA_TARGET_MODULES and LORA_LAYERS choose; UserError where one means no layer."""
-    wanted, numbers, head = settings["LORA_TARGET_MODULES"], settings.get("LORA_LAYERS"), model.get_output_embeddings()
-    layers = {path: layer for path, layer in model.named_modules() if is_adaptable(layer)}
+    wanted, numbers = settings["LORA_TARGET_MODULES"], settings.get("LORA_LAYERS")
     is_auto = wanted == "auto"
     if is_auto and settings["ADAPTER"] == "ia3":
         wanted = ",".join(ia3_layers(model)[0])
     if wanted == "auto":
-        # Mamba's own kernels read the weights of out_proj, past an adapter; peft refuses it.
-        left_out = ("out_proj",) if model.config.model_type in MAMBA else ()
-        chosen = [p for p, layer in layers.items() if layer is not head and not isinstance(layer, torch.nn.Embedding)]
-        chosen = [path for path in chosen if not path.endswith(left_out)]
+        chosen = text_layers(model)
     else:
-        chosen = match_layers(list(layers), wanted, "LORA_TARGET_MODULES")
+        adaptable = [path for path, layer in model.named_modules() if is_adaptable(layer)]
+        chosen = match_layers(adaptable, wanted, "LORA_TARGET_MODULES")
     if numbers is None:
         return chosen
     stack, count = decoder_layers(model)
@@ -38,9 +33,21 @@ def find_targets(model, settings: dict) -> list[str]:
     return inside + [path for path, place in places.items() if not place and not is_auto]
 
 
+def text_layers(model) -> list[str]:
+    """The paths of the decoder's linear layers; a model that also sees has others.
+
+    Without out_proj of Mamba's mixers (which have a parameter D): its kernels read the weight past an adapter.
+    """
+    inside = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
+    mixers = {path.removesuffix(".D") for path, _ in model.named_parameters() if path.endswith(".D")}
+    layers = [(path, layer) for path, layer in model.named_modules() if layer in inside and is_adaptable(layer)]
+    layers = [path for path, layer in layers if not isinstance(layer, torch.nn.Embedding)]
+    return [path for path in layers if path.removesuffix(".out_proj") not in mixers]
+
+
 def is_linear(layer) -> bool:
-    """Whether a module is a product with a matrix; routers of Llama 4 and Phi-MoE are more than that."""
-    return isinstance(layer, (torch.nn.Linear, Conv1D)) and not type(layer).__module__.startswith("transformers.models")
+    """Whether a module is a product with a matrix; routers (Llama 4's, Phi-MoE's) are more than that."""
+    return isinstance(layer, (torch.nn.Linear, Conv1D)) and not type(layer).__name__.endswith("Router")
 
 
 def is_adaptable(layer) -> bool:
@@ -86,7 +93,8 @@ def ia3_layers(model) -> tuple[set[str], tuple[str, ...]]:
 def decoder_layers(model) -> tuple[str, int]:
     """(path, number) of a model's decoder layers."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = ((path, m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    inside = set(model.get_decoder().modules())
+    lists = ((path, m) for path, m in model.named_modules() if m in inside and isinstance(m, torch.nn.ModuleList))
     path = next((path for path, modules in lists if len(modules) == count), None)
     if path is None:
         raise UserError(f"LORA_LAYERS: {model.config.model_type} has no one list of its layers. Set LORA_LAYERS=None.")

@@ -12,18 +12,7 @@ from common import hardware
 from common.monitor import StepWatch
 
 # What metrics.jsonl takes from Trainer's logs.
-LOGGED = (
-    "loss",
-    "kl",
-    "router_loss",
-    "grad_norm",
-    "learning_rate",
-    "eval_loss",
-    "facts",
-    "samples",
-    "bad_steps",
-    "spike",
-)
+LOGGED = "loss kl router_loss grad_norm learning_rate eval_loss facts samples bad_steps spike".split()
 
 
 class MetricsLog(TrainerCallback):

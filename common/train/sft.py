@@ -73,7 +73,7 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     if weight := router_loss_weight(model_config):
         print(f"balance of the experts: weight {weight}; logged as router_loss, not part of loss and eval_loss")
     if settings["PACKING"] and not can_pack(model_config, settings["MAX_LENGTH"]):
-        print(f"PACKING=False: layers of {model_config.model_type} would carry one chat's state into the next")
+        print(f"PACKING=False: {model_config.model_type} cannot keep the chats of a row apart")
         settings, trainer_settings = ({**each, "PACKING": False} for each in (settings, trainer_settings))
     encoder, note = templates.set_template(tokenizer, settings["CHAT_TEMPLATE"])
     print(note)

@@ -32,7 +32,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
     ):
         with shielded_adapter(model):
             super().__init__(model, *args, **kwargs)
-        self.has_new_adapter = has_new_adapter
+        self.has_new_adapter, self.base_model = has_new_adapter, base_model
         self.settings, self.probe, self.kl_weight = settings, probe, kl_weight
         penalties = {"kl": kl_weight, "router_loss": router_loss_weight(self.model.config)}
         self.penalties = {name: weight for name, weight in penalties.items() if weight}
@@ -51,7 +51,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
 
     def restore_progress(self):
-        check_losses(self, self.has_new_adapter and not self.restored)
+        check_losses(self)
         super().restore_progress()
 
     # Loss

@@ -2,6 +2,7 @@
 
 import json
 
+import architectures
 import pytest
 import torch
 from conftest import tiny_config
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.cli import UserError
 from common.model import adapters, location
 from common.model import load as loading
+from common.train.galore import split_weights
 
 SETTINGS = dict(MODEL="tiny", ADAPTER="lora", LORA_R=4, LORA_ALPHA=8, LORA_DROPOUT=0.0, LORA_TARGET_MODULES="auto")
 SETTINGS |= dict(LORA_LAYERS=None)
@@ -129,3 +131,26 @@ def test_a_run_trains_the_layers_chosen_and_no_others(arguments, tmp_path, run_h
     config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     assert layers_of(config["target_modules"]) == {1} and len(config["target_modules"]) == 7
     assert loading.load_model(location.locate(str(tmp_path / "run")), None, torch.float32, "sdpa")
+
+
+@pytest.mark.parametrize("name, expected, left_out", [
+    ("falcon", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, "lm_head"),
+    ("llama-4", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, "router"),
+    ("mamba-2", {"in_proj"}, "out_proj"),
+    ("qwen3.5", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "in_proj_qkv",
+                 "in_proj_z", "in_proj_a", "in_proj_b"}, "conv1d"),
+])  # fmt: skip
+def test_auto_means_the_linear_layers_of_every_architecture(name, expected, left_out):
+    """Falcon has a class of its own; routers are no products; Mamba's kernels read out_proj past an adapter."""
+    adapted, paths = adapt(architectures.random_model(name))
+    assert {path.rpartition(".")[2] for path in paths} == expected and left_out not in str(paths)
+    assert torch.isfinite(adapted(input_ids=IDS).logits).all()
+    projected, _ = split_weights(architectures.random_model(name), rank=2)
+    assert len(projected) >= len(paths)
+
+
+def test_names_are_written_short_where_they_mean_the_same(tmp_path):
+    adapted, _ = adapt(random_model())
+    assert adapted.peft_config["default"].target_modules == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
