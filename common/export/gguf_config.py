@@ -3,6 +3,8 @@
 from gguf import GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from common.model.load import context_length
+
 # model_type of a config -> architecture of llama.cpp
 ARCHITECTURES = {
     name: name for name in "llama qwen2 qwen3 stablelm gpt2 gemma2 phi3 olmo2 smollm3 granite cohere2".split()
@@ -116,7 +118,7 @@ def last_change(config) -> int:
 
 def exact_context(config) -> tuple[int, str]:
     """Tokens of context in which llama.cpp computes what the model does; a note where the model has more."""
-    whole, rope = config.max_position_embeddings, ropes(config)[0]
+    whole, rope = context_length(config), ropes(config)[0]
     limits = {whole: ""}
     if ARCHITECTURES.get(config.model_type) not in WINDOWS and any(windowed_layers(config)):
         limits[config.sliding_window] = "its layers for this architecture have no sliding window"

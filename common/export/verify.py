@@ -66,7 +66,7 @@ def long_rows(rows: list[Row], config) -> list[Row]:
 
     Drawn at random: of a repeated text, what is beyond a window stands within it as well.
     """
-    whole, change = config.max_position_embeddings, gguf_config.last_change(config)
+    whole, change = load.context_length(config), gguf_config.last_change(config)
     lengths = {min(change + 64, LONGEST, whole)} if 0 < change < whole else set()
     if (exact := gguf_config.exact_context(config)[0]) < whole:
         lengths.add(min(exact, LONGEST))

@@ -121,7 +121,7 @@ def quantize_hqq(model, quantization: str, dtype: torch.dtype, device) -> None:
 
 
 def hqq_layer_names(model) -> list[str]:
-    """The names of hqq's layers, which peft's "all-linear" does not see."""
+    """The names of hqq's layers."""
     return [name for name, module in model.named_modules() if type(module).__name__ == "HQQLinear"]
 
 

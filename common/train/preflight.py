@@ -27,36 +27,38 @@ def check_losses(trainer) -> None:
 
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
-    model, name, asked = (
-        trainer.model,
-        trainer.model.config._attn_implementation,
-        trainer.settings["ATTN_IMPLEMENTATION"],
-    )
     inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
-    bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
-    plain = choose_attention(model.config, None)
-    model.eval()
+    trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        expected = own_losses(trainer, inputs, plain)
-        difference = worst_difference(expected, row_losses(model, inputs))
-        if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
-            bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
-        if not difference <= bound:
-            ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
-            helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
-            if helps and not asked:
-                print(f"check: attention {helps}, since {name} gives other losses ({difference:.2g} nats)")
-                for each in filter(None, (model, trainer.base_model)):
-                    each.set_attn_implementation(helps)
-                difference = worst_difference(expected, row_losses(model, inputs))
-            else:
-                report(
-                    trainer, explain(trainer, inputs, expected, helps, f"by {difference:.2g} nats (bound {bound:.2g})")
-                )
+        difference, bound = check_row(trainer, inputs)
         if trainer.has_new_adapter and not trainer.restored:
             check_adapter(trainer, inputs, bound)
     print(f"check: losses differ by {difference:.2g} nats from the model's own (bound {bound:.2g})")
-    model.train()
+    trainer.model.train()
+
+
+def check_row(trainer, inputs: dict) -> tuple[float, float]:
+    """The difference of the row's losses from the model's own, and its bound."""
+    model, asked = trainer.model, trainer.settings["ATTN_IMPLEMENTATION"]
+    bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
+    plain = choose_attention(model.config, None)
+    expected = own_losses(trainer, inputs, plain)
+    difference = worst_difference(expected, row_losses(model, inputs))
+    if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
+        bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
+    if difference <= bound:
+        return difference, bound
+    ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
+    helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
+    measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
+    if asked or not helps:
+        report(trainer, explain(trainer, inputs, expected, helps, measured))
+        return difference, bound
+    print(f"check: attention {helps}, since {model.config._attn_implementation} gives other losses, {measured}")
+    model.set_attn_implementation(helps)
+    if trainer.base_model is not None:
+        trainer.base_model.set_attn_implementation(helps)
+    return worst_difference(expected, row_losses(model, inputs)), bound
 
 
 def check_adapter(trainer, inputs: dict, bound: float) -> None:

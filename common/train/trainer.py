@@ -5,6 +5,7 @@ import math
 import statistics
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTTrainer
 
@@ -181,14 +182,15 @@ class GaloreTrainer(ChatTrainer):
 def shielded_adapter(model):
     """From TRL, which rounds the adapters of quantised models to bfloat16, in which small updates are lost, and refuses
     an adapter on the head, which its own loss would not see; ours does."""
-    head, trained = model.get_output_embeddings(), [(p, p.data) for p in model.parameters() if p.requires_grad]
+    head, is_adapted = model.get_output_embeddings(), isinstance(model, PeftModel)
+    trained = [(p, p.data) for p in model.parameters() if is_adapted and p.requires_grad]
     if has_adapter := isinstance(head, BaseTunerLayer):
         model.get_output_embeddings = head.get_base_layer
     yield
     if has_adapter:
         del model.get_output_embeddings
     for parameter, data in trained:
-        parameter.data = data
+        parameter.data = data.to(parameter.device)
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_a_window_that_is_dropped_is_found_and_another_attention_taken(name, tra
     assert train(name, run_name="good")[0] == 0
     monkeypatch.setattr(attention, "document_attention", drop_windows)
     code, out, err, folder = train(name)
-    assert code == 0 and "check: attention sdpa, since sdpa_documents gives other losses" in out, err
+    assert code == 0 and "check: attention sdpa, since sdpa_documents gives other losses, by" in out, err
     good, mended = (json.loads((f / "summary.json").read_text())["eval_loss"] for f in (folder.parent / "good", folder))
     assert mended == pytest.approx(good, rel=1e-5)
     # Asked for by name, it is not replaced.
