@@ -94,7 +94,7 @@ class Reference:
         self.perplexity = self.compare(self.predictions)["perplexity"]
         self.prompts = [row.ids[: row.answers[0] + 1] for row in rows[:PROMPTS]]
         self.long = [(row, predict(model, [row])) for row in (long_rows(rows, model.config) if answers else ())]
-        self.ended, generator = 0, generation.Generator(model, tokenizer)
+        self.ended, generator = 0, answers and generation.Generator(model, tokenizer)
         for prompt in self.prompts if answers else ():
             list(generator.stream(prompt, ANSWER_TOKENS, temperature=0, top_p=1))
             self.ended += generator.last.stop == "end"

@@ -1,6 +1,7 @@
 """Answers: load a model for chatting, stream an answer, or answer many prompts in batches."""
 
 import functools
+import inspect
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.model import load, location
-from common.model.attention import choose_attention
+from common.model.attention import choose_attention, model_class
 from common.model.merging import merge_adapter
 
 USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")
@@ -91,6 +92,9 @@ class Generator:
     """A model in a conversation; it keeps keys and values, so that a turn reads only what is new."""
 
     def __init__(self, model, tokenizer):
+        if "past_key_values" not in inspect.signature(model_class(model.config).forward).parameters:
+            problem = f"{model.config.model_type} models keep no keys and values, by which a chat goes on"
+            raise UserError(f"MODEL={model.name_or_path}: {problem}. PROMPTS of evaluate_model.py answers without.")
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))

@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES, OTHERS, random_model
 
 from common.cli import UserError
-from common.model import attention
+from common.model import attention, generation
 from common.train.loss import add_chunked_loss
 
 LENGTHS = [40, 23, 57, 9]
@@ -95,3 +95,8 @@ def test_attention_that_a_model_lacks_is_refused_by_name(name, wrong):
 def test_a_package_that_is_missing_is_named():
     with pytest.raises(UserError, match="ATTN_IMPLEMENTATION=flash_attention_2.*pip install flash-attn"):
         choose("llama-3.2", "flash_attention_2")
+
+
+def test_a_chat_with_a_model_without_keys_and_values_is_refused(tokenizer):
+    with pytest.raises(UserError, match="mamba2 models keep no keys and values"):
+        generation.Generator(random_model("mamba-2"), tokenizer)
