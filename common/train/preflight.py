@@ -39,7 +39,7 @@ def check_losses(trainer) -> None:
 
 def check_row(trainer, inputs: dict) -> tuple[float, float]:
     """The difference of the row's losses from the model's own, and its bound."""
-    model, asked = trainer.model, trainer.settings["ATTN_IMPLEMENTATION"]
+    model, asked = trainer.model, trainer.settings.get("ATTN_IMPLEMENTATION")
     bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
     plain = choose_attention(model.config, None)
     expected = own_losses(trainer, inputs, plain)
@@ -48,7 +48,7 @@ def check_row(trainer, inputs: dict) -> tuple[float, float]:
         bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
         return difference, bound
-    ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
+    ours = choose_attention(model.config, None, trainer.args.packing, device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
     if asked or not helps:
@@ -126,7 +126,7 @@ def find_attention(trainer, inputs: dict, expected: list[torch.Tensor], bound: f
 
 def explain(trainer, inputs: dict, expected: list[torch.Tensor], helps: str | None, measured: str) -> str:
     """Which part gives other losses, and what works. helps: an attention that would."""
-    kind, attention = trainer.model.config.model_type, trainer.settings["ATTN_IMPLEMENTATION"]
+    kind, attention = trainer.model.config.model_type, trainer.settings.get("ATTN_IMPLEMENTATION")
     if helps:
         return f"ATTN_IMPLEMENTATION={attention}: the loss is not {kind}'s own, {measured}. Set it to None or {helps}."
     difference = 0.0
@@ -134,12 +134,12 @@ def explain(trainer, inputs: dict, expected: list[torch.Tensor], helps: str | No
         row = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         difference = max(difference, worst_difference([one], row_losses(trainer.model, row)))
     if difference > BOUNDS[trainer.dtype]:
-        return f"MODEL={trainer.settings['MODEL']}: the loss of single chats is not {kind}'s own, {measured}."
-    setting = "PACKING=False" if trainer.settings["PACKING"] else "PER_DEVICE_TRAIN_BATCH_SIZE=1"
-    return f"PACKING={trainer.settings['PACKING']}: chats change each other's loss in {kind} {measured}. Set {setting}."
+        return f"MODEL={trainer.model.name_or_path}: the loss of single chats is not {kind}'s own, {measured}."
+    setting = "PACKING=False" if trainer.args.packing else "PER_DEVICE_TRAIN_BATCH_SIZE=1"
+    return f"PACKING={trainer.args.packing}: chats change each other's loss in {kind} {measured}. Set {setting}."
 
 
 def report(trainer, problem: str) -> None:
-    if trainer.settings["DOCTOR"] == "stop":
+    if trainer.settings.get("DOCTOR") != "warn":
         raise UserError(f"{problem} (DOCTOR=warn trains anyway)")
     print(f"check: {problem}", file=sys.stderr)
