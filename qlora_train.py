@@ -152,8 +152,7 @@ def reference(source: location.Source) -> location.Source | None:
 def trained_rows(source: location.Source, new_token_ids: list[int]) -> list[int]:
     """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
     if source.adapter:
-        rows = PeftConfig.from_pretrained(source.adapter).to_dict().get("trainable_token_indices") or []
-        return sum(rows.values(), []) if isinstance(rows, dict) else rows
+        return adapters.trained_rows(PeftConfig.from_pretrained(source.adapter))
     rows = [] if ADAPTER == "ia3" else new_token_ids
     if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(

@@ -67,6 +67,12 @@ def embedding_rows(model, rows: list[int], targets: list[str]) -> dict[str, list
     return {name: rows for name, module in model.named_modules() if any(module is c for c in chosen)}
 
 
+def trained_rows(config) -> list[int]:
+    """Token ids whose rows an adapter trains, by its PeftConfig."""
+    rows = config.to_dict().get("trainable_token_indices") or []
+    return sum(rows.values(), []) if isinstance(rows, dict) else rows
+
+
 def keep_head_bias(model):
     """Mend peft 0.21, which drops the bias of a head whose token rows are trained (Phi-2); returns the model."""
     for layer in model.modules():

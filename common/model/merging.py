@@ -6,6 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 
 from common.cli import UserError
+from common.model.adapters import trained_rows
 
 PROBE_TOKENS = 64  # of the sequence on which both are compared, spread over the vocabulary
 # Highest KL divergence of the merged model from the one with the adapter, in nats: the median over the tokens, since in
@@ -70,8 +71,7 @@ def probe(model) -> torch.Tensor:
     """Token ids (1, T) from all over the vocabulary, those of trained rows among them."""
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.linspace(0, rows - 1, PROBE_TOKENS).long()
-    trained = model.peft_config[model.active_adapter].to_dict().get("trainable_token_indices") or []
-    trained = sum(trained.values(), []) if isinstance(trained, dict) else trained
+    trained = trained_rows(model.peft_config[model.active_adapter])
     return torch.cat([ids, torch.tensor(trained[:PROBE_TOKENS], dtype=torch.long)])[None].to(model.device)
 
 

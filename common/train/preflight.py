@@ -1,7 +1,7 @@
 """The check before the first step: the loss that is trained is the one that the model's own forward gives.
 
 One row of the run's data goes through the trainer's collator, attention and loss; its chats also go, each by itself,
-through the model as transformers has it. And a new adapter must predict what the base predicts. Four forward passes.
+through the model as transformers has it. And a new adapter must predict what the base predicts. Three forward passes.
 """
 
 import sys
@@ -30,42 +30,43 @@ def check_losses(trainer) -> None:
     inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        difference, bound = check_row(trainer, inputs)
+        losses, difference, bound = check_row(trainer, inputs)
         if trainer.has_new_adapter and not trainer.restored:
-            check_adapter(trainer, inputs, bound)
+            check_adapter(trainer, inputs, losses, bound)
     print(f"check: losses differ by {difference:.2g} nats from the model's own (bound {bound:.2g})")
     trainer.model.train()
 
 
-def check_row(trainer, inputs: dict) -> tuple[float, float]:
-    """The difference of the row's losses from the model's own, and its bound."""
+def check_row(trainer, inputs: dict) -> tuple[list[torch.Tensor], float, float]:
+    """The row's losses, their difference from the model's own, and its bound."""
     model, asked = trainer.model, trainer.settings.get("ATTN_IMPLEMENTATION")
     bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
     plain = choose_attention(model.config, None)
     expected = own_losses(trainer, inputs, plain)
-    difference = worst_difference(expected, row_losses(model, inputs))
+    losses = row_losses(model, inputs)
+    difference = worst_difference(expected, losses)
     if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
         bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
-        return difference, bound
+        return losses, difference, bound
     ours = choose_attention(model.config, None, trainer.args.packing, device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
     if asked or not helps:
         report(trainer, explain(trainer, inputs, expected, helps, measured))
-        return difference, bound
+        return losses, difference, bound
     print(f"check: attention {helps}, since {model.config._attn_implementation} gives other losses, {measured}")
     model.set_attn_implementation(helps)
     if trainer.base_model is not None:
         trainer.base_model.set_attn_implementation(helps)
-    return worst_difference(expected, row_losses(model, inputs)), bound
+    losses = row_losses(model, inputs)
+    return losses, worst_difference(expected, losses), bound
 
 
-def check_adapter(trainer, inputs: dict, bound: float) -> None:
-    """A new adapter leaves every loss as it is without it."""
+def check_adapter(trainer, inputs: dict, losses: list[torch.Tensor], bound: float) -> None:
+    """A new adapter, with which the row has these losses, leaves each as it is without it."""
     with trainer.model.disable_adapter():
-        expected = row_losses(trainer.model, inputs)
-    changes = worst_difference(expected, row_losses(trainer.model, inputs))
+        changes = worst_difference(row_losses(trainer.model, inputs), losses)
     if not changes <= bound:
         problem = f"it changes the base's losses by {changes:.2g} nats a token before it is trained"
         remedy = "Try another ADAPTER or LORA_TARGET_MODULES, or CHAT_TEMPLATE=zephyr, which needs no new tokens."
