@@ -48,7 +48,7 @@ if __name__ == "__main__":
     check_models(MODEL=None if MODELS else MODEL, BASE=BASE)
     for name in MODELS.split(",") if MODELS else ():
         check_models(MODELS=name.strip())
-    check_files(CHATS=CHATS)
+    check_files(current(globals()), "CHATS")
 
 import itertools
 import json

@@ -36,7 +36,7 @@ RUN_NAME: str | None = None  # None: merge_and_export-<time>
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
     check_models(MODEL=MODEL)
-    check_files(CHATS=CHATS)
+    check_files(current(globals()), "CHATS")
 
 import json
 import os

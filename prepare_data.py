@@ -17,14 +17,19 @@ from common.settings import apply_overrides, current
 # Model
 MODEL = "smollm2-135m-instruct"  # whose tokenizer and template are used
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
 # Data
 DATA = "data/brief.jsonl"  # files and hub sets: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
+BAD_ROWS = "stop"  # invalid rows: stop names up to 20 of them; skip leaves them out and counts them
+COLUMNS: str | None = None  # fields with other names: "question:user, answer:assistant"
+COMPLETION = "answer"  # rows of prompt and completion: answer (a chat), or continue (plain text that goes on)
+ENCODING = "utf-8"  # of text files; cp1252 ...
 MAX_LENGTH = 1024  # tokens of a chat
 TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
 DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
-TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
+TRAIN_ON = "assistant"  # assistant: the answers; last: the last one; content: without reasoning; all: every token
 VOCAB: str | None = None  # for rows of token ids: what they mean, a .json file or a text file of a token a line
 DOCTOR = "stop"  # stop: a problem in what would be learned is an error; warn: it is printed
 # Running and output
@@ -36,7 +41,7 @@ RUN_NAME: str | None = None  # None: <script>-<time>
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
     check_models(MODEL=MODEL)
-    check_files(VOCAB, DATA=DATA, EVAL_DATA=EVAL_DATA)
+    check_files(current(globals()), "DATA", "EVAL_DATA")
 
 
 def main():

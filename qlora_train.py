@@ -31,12 +31,17 @@ DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:
 MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form
+BAD_ROWS = "stop"  # invalid rows: stop names up to 20 of them; skip leaves them out and counts them
+COLUMNS: str | None = None  # fields with other names: "question:user, answer:assistant"
+COMPLETION = "answer"  # rows of prompt and completion: answer (a chat), or continue (plain text that goes on)
+ENCODING = "utf-8"  # of text files; cp1252 ...
 MAX_LENGTH = 1024  # tokens of a chat; activations grow with it
 TOO_LONG = "cut"  # chats over MAX_LENGTH: cut (at a turn), drop, or error
 DROP_PATTERN: str | None = "auto"  # regex, case ignored: chats it matches go; auto: claims to be another assistant
 PACKING = True  # fill rows with several chats that do not see each other
-TRAIN_ON = "assistant"  # assistant: learn the answers only; all: every token
+TRAIN_ON = "assistant"  # assistant: the answers; last: the last one; content: without reasoning; all: every token
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
 DOCTOR = "stop"  # stop: a problem in what would be learned ends the run; warn: it is printed
 # Optimization
 NUM_TRAIN_EPOCHS: int | float = 2
@@ -71,7 +76,7 @@ ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LE
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
     check_models(MODEL=MODEL)
-    check_files(DATA=DATA, EVAL_DATA=EVAL_DATA)
+    check_files(current(globals()), "DATA", "EVAL_DATA")
 
 from dataclasses import replace
 

@@ -36,12 +36,13 @@ class Source:
     times: int  # repetitions in training; 0: evaluated on instead
 
 
-def check_files(vocabulary: str | None = None, **settings: str | None) -> None:
+def check_files(settings: dict, *names: str) -> None:
     """Read the local files that settings name; exit code 2 where a row is invalid."""
     setting = data = None
     try:
+        vocabulary = settings.get("VOCAB")
         tokens = readers.read_vocabulary(vocabulary) if vocabulary else None
-        for setting, data in settings.items():
+        for setting, data in ((name, settings[name]) for name in names):
             if data is None or os.path.isdir(data):  # a prepared folder was checked before
                 continue
             invalid = (
