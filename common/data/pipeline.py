@@ -29,21 +29,26 @@ OTHER_ASSISTANTS = (
 )
 
 
-def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator:
-    """Yield (repetitions, `file:line`, chat); other rows are counted, or an error in a local file."""
+def read_chats(parts: list[sources.Source], counts: Counter, reading=sources.PLAIN, bad_rows="stop") -> Iterator:
+    """Yield (repetitions, `file:line`, chat); other rows are counted by reason. bad_rows: BAD_ROWS.
+
+    UserError for an invalid row if bad_rows is "stop"; in local files there is none left by then.
+    """
+    firsts = {}  # reason -> where it was met first
     for source in parts:
-        for number, chat in sources.read_chats(source, vocabulary):
+        for place, chat in sources.read_chats(source, reading):
             counts["rows"] += 1
-            place = f"{source.name}:{number}"
             if isinstance(chat, list):
+                counts.update(chat.notes)
                 yield source.times, place, chat
             elif isinstance(chat, formats.SkippedRow):
                 counts[f"dropped: {chat}"] += 1
-            elif source.file:
-                raise UserError(f"{place}: {chat}")
+            elif bad_rows == "stop":
+                raise UserError(f"{place}: {chat} {sources.SKIP}")
             else:
-                problem = chat.rpartition(": ")[0] or chat  # without the excerpt
-                counts["dropped: broken, " + re.sub(r"\[\d+\]", "", problem)] += 1
+                problem = ": ".join(chat.split(": ")[:2])  # without the excerpt
+                reason = "dropped: invalid, " + re.sub(r"\[\d+\]", "", problem)
+                counts[f"{reason}, first at {firsts.setdefault(reason, place)}"] += 1
 
 
 def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator:
