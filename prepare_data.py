@@ -61,7 +61,7 @@ def main():
     folder = create_folder(settings, __file__)
 
     # Sources to tokens, to disk as they come, then into two files
-    account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
+    account = prepare.prepare(settings, encoder, folder, workers=PROCESSES)
     print(prepare.describe(account))
 
     # What a run will learn

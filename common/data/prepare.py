@@ -16,7 +16,7 @@ import pyarrow.parquet as parquet
 
 from common import distributed
 from common.cli import UserError
-from common.data import pipeline, readers, sources
+from common.data import folders, pipeline, sources
 from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
 
@@ -32,9 +32,9 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
 
     keep_unlearned: also chats without a token in the loss. manifest: of the checkpoint to resume from.
     """
-    is_prepared = Path(settings["DATA"]).is_dir()
+    is_prepared = folders.is_prepared(settings["DATA"])
     if is_prepared:
-        folder = Path(settings["DATA"])
+        folder = Path(settings["DATA"]).expanduser()
         if settings["EVAL_DATA"] and not manifest:
             raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
     elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):
@@ -59,7 +59,7 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     return train, evaluation, account
 
 
-def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None):
     """Write train.parquet and eval.parquet; returns the account, to be written to report.json.
 
     Memory: one row group and about 100 bytes a chat.
@@ -68,7 +68,8 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     parts, counts = sources.parse(settings["DATA"]), Counter()
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    chats = pipeline.read_chats(parts, counts, vocab and readers.read_vocabulary(vocab))
+    reading = sources.Reading.of(settings)
+    chats = pipeline.read_chats(parts, counts, reading, settings.get("BAD_ROWS", "stop"))
     arguments = (encoder, settings, keep_unlearned)
     rows = pipeline.encode_all(chats, arguments, counts, workers or os.cpu_count())
     spool = folder / "spool.parquet"
@@ -90,7 +91,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     account = account_for(counts, times, *sizes, settings["MAX_LENGTH"])
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
-    account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
+    account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
 
 
@@ -119,7 +120,7 @@ def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
 
 def account_for(counts: Counter, times, tokens, in_loss, max_length: int) -> dict:
     """What became of every row: rows = trained + held_out + all dropped. The arrays: of each chat."""
-    reasons = {"dropped": {}, "changed": {}}
+    reasons = {"dropped": {}, "changed": {}, "unused": {}}
     for reason, n in sorted(counts.items()):
         kind, _, what = reason.partition(": ")
         if what:
@@ -195,8 +196,8 @@ def sample(folder: Path):
 def describe(account: dict) -> str:
     rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
     lines = [rows.format(sum(account["dropped"].values()), **account)]
-    for kind in ("dropped", "changed"):
-        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
+    for kind in ("dropped", "changed", "unused"):
+        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account.get(kind, {}).items()]
     repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
     tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
     lines.append("  " + (repeated + tokens).format(**account))
