@@ -152,7 +152,7 @@ class Conversation:
 
     def load(self, file: str) -> None:
         """Continue the last chat of a file."""
-        chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
+        chats = list(sources.sound_chats(f'"{file}"', "/load")) if Path(file).expanduser().is_file() else []
         if not chats:
             raise UserError(f"/load {file}: file not found, or no chat in it.")
         self.reset(chats[-1])

@@ -16,15 +16,13 @@ from common.data.encoder import ChatEncoder, Encoded
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
-SKIP = "BAD_ROWS=skip leaves such rows out."
 
 
 def read_chats(parts: list[sources.Source], reasons: Reasons, reading, bad_rows: str) -> Iterator:
     """Yield (repetitions, `file:line`, chat); other rows are counted by reason, or an error (BAD_ROWS=stop)."""
     for source in parts:
-        for number, chat in sources.read_chats(source, reading):
+        for place, chat in sources.read_chats(source, reading):
             reasons.add("rows")
-            place = f"{source.name}:{number}"
             if isinstance(chat, list):
                 for note in chat.notes:
                     reasons.add(note)
@@ -32,9 +30,9 @@ def read_chats(parts: list[sources.Source], reasons: Reasons, reading, bad_rows:
             elif isinstance(chat, formats.SkippedRow):
                 reasons.add(f"dropped: {chat}")
             elif bad_rows == "stop":
-                raise UserError(f"{place}: {chat}. {SKIP}")
+                raise UserError(f"{place}: {chat} {sources.SKIP}")
             else:
-                problem = chat.rpartition(": ")[0] or chat  # without the excerpt
+                problem = ": ".join(chat.split(": ")[:2])  # without the excerpt
                 reasons.add("dropped: invalid, " + re.sub(r"\[\d+\]", "", problem), place)
 
 
@@ -84,7 +82,7 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
             refused.append(f"{place}: {error}")
             reasons.add(f"dropped: invalid, {error}", place)
     if refused and settings["BAD_ROWS"] == "stop":
-        raise UserError("\n".join([*refused[: sources.MAX_SHOWN], SKIP]))
+        raise UserError("\n".join([*refused[: sources.MAX_SHOWN], sources.SKIP]))
     encoded = encoder.encode_marked([text for *_, text in marked], settings["TRAIN_ON"])
     for (times, place, chat, _), row in zip(marked, encoded, strict=True):
         row = fit(row, place, encoder.is_plain_text(chat), settings, reasons)

@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 
 from common import distributed
 from common.cli import UserError
-from common.data import pipeline, sources
+from common.data import folders, pipeline, sources
 from common.data.account import Reasons, account_for, piece_lengths
 from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
@@ -32,9 +32,9 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
 
     keep_unlearned: also chats without a token in the loss. manifest: of the checkpoint to resume from.
     """
-    is_prepared = Path(settings["DATA"]).is_dir()
+    is_prepared = folders.is_prepared(settings["DATA"])
     if is_prepared:
-        folder = Path(settings["DATA"])
+        folder = Path(settings["DATA"]).expanduser()
         if settings["EVAL_DATA"] and not manifest:
             raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
     elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):
@@ -68,7 +68,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     parts, reasons = sources.parse(settings["DATA"]), Reasons()
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    chats = pipeline.read_chats(parts, reasons, sources.reading(settings), settings["BAD_ROWS"])
+    chats = pipeline.read_chats(parts, reasons, sources.Reading.of(settings), settings["BAD_ROWS"])
     arguments = (encoder, settings, keep_unlearned)
     rows = pipeline.encode_all(chats, arguments, reasons, workers or os.cpu_count())
     spool = folder / "spool.parquet"
@@ -91,7 +91,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     account = account_for(reasons, times, *sizes, max_length)
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
-    account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
+    account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
 
 
