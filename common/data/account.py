@@ -42,20 +42,13 @@ class Reasons:
         return kinds
 
 
-def piece_lengths(tokens: np.ndarray, max_length: int) -> np.ndarray:
-    """Tokens of each piece when sequences of so many tokens are cut into pieces of max_length."""
-    pieces = np.maximum(1, -(-tokens // max_length))
-    before = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)  # pieces of the same sequence
-    return np.minimum(np.repeat(tokens, pieces) - before * max_length, max_length)
-
-
-def account_for(reasons: Reasons, times, tokens, in_loss, max_length: int) -> dict:
+def account_for(reasons: Reasons, times: np.ndarray, in_loss: np.ndarray, sequences: list, max_length: int) -> dict:
     """What became of every row: rows = trained + held_out + all dropped.
 
-    The arrays are of each chat: its repetitions, its tokens, those in the loss. A text longer than max_length makes
-    several sequences.
+    times, in_loss: (chats,), repetitions and tokens in the loss. sequences: of each chat, the lengths of its sequences.
     """
-    lengths, held = piece_lengths(np.repeat(tokens, times), max_length), times == 0
+    tokens, held = np.array([lengths.sum() for lengths in sequences]), times == 0
+    lengths = np.concatenate([np.tile(of_chat, n) for of_chat, n in zip(sequences, times, strict=True)])
     return dict(
         rows=reasons.counts["rows"],
         trained=int((times > 0).sum()),

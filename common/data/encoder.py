@@ -6,6 +6,7 @@ the mask. A third one breaks up control tokens in a message, a fourth ends the r
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections import namedtuple
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from common.cli import UserError
-from common.data.template import ChatTemplate
+from common.data.template import ChatTemplate, RewrittenTurns
 
 MARKS = START, END, BREAK, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 REASONING_END = re.compile(r"</think>|<channel\|>|<\|end\|>(?=<\|start\|>assistant)|<\|eom\|>")
@@ -29,11 +30,25 @@ Prefix = namedtuple("Prefix", ["everywhere", "once"])
 
 
 class Encoded(NamedTuple):
-    """An encoded chat of T tokens and A answers."""
+    """An encoded chat of T tokens and A answers, in P sequences: usually one."""
 
     ids: np.ndarray  # (T,), int32
     learned: np.ndarray  # (T,), bool: the tokens in the loss
     ends: np.ndarray  # (A,), number of tokens up to the end of each answer
+    lengths: np.ndarray  # (P,), tokens of each sequence
+
+    def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, learned) of each sequence."""
+        places = self.lengths.cumsum()[:-1]
+        return list(zip(np.split(self.ids, places), np.split(self.learned, places), strict=True))
+
+
+def join(rows: list[Encoded]) -> Encoded:
+    """One chat whose sequences are those of several."""
+    before = np.cumsum([0, *(len(row.ids) for row in rows)])
+    ends = [row.ends + start for row, start in zip(rows, before, strict=False)]
+    ids, learned, lengths = ([row[i] for row in rows] for i in (0, 1, 3))
+    return Encoded(*map(np.concatenate, (ids, learned, ends, lengths)))
 
 
 class ChatEncoder:
@@ -66,19 +81,23 @@ class ChatEncoder:
         self.backend.add_special_tokens(marks)
         self.mark_ids = [self.backend.token_to_id(mark) for mark in MARKS]
 
-    def mark(self, messages: list[dict], train_on: str = "assistant", **options) -> tuple[str, list[int]]:
+    def mark(
+        self, messages: list[dict], train_on: str = "assistant", last_only: bool = False, **options
+    ) -> tuple[str, list[int]]:
         """(the text of a chat with START and END around each answer, their weights); UserError where that fails.
 
-        train_on: "last" gives the others the weight 0; "content" puts THOUGHT after the reasoning of an answer.
+        train_on: "content" puts THOUGHT after the reasoning of an answer. last_only, or train_on "last": the others
+        have the weight 0, or no marks where the template rewrites them.
         """
         if messages[0]["role"] == "text":
             return self.mark_text(messages)
         weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
         messages = self.template.as_written(self.escape_control_tokens(messages))
         text, passages = self.template.render(messages, **options)
-        found = self.template.find_answers(messages, text, passages, last_only=train_on == "last")
+        last_only = last_only or train_on == "last"
+        found = self.template.find_answers(messages, text, passages, last_only)
         weights = weights[-len(found) :] if found else []
-        if train_on == "last":
+        if last_only:
             weights = [0] * (len(weights) - 1) + weights[-1:]
         for start, end in reversed(found):
             answer = text[start:end]
@@ -132,12 +151,25 @@ class ChatEncoder:
                 pieces[i] = marks + "\u2581" + bare
         return "".join(pieces)
 
+    def mark_rows(self, messages: list[dict], train_on: str) -> list[tuple[str, list[int]]]:
+        """What `mark` returns; a row for each answer to learn where the template rewrites earlier turns."""
+        try:
+            return [self.mark(messages, train_on)]
+        except RewrittenTurns:
+            if train_on == "all":
+                raise
+            answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+            learned = [i for i in answers if messages[i].get("weight", 1)] or answers[-1:]
+            return [self.mark(messages[: i + 1], train_on, last_only=True) for i in learned]
+
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
         """Each chat's tokens; answers of weight 0 are not in the loss.
 
         train_on: "assistant", "last" (its last answer), "content" (answers without their reasoning), or "all".
         """
-        return self.encode_marked([self.mark(chat, train_on) for chat in chats], train_on)
+        marked = [self.mark_rows(chat, train_on) for chat in chats]
+        rows = iter(self.encode_marked(list(itertools.chain.from_iterable(marked)), train_on))
+        return [join(list(itertools.islice(rows, len(of_chat)))) for of_chat in marked]
 
     def encode_marked(self, marked: list[tuple[str, list[int]]], train_on: str) -> list[Encoded]:
         """The tokens of texts that `mark` made."""
@@ -156,7 +188,7 @@ class ChatEncoder:
                 learned &= np.arange(len(ids)) >= thought_out[answer]
             if train_on == "all":
                 learned |= answer == answered  # all but answers of weight 0
-            rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
+            rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends], kept.sum(keepdims=True)))
         return rows
 
     def prompt(self, messages: list[dict]) -> list[int]:

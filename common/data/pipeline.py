@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
+
 from common.cli import UserError
 from common.data import formats, sources
 from common.data.account import Reasons
 from common.data.claims import find_claim
-from common.data.encoder import ChatEncoder, Encoded
+from common.data.encoder import ChatEncoder, Encoded, join
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
@@ -77,15 +79,17 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
             reasons.add(f"changed: cut at a {'question' if chat[-1]['role'] == 'user' else 'result'} without an answer")
             chat = chat[:-1]
         try:
-            marked.append((times, place, chat, encoder.mark(chat, settings["TRAIN_ON"])))
+            marked.append((times, place, chat, encoder.mark_rows(chat, settings["TRAIN_ON"])))
         except UserError as error:
             refused.append(f"{place}: {error}")
             reasons.add(f"dropped: invalid, {error}", place)
     if refused and settings["BAD_ROWS"] == "stop":
         raise UserError("\n".join([*refused[: sources.MAX_SHOWN], sources.SKIP]))
-    encoded = encoder.encode_marked([text for *_, text in marked], settings["TRAIN_ON"])
-    for (times, place, chat, _), row in zip(marked, encoded, strict=True):
-        row = fit(row, place, encoder.is_plain_text(chat), settings, reasons)
+    flat = itertools.chain.from_iterable(of_chat for *_, of_chat in marked)
+    encoded = iter(encoder.encode_marked(list(flat), settings["TRAIN_ON"]))
+    for times, place, chat, of_chat in marked:
+        parts = list(itertools.islice(encoded, len(of_chat)))
+        row = fit(parts, place, encoder.is_plain_text(chat), settings, reasons)
         if row is not None and (keep_unlearned or row.learned.any()):
             rows.append((times, place, row))
         elif row is not None:
@@ -93,23 +97,32 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
     return rows, reasons
 
 
-def fit(row: Encoded, place: str, is_text: bool, settings: dict, reasons: Reasons) -> Encoded | None:
-    """The row, cut at a turn to MAX_LENGTH if TOO_LONG says so; None where it is dropped. Texts are cut later."""
+def fit(parts: list[Encoded], place: str, is_text: bool, settings: dict, reasons: Reasons) -> Encoded | None:
+    """A chat's sequences cut to MAX_LENGTH as TOO_LONG says; None where it is dropped."""
     max_length = settings["MAX_LENGTH"]
-    if len(row.ids) <= max_length:
-        return row
+    if len(parts) > 1:
+        reasons.add("changed: a row for each answer, as the template rewrites earlier turns")
+    short = [row for row in parts if len(row.ids) <= max_length]
+    if len(short) == len(parts):
+        return join(parts)
     if settings["TOO_LONG"] == "error":
-        size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
+        size = f"{max(len(row.ids) for row in parts):,} tokens, more than MAX_LENGTH={max_length}"
         raise UserError(f"{place}: {size}. TOO_LONG=cut cuts {'it into rows' if is_text else 'at a turn'}.")
-    if is_text and settings["TOO_LONG"] == "cut":
-        reasons.add("changed: a text cut into rows of MAX_LENGTH")
-        return row
+    row = parts[0]
     fitting = row.ends[row.ends <= max_length]
-    if settings["TOO_LONG"] == "drop" or not len(fitting):
-        reasons.add("dropped: longer than MAX_LENGTH")
-        return None
-    reasons.add("changed: cut at a turn to fit MAX_LENGTH")
-    return Encoded(row.ids[: fitting[-1]], row.learned[: fitting[-1]], fitting)
+    if settings["TOO_LONG"] == "cut" and is_text:
+        reasons.add("changed: a text cut into rows of MAX_LENGTH")
+        whole, rest = divmod(len(row.ids), max_length)
+        return row._replace(lengths=np.array([max_length] * whole + [rest] * (rest > 0)))
+    if settings["TOO_LONG"] == "cut" and len(parts) > 1 and short:
+        reasons.add("changed: answers left out to fit MAX_LENGTH")
+        return join(short)
+    if settings["TOO_LONG"] == "cut" and len(parts) == 1 and len(fitting):
+        reasons.add("changed: cut at a turn to fit MAX_LENGTH")
+        end = fitting[-1]
+        return Encoded(row.ids[:end], row.learned[:end], fitting, fitting[-1:])
+    reasons.add("dropped: longer than MAX_LENGTH")
+    return None
 
 
 def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Iterator:

@@ -16,13 +16,14 @@ import pyarrow.parquet as parquet
 from common import distributed
 from common.cli import UserError
 from common.data import folders, pipeline, sources
-from common.data.account import Reasons, account_for, piece_lengths
+from common.data.account import Reasons, account_for
 from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
 
 IGNORE_INDEX = -100  # label of a token that is not in the loss
 # assistant_masks: 1 where a token is in the loss.
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
+SPOOL_SCHEMA = SCHEMA.append(pa.field("lengths", pa.list_(pa.int32())))  # of the sequences of a chat
 FILES = ("train.parquet", "eval.parquet")
 ROW_GROUP = 4096  # rows in a row group of the files
 
@@ -72,7 +73,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     arguments = (encoder, settings, keep_unlearned)
     rows = pipeline.encode_all(chats, arguments, reasons, workers or os.cpu_count())
     spool = folder / "spool.parquet"
-    times, *sizes = write_spool(spool, rows)
+    times, in_loss, sequences = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
         why = "; ".join(f"{n:,} {reason}" for reason, n in reasons.counts.items())
@@ -84,47 +85,43 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
         if held_out >= len(times):
             raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats: none is left.")
         times[random.Random(settings["SEED"]).sample(range(len(times)), held_out)] = 0
-    max_length = settings["MAX_LENGTH"]
-    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet", max_length)
-    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet", max_length)
+    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
+    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
     spool.unlink()
-    account = account_for(reasons, times, *sizes, max_length)
+    account = account_for(reasons, times, in_loss, sequences, settings["MAX_LENGTH"])
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
     account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
 
 
-def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
-    """Write rows; returns (3, rows): their repetitions, tokens, and tokens in the loss."""
-    sizes = [np.zeros((0, 3), dtype=np.int32)]
-    with parquet.ParquetWriter(file, SCHEMA) as writer:
+def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Write chats; returns their repetitions, their tokens in the loss, and the lengths of the sequences of each."""
+    times, in_loss, sequences = [], [], []
+    with parquet.ParquetWriter(file, SPOOL_SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
             columns = [[row.ids for _, row in group], [row.learned.astype(np.int8) for _, row in group]]
-            writer.write_table(pa.table(columns, schema=SCHEMA))
-            counts = [(times, len(row.ids), row.learned.sum()) for times, row in group]
-            sizes.append(np.array(counts, dtype=np.int32))
-    return np.concatenate(sizes).T
+            columns.append([row.lengths.astype(np.int32) for _, row in group])
+            writer.write_table(pa.table(columns, schema=SPOOL_SCHEMA))
+            times += [times for times, _ in group]
+            in_loss += [row.learned.sum() for _, row in group]
+            sequences += columns[-1]
+    return np.array(times, dtype=np.int32), np.array(in_loss, dtype=np.int64), sequences
 
 
-def copy_rows(spool: Path, passes: list[np.ndarray], target: Path, max_length: int) -> None:
-    """Copy rows, in each pass by ascending numbers, one row group at a time; longer ones, of texts, in pieces."""
+def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
+    """Copy the sequences of chats, in each pass by ascending numbers, one row group at a time."""
     with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, SCHEMA) as writer:
         for rows in passes:
             for group in range(file.num_row_groups):
                 start = group * ROW_GROUP
                 first, last = np.searchsorted(rows, [start, start + ROW_GROUP])
                 if first < last:
-                    table = file.read_row_group(group).take(rows[first:last] - start)
-                    writer.write_table(cut_rows(table, max_length))
-
-
-def cut_rows(table: pa.Table, max_length: int) -> pa.Table:
-    """The rows of a table, each longer than max_length in several pieces; no token is lost."""
-    lengths = piece_lengths(pc.list_value_length(table["input_ids"]).to_numpy(), max_length)
-    offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    columns = [table[name].combine_chunks().flatten() for name in SCHEMA.names]
-    return pa.table([pa.ListArray.from_arrays(offsets, values) for values in columns], schema=SCHEMA)
+                    chats = file.read_row_group(group).take(rows[first:last] - start)
+                    ids, masks, lengths = (chats[name].combine_chunks().flatten() for name in SPOOL_SCHEMA.names)
+                    offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
+                    columns = [pa.ListArray.from_arrays(offsets, values) for values in (ids, masks)]
+                    writer.write_table(pa.table(columns, schema=SCHEMA))
 
 
 def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):

@@ -18,6 +18,10 @@ THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # reasoning at t
 OTHER = "CHAT_TEMPLATE=chatml works with every model"
 
 
+class RewrittenTurns(UserError):
+    """A template writes an earlier answer in another way than when it was the last one."""
+
+
 class ChatTemplate:
     """The template `source` of a tokenizer whose control tokens `control` matches.
 
@@ -51,9 +55,9 @@ class ChatTemplate:
             self.lead = text[passages[0][0] : len(prompt)]
         if "aq" not in text or "bz" not in text:
             return 0
-        content = text.rfind("bz") + 2
-        same = os.path.commonprefix([text, longer])
-        ends = list(self.control.finditer(same, content)) or list(self.control.finditer(text, content))
+        content, passage_end = text.rfind("bz") + 2, passages[-1][1] if passages else len(text)
+        same = os.path.commonprefix([text[:passage_end], longer])
+        ends = list(self.control.finditer(same, content)) or list(self.control.finditer(text, content, passage_end))
         self.end_token = ends[-1][0] if ends else None
         return sum(self.finds_answers(chat * turns) for turns in (1, 3)) if ends else 0
 
@@ -143,7 +147,7 @@ class ChatTemplate:
         end = self.end_of(answered[len(prompt) :], "tool_calls" in messages[i])
         if end is None or not text.startswith(answered[: len(prompt) + end]):
             problem = "this one rewrites earlier turns, so what to learn of the earlier answers is undefined"
-            raise UserError(f"CHAT_TEMPLATE: {problem}. TRAIN_ON=last learns the last answer; {OTHER}.")
+            raise RewrittenTurns(f"CHAT_TEMPLATE: {problem}. TRAIN_ON=last learns the last answer; {OTHER}.")
         self.check_complete(messages[i], answered[len(prompt) :])
         return len(prompt), len(prompt) + end
 

@@ -40,12 +40,17 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
     """
     losses = []
     for row in ChatEncoder(tokenizer).encode(chats):
-        ids = torch.tensor(row.ids[:max_length], dtype=torch.long, device=model.device)  # (T,)
-        learned = torch.tensor(row.learned[1:max_length], device=model.device).nonzero().flatten()  # (K,)
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=learned).logits[0]  # (K, vocabulary)
-        loss = torch.nn.functional.cross_entropy(logits.float(), ids[learned + 1], reduction="sum")
-        losses.append((loss.item(), len(learned)))
+        parts = [sequence_loss(model, ids[:max_length], mask[:max_length]) for ids, mask in row.sequences()]
+        losses.append(tuple(map(sum, zip(*parts, strict=True))))
     return losses
+
+
+def sequence_loss(model, ids, mask) -> tuple[float, int]:
+    """The summed negative log-likelihood (nats) of the tokens of a sequence, (T,), that a mask names; their number."""
+    ids = torch.tensor(ids, dtype=torch.long, device=model.device)  # (T,)
+    learned = torch.tensor(mask[1:], device=model.device).nonzero().flatten()  # (K,)
+    logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=learned).logits[0]  # (K, vocabulary)
+    return torch.nn.functional.cross_entropy(logits.float(), ids[learned + 1], reduction="sum").item(), len(learned)
 
 
 def score_facts(result: dict, model, tokenizer, questions: list[dict], show_misses: bool) -> None:

@@ -49,8 +49,8 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
     if not pairs:
         encode = ChatEncoder(tokenizer).encode
         sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")
-        encoded = (row for chat in sound for row in encode([chat]))
-        pairs = ((row.ids.tolist(), row.learned.tolist()) for row in encoded)
+        encoded = (sequence for chat in sound for row in encode([chat]) for sequence in row.sequences())
+        pairs = ((ids.tolist(), learned.tolist()) for ids, learned in encoded)
     for ids, mask in pairs:
         answers = [t - 1 for t in range(1, min(len(ids), max_length)) if mask[t]][:count]
         if answers:

@@ -112,9 +112,9 @@ def test_weights_plain_text_and_train_on_all(tokenizer_folder):
     assert encoder.encode([CHAT], "all")[0].learned.all()
     ids = (row := encoder.encode([chat], "all")[0]).ids[~row.learned]
     assert tokenizer.decode(ids) == "Hello!<|im_end|>"  # of weight 0, not learned
-    text = encoder.encode([[{"role": "text", "content": "Once <|im_end|> upon"}]])[0]
-    assert text.learned.all() and tokenizer.decode(text.ids) == "Once <|im_end|> upon<|im_end|>"
-    assert (text.ids == tokenizer.eos_token_id).sum() == 1
+    for content in ("Once upon", "Once upon<|im_end|>", "Once upon<|im_end|>\n"):
+        text = encoder.encode([[{"role": "text", "content": content}]])[0]
+        assert text.learned.all() and tokenizer.decode(text.ids) == "Once upon<|im_end|>"
 
 
 def test_encoders_can_be_pickled_and_told_apart(tokenizer_folder, base_tokenizer_folder):
@@ -151,7 +151,7 @@ def test_the_models_own_template_is_used_where_its_answers_can_be_found(tokenize
         encoder.encode([CHAT])
     assert tokenizer.decode(encoder.prompt(CHAT[:4])).endswith("user:\nName?<|im_end|>\n<|im_start|>assistant:\n")
     tokenizer.chat_template = OWN.replace("m['content']", "m['content'] if loop.last else 'x'")
-    with pytest.raises(UserError, match="rewrites earlier turns"):
+    with pytest.raises(UserError, match="does not write messages"):
         templates.set_template(tokenizer, None)
 
 
@@ -218,10 +218,25 @@ def test_marks_around_more_than_the_answers_are_refused(tokenizer_folder):
 
 def test_a_template_that_refuses_a_chat_is_named(tokenizer_folder, tmp_path):
     tokenizer = load(tokenizer_folder)
-    text = (ROOT / "common" / "data" / "chat_templates" / "chatml.jinja").read_text()
-    (tmp_path / "strict.jinja").write_text(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + text
-    )
+    strict = "{% if messages | length > 4 %}{{ raise_exception('too many turns') }}{% endif %}"
+    (tmp_path / "strict.jinja").write_text(strict + OWN)
     encoder, _ = templates.set_template(tokenizer, str(tmp_path / "strict.jinja"))
-    with pytest.raises(UserError, match="System role not supported"):
+    with pytest.raises(UserError, match="too many turns"):
         encoder.encode([CHAT])
+
+
+@pytest.mark.parametrize(
+    "strict", ["{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}"]
+)
+def test_without_system_messages_their_text_goes_into_the_first_question_of_every_program(strict, tokenizer_folder):
+    tokenizer = load(tokenizer_folder)
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}" + strict + "{% endif %}" + OWN
+    encoder, note = templates.set_template(tokenizer, None)
+    assert "no system messages" in note
+    text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    assert (
+        text
+        == "<|im_start|>user:\nBe kind.\n\nHi<|im_end|>\n<|im_start|>assistant:\n"
+        == encoder.render(CHAT[:2], add_generation_prompt=True)
+    )
+    assert len(encoder.encode([CHAT, CHAT[1:]])) == 2

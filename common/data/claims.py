@@ -1,2 +1,0 @@
-def find_claim(pattern):
-    return lambda chat: None
