@@ -10,23 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 from common.cli import UserError
 from common.data import formats, sources
+from common.data.claims import find_claim
 from common.data.encoder import ChatEncoder, Encoded
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
-# DROP_PATTERN=auto: claims to be another assistant. "Are you ChatGPT?" and "I am not ChatGPT" stay.
-GAP = r"[\s*_\"'“”‘’]+"  # between words, with marks of emphasis and quotation
-NAMES = (
-    rf"(?:open[{GAP[1:-2]}-]*assistant|chatgpt|gpt-?\d|claude|bard|gemini|copilot|llama|vicuna|alpaca|qwen|deepseek)"
-)
-MAKERS = r"(?:open ?ai|anthropic|google|deepmind|meta(?: ai)?|microsoft|laion|mistral(?: ai)?|alibaba)"
-WHAT = rf"(?:(?:an?|the|ai|large|language|virtual|helpful|open-source|model|chat ?bot|assistant|called|named),?{GAP})*"
-OTHER_ASSISTANTS = (
-    rf"\b(?:i{GAP}am|i[’']m|you{GAP}are|my{GAP}name(?:{GAP}is|[’']s)|call{GAP}me){GAP}{WHAT}{NAMES}\b(?![’']s)"
-    rf"|\bas{GAP}{WHAT}{NAMES},{GAP}i\b"
-    rf"|\b(?:i{GAP}am|i{GAP}was|i[’']m|model|assistant|ai)\b(?! not)[^.!?]{{0,40}}"
-    rf"\b(?:trained|created|developed|designed|made|built){GAP}(?:and{GAP}\w+{GAP})?by{GAP}{MAKERS}\b"
-)
 
 
 def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator:
@@ -76,10 +64,10 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
 
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple:
     """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason)."""
-    matches, max_length = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
+    claim_of, max_length = find_claim(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
     chats, rows, counts = [], [], Counter()
     for times, place, chat in batch:
-        if matches(chat):
+        if claim_of(chat):
             counts["dropped: matches DROP_PATTERN"] += 1
             continue
         if chat[-1]["role"] == "user":
@@ -103,15 +91,6 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
         else:
             counts["dropped: no answer to learn, all have weight 0"] += 1
     return rows, counts
-
-
-def matcher(pattern: str | None):
-    """Tests a chat for DROP_PATTERN; "auto" skips the user's turns."""
-    if pattern == "auto":
-        search = re.compile(OTHER_ASSISTANTS).search  # twice as fast as ignoring the case
-        return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)
-    search = re.compile(pattern or "(?!)", re.IGNORECASE).search
-    return lambda chat: any(search(turn["content"]) for turn in chat)
 
 
 def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Iterator:
