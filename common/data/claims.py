@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 EXCERPT = 120  # characters
 # The patterns read lower case, in which these marks of emphasis and quotation and line breaks are spaces.
-MARKS = str.maketrans({"’": "'", "\N{NON-BREAKING HYPHEN}": "-"} | dict.fromkeys('*_`>#"“”«»[]\n\r\t', " "))
+MARKS = str.maketrans({"’": "'", "\N{NON-BREAKING HYPHEN}": "-"} | dict.fromkeys('*_`>#"“”«»[]()\n\r\t', " "))
 
 
 def one_of(words: str) -> str:
@@ -14,8 +14,8 @@ def one_of(words: str) -> str:
 
 
 OWN_NAMES = one_of(r"""chat-gpt gpt-\d gpt-models? gpt(?=[,.]) open-assistant hugging-chat bing-chat bing-ai meta-ai
-github-copilot perplexity-ai vicuna qwen qianwen tongyi deepseek chatglm wizardlm smollm baichuan internlm stablelm
-nemotron mixtral doubao""")
+github-copilot ernie-bot perplexity-ai vicuna qwen qianwen tongyi deepseek chatglm wizardlm smollm baichuan internlm
+stablelm nemotron mixtral doubao""")
 # Names of people, animals and stars, too: these need an assistant's words beside them.
 SHARED_NAMES = one_of("""claude bard gemini gemma llama alpaca alexa co-pilot mistral falcon koala dolly grok kimi phi
 siri cortana bing ernie guanaco orca hermes zephyr bixby olmo""")
@@ -31,14 +31,15 @@ actually just simply only really indeed also still""")
 
 # Below, a space stands for one to nine: all repetition is bounded, so that no text takes long.
 MADE = "(?:trained|created|developed|designed|made|built|programmed|engineered|produced|fine-?tuned)"
-BY = rf"(?: and \w+)? by (?:[\w'(-]+ ){{0,8}}?{MAKER}\b(?! {JOB})"
+BY = rf"(?: and \w+)? by (?:(?!(?:who|that|which|with|like|using)\b)[\w'-]+ ){{0,8}}?{MAKER}\b(?! {JOB})"
 FROM = rf"(?:by|from) {MAKER}\b"
 KIND = rf"(?:ai|models?|assistant|chat-?bot|chat bot|bot|llm|artificial intelligence|system|program)\b(?! {JOB})"
 # A word between an article and its noun, not one that begins another clause.
-WORD = r"(?:(?!(?:who|which|that|about|of|with|for|in|at|on|to|and|but|so|i|not|than|like|by|from)\b)[\w'.-]+,? )"
+WORD = r"(?:(?!(?:who|which|that|about|of|with|for|in|at|on|to|and|but|so|i|not|than|like|by|from)\b)[\w'.-]+ )"
 A = "(?:an?|the|your|one of the)"
 A_KIND = rf"(?:(?:actually|just|simply|only|really|also|still) )?{A} {WORD}{{0,5}}?{KIND}"
 I_AM = "(?:i am|i'm)"
+AS = f"(?:{I_AM}|as|being)"
 NAME_IS = rf"(?:{I_AM}|my (?:full |first |real )?name(?: is|'s)|calls? me|i go by|being|speaking as|role as)"
 WHAT = rf"(?:{LEADING},? ){{0,10}}?"
 END = r"\s{0,3}"  # of a name, before a comma: marks were there
@@ -53,35 +54,34 @@ SHARED = (
 )
 CLAIMS = (
     # I am ChatGPT. My name is Claude, and I'm an AI assistant.
-    rf"\b{NAME_IS} {WHAT}(?:{OWN}|{SHARED})",
+    rf"{NAME_IS} {WHAT}(?:{OWN}|{SHARED})",
     # As ChatGPT, I cannot. I, ChatGPT, can. This is Bing.
-    rf"\bas {WHAT}{OWN}{END},? (?:i|my)\b",
-    rf"\bi, {OWN}{END},",
-    rf"(?<!\w\s)\bthis is (?:{OWN}|{SHARED}|bing\b)(?={END}[.!,]| speaking)",
+    rf"as {WHAT}{OWN}{END},? (?:i|my)\b",
+    rf"i, {OWN}{END},",
+    rf"(?<!\w\s)this is (?:{OWN}|{SHARED}|bing\b)(?={END}[.!,]| speaking)",
     # I am a language model created by OpenAI. As an AI from Google, I must decline. I was built by Meta.
-    rf"\b(?:{I_AM}|as) {A_KIND},? (?:(?:(?:that|which) (?:was|is) )?{WORD}{{0,5}}?(?:and )?{MADE}{BY}|{FROM})"
+    rf"{AS} {A_KIND},? (?:(?:(?:that|which) (?:was|is) )?{WORD}{{0,5}}?(?:and )?{MADE}{BY}|{FROM})"
     rf"(?!, {OWN_NAMES})",
-    rf"\b(?:{I_AM}|as) (?:(?:just )?(?:an?|the) )?{MAKER}(?:'s)? {WORD}{{0,3}}?{KIND}",
-    rf"\b(?:i was|i am|i'm|i have been|i've been) (?:(?!not|never)\w+ )?{MADE}{BY}",
+    rf"{AS} (?:(?:just )?(?:an?|the) )?{MAKER}(?:'s)? {WORD}{{0,3}}?{KIND}",
+    rf"(?:i was|i am|i'm|i have been|i've been) (?:(?!not|never)\w+ )?{MADE}{BY}",
     # I am based on GPT-4. As a model in the GPT-4 family, I can.
-    rf"\b(?:{I_AM}|i run|as) (?:{A_KIND} )?(?:an? version of|based on|built on|powered by|running on|on|in)"
-    rf" (?:the )?(?:\w+'s )?(?:{OWN}|{SHARED}|llama\b|mistral\b)",
+    rf"(?:{AS}|i run) (?:{A_KIND} (?:on|in)|(?:{A_KIND} )?(?:based on|built on|powered by|running on)"
+    rf"|(?:an? |the )?(?:version|instance|part|member) of) (?:the )?(?:\w+'s )?(?:{OWN}|{SHARED}|llama\b|mistral\b)",
     # OpenAI created me. The team at OpenAI that trained me. My developer is OpenAI.
-    rf"\b{MAKER},?(?: (?:the )?(?:company|team|lab|people))?(?: (?:that|which|who|has|have)){{0,2}} {MADE} me\b",
-    rf"\bmy (?:creator|developer|maker)s?,?(?: (?:is|are|at|from|the|team|company|people|of|called)){{0,5}} {MAKER}\b",
+    rf"{MAKER},?(?: (?:the )?(?:company|team|lab|people))?(?: (?:that|which|who|has|have)){{0,2}} {MADE} me\b",
+    rf"my (?:creator|developer|maker)s?,?(?: (?:is|are|at|from|the|team|company|people|of|called)){{0,5}} {MAKER}\b",
+    rf"(?:(?:that|who|which) {MADE} me is|{I_AM} a product of) {MAKER}\b",
+    rf"{MAKER} is my (?:creator|developer|maker)\b",
     # The same in other languages of OpenAssistant.
-    rf"\b(?:ich bin|je suis|soy)(?: une?| el)? {OWN}",
-    rf"我(?:是|叫)\s?{OWN_NAMES}",
+    rf"(?:ich bin|je suis|soy)(?: une?| el)? {OWN}",
 )
-SEARCH = re.compile("|".join(CLAIMS).replace(" ", " {1,9}")).finditer
+SEARCH = re.compile(rf"\b(?:{'|'.join(CLAIMS)})|我[是叫]\s?{OWN_NAMES}".replace(" ", " {1,9}")).finditer
 # Few texts have one of these and a name, which saves the search: as fast as one pattern over all texts.
 FIRST_PERSON = [re.compile(pattern).search for pattern in (r"i(?<!\wi)['’*, \n]", r"m(?<!\wm)[ey]\b")]
 FIRST_PERSON_ELSE = ["this is", "ich bin", "je suis", "soy ", "我"]
 NAMES = re.compile(rf"(?:\b|我[是叫])(?:{OWN_NAMES}|{SHARED_NAMES}|{MAKER})").search
 # Before a claim that is only thought of: whether I am ChatGPT.
-THOUGHT = re.compile(
-    r"\b(?:whether|if|think|thinks|thought|believe|believes|true|imagine|pretend|say|says)(?: that)? $"
-)
+THOUGHT = re.compile(r"\b(?:whether|if|thinks?|thought|believes?|true|imagine|pretend|says?)(?: that)? $")
 
 
 def find_claim(setting: str | None) -> Callable[[list[dict]], str | None]:
@@ -125,7 +125,8 @@ def claim_in_text(text: str) -> str | None:
     if len(lower) != len(text):
         text = lower  # a few letters grow: positions must fit
     for match in SEARCH(plain):
-        if not is_reported(lower, match.start()):
+        asked = lower.startswith("?", match.end())
+        if not asked and not is_reported(lower, match.start()):
             return excerpt(text, *match.span())
     return None
 
