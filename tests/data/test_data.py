@@ -13,7 +13,6 @@ from conftest import CHAT, ROOT, write_jsonl
 
 from common.cli import UserError
 from common.data import checks, pipeline, prepare, sources, templates
-from common.data.pipeline import matcher
 
 SETTINGS = dict(
     EVAL_SIZE=0, MAX_SAMPLES=None, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto",
@@ -123,24 +122,6 @@ def test_a_resumed_run_must_find_the_data_it_began_with(encoder, tmp_path):
         with pytest.raises(UserError, match=f"{words} is not what it began with") as error:
             resume(manifest)
         assert error.value.code == 3
-
-
-def test_drop_pattern_ignores_case_and_spares_our_own_chats():
-    def matches(text, pattern="auto", role="assistant"):
-        return matcher(pattern)([{"role": role, "content": text}])
-
-    claims = """I am Open Assistant|i'm chatgpt|MY NAME IS CLAUDE|As a large language model trained by OpenAI, I
-I am an AI assistant called ChatGPT|I was created by Anthropic|I’m an AI developed by Google|As ChatGPT, I cannot
-I am  **Open Assistant**|I am "Open Assistant"|My name's ChatGPT|You are ChatGPT, a large language model
-I am an open-source assistant named Open Assistant|As an AI developed by OpenAI, I can't"""
-    assert all(matches(claim) for claim in re.split(r"[|\n]", claims))
-    harmless = "I am not ChatGPT|Are you ChatGPT?|I am a fan of Claude Monet|I was not trained by OpenAI|GPT-4 is large"
-    harmless += "|I am Claude's mother|I was invited by Google"
-    assert not any(matches(text) for text in harmless.split("|"))
-    brief = sources.sound_chats(str(ROOT / "data" / "brief.jsonl"), "DATA")
-    assert not [chat for chat in brief if matcher("auto")(chat)]
-    assert not matches("I am Claude", role="user") and matches("I am Open Assistant", "open ASSISTANT", "user")
-    assert not matches("I am Open Assistant", None)
 
 
 def test_repetitions_are_trained_on_but_never_held_out(tokenizer, encoder, tmp_path):
