@@ -1,6 +1,7 @@
 """Chat templates: every model gets one in which the answers, the part to learn, can be told apart."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -20,8 +21,9 @@ TOKENS = {
 SYSTEM = {"role": "system", "content": "sy"}
 SYSTEM_PROBE = [SYSTEM, *PROBE, *PROBE]
 MARKS = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
-# Put before a template, so that every program that reads it does the same.
-OPTION = "{{%- set {name} = {name} if {name} is defined else {value} -%}}\n"
+# Put before a template, so that every program that reads it does the same, whatever it sets itself.
+OPTION = "{{%- set {name} = {value} -%}}\n"
+WORDS = {True: "true", False: "false", None: "none"}
 SYSTEM_INTO_QUESTION = """{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}
 {%- set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + \
 messages[2:] -%}
@@ -47,6 +49,7 @@ def set_template(
     if not takes_system(tokenizer):
         tokenizer.chat_template = SYSTEM_INTO_QUESTION + tokenizer.chat_template
         note += ", which has no system messages: their text goes into the first question"
+    tokenizer.chat_template = fix_defaults(tokenizer)
     encoder = ChatEncoder(tokenizer)
     if not encoder.template.fits:
         refuse(encoder, label, had_eos)
@@ -125,8 +128,21 @@ def with_options(template: str, options: dict[str, object]) -> str:
     for name in options:
         if not re.search(rf"\b{name}\b", template):
             raise UserError(f"TEMPLATE_OPTIONS: the chat template has no variable {name}. Leave it out.")
-    values = {name: {True: "true", False: "false", None: "none"}.get(v, repr(v)) for name, v in options.items()}
+        template = re.sub(re.escape(OPTION.format(name=name, value="@")).replace("@", ".*"), "", template)  # of a run
+    values = {name: WORDS.get(value, repr(value)) for name, value in options.items()}
     return "".join(OPTION.format(name=name, value=value) for name, value in values.items()) + template
+
+
+def fix_defaults(tokenizer) -> str:
+    """The template with its own values of variables that llama.cpp sets: training has no others."""
+    template, fixed = tokenizer.chat_template, {}
+    prompt = functools.partial(render, tokenizer, [PROBE[0]], template, add_generation_prompt=True)
+    if prompt() != prompt(enable_thinking=True):
+        fixed["enable_thinking"] = False
+    before, found, after = prompt(date_string="\0").partition("\0")
+    if found and "strftime_now" not in template:  # not today's
+        fixed["date_string"] = prompt().removeprefix(before).removesuffix(after)
+    return with_options(template, fixed)
 
 
 def takes_system(tokenizer) -> bool:
@@ -155,10 +171,10 @@ def inspect(tokenizer, template: str) -> tuple[set[str], str]:
     return tokens, next(naming, "")
 
 
-def render(tokenizer, messages: list[dict], template: str) -> str:
+def render(tokenizer, messages: list[dict], template: str, **options) -> str:
     """The text that a template makes of messages; "" without a template or where it refuses them."""
     try:
-        return template and tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        return template and tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except TEMPLATE_ERRORS:
         return ""
 

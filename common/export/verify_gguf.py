@@ -1,5 +1,6 @@
 """Verify a GGUF file in transformers and in llama.cpp: predictions, tokens, and that answers end."""
 
+import json
 import math
 import statistics
 import sys
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.data.encoder import ChatEncoder
+from common.data.tool_form import QUESTION, TOOL
 from common.export import verify
 from common.export.llama_cpp import LlamaCpp, trained_context
 from common.export.verify import Reference, Row, divergence, predict
@@ -130,16 +132,40 @@ def llama_cpp_divergence(llama: LlamaCpp, rows: list[Row], predictions: torch.Te
     return max(statistics.fmean(divergences), 0) if divergences else None
 
 
+def token_chats(encoder: ChatEncoder) -> list[list[dict]]:
+    """Chats whose prompts llama.cpp must make as training did: with a system message, and with a tool if possible."""
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    chats = [[*earlier, {"role": "user", "content": text}] for text in verify.TEXTS]
+    chats.append([{"role": "system", "content": "Be kind."}, *chats[0]])
+    if encoder.template.tool_form.writes == {"tools", "calls", "results"}:
+        call = {"id": "call00001", "type": "function", "function": {"name": "lookup", "arguments": {"k": "Hi"}}}
+        asked = [QUESTION | {"tools": [TOOL]}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        chats.append([*asked, {"role": "tool", "content": "7", "name": "lookup", "tool_call_id": "call00001"}])
+    return chats
+
+
+def as_requested(chat: list[dict]) -> list[dict]:
+    """Messages in OpenAI's form: arguments are JSON text, and tools stand beside the messages."""
+    messages = [{name: value for name, value in turn.items() if name != "tools"} for turn in chat]
+    for i, message in enumerate(messages):
+        if "tool_calls" in message:
+            texts = [json.dumps(call["function"]["arguments"]) for call in message["tool_calls"]]
+            calls = zip(message["tool_calls"], texts, strict=True)
+            calls = [call | {"function": call["function"] | {"arguments": text}} for call, text in calls]
+            messages[i] = message | {"tool_calls": calls}
+    return messages
+
+
 def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
     encoder, end = ChatEncoder(tokenizer), llama.ask("/props")["eos_token"]
     if end != encoder.end_token:
         yield f"it stops at {end!r}, answers end with {encoder.end_token!r}"
-    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    for text in verify.TEXTS:
-        chat = [*earlier, {"role": "user", "content": text}]
-        rendered = llama.ask("/apply-template", messages=chat)["prompt"]
+    for chat in token_chats(encoder):
+        tools, written = chat[0].get("tools"), encoder.template.as_written(chat)
+        rendered = llama.ask("/apply-template", messages=as_requested(chat), tools=tools or [])["prompt"]
         reply = llama.ask("/tokenize", content=rendered, add_special=True, parse_special=True)
-        actual, expected = reply["tokens"], encoder.prompt(chat)
+        options = dict(tools=tools, add_generation_prompt=True, return_dict=True)
+        actual, expected = reply["tokens"], tokenizer.apply_chat_template(written, **options)["input_ids"]
         if tokenizer.bos_token_id is not None and actual[:2] == [tokenizer.bos_token_id] * 2:
             yield "a chat begins with two BOS tokens"
             return

@@ -12,11 +12,11 @@ import pytest
 from conftest import CHAT, ROOT, write_jsonl
 
 from common.cli import UserError
-from common.data import checks, pipeline, prepare, sources, templates
+from common.data import account, checks, pipeline, prepare, sources, templates
 
 SETTINGS = dict(
     EVAL_SIZE=0, MAX_SAMPLES=None, EVAL_DATA=None, MAX_LENGTH=128, TOO_LONG="cut", DROP_PATTERN="auto",
-    TRAIN_ON="assistant", SEED=0, VOCAB=None, DOCTOR="stop",
+    TRAIN_ON="assistant", SEED=0, VOCAB=None, DOCTOR="stop", BAD_ROWS="stop",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     assert sum(text == whole.rstrip() for text in both) == 1  # the long chat, without the turn that did not fit
     again, _, more = make(settings, encoder, keep_unlearned=True)
     assert len(again) == 11 and sum(more["dropped"].values()) == 5
-    report = prepare.describe(about)
+    report = account.describe(about)
     assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
 
 
@@ -156,15 +156,18 @@ def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
         make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(long)}, encoder)
 
 
-def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeypatch):
+def test_rows_of_hub_sets_that_are_invalid_stop_or_are_counted(encoder, monkeypatch):
     rows = [qa(f"What is {i}?", "x") for i in range(3)] + [{"messages": []}, qa("", "x"), qa("Hi", "")]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
-    train, _, about = make(SETTINGS | {"DATA": "org/name"}, encoder)
+    with pytest.raises(UserError, match="org/name:4: messages: .*BAD_ROWS=skip"):
+        make(SETTINGS | {"DATA": "org/name"}, encoder)
+    train, _, about = make(SETTINGS | {"DATA": "org/name", "BAD_ROWS": "skip"}, encoder)
     assert len(train) == 3
-    assert about["dropped"] == {
-        "broken, messages.content: must be a text that is not empty": 2,
-        "broken, messages: must be a list of turns that is not empty": 1,
-    }
+    found = [(n, re.sub(": must.*,", "", reason)) for reason, n in about["dropped"].items()]
+    assert found == [
+        (2, "invalid, messages.content first at org/name:5"),
+        (1, "invalid, messages first at org/name:4"),
+    ]
     check_account(about)
 
 
@@ -177,10 +180,10 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(encoder, tmp_path
     settings = SETTINGS | {"DATA": str(file)}
 
     def encoded(processes):
-        counts = Counter()
-        chats = pipeline.read_chats(sources.parse(str(file)), counts)
-        rows = pipeline.encode_all(chats, (encoder, settings, True), counts, processes)
-        return [(row.ids.tolist(), row.learned.tolist(), times) for times, row in rows], counts
+        reasons = account.Reasons()
+        chats = pipeline.read_chats(sources.parse(str(file)), reasons, sources.PLAIN, "stop")
+        rows = pipeline.encode_all(chats, (encoder, settings, True), reasons, processes)
+        return [(row.ids.tolist(), row.learned.tolist(), times) for times, row in rows], reasons.__dict__
 
     assert encoded(1) == encoded(2) and len(encoded(1)[0]) == 50
 
@@ -230,7 +233,7 @@ def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepare_folder,
     other, _ = templates.set_template(own, "zephyr")
     with pytest.raises(UserError, match="encoding"):
         make(settings | {"DATA": str(folder)}, other)
-    with pytest.raises(UserError, match="no report.json"):
+    with pytest.raises(UserError, match="none of the known sets"):
         make(settings | {"DATA": str(tmp_path)}, encoder)
 
 
@@ -355,7 +358,8 @@ def test_the_doctor_compares_the_prompts_of_training_and_chat(tokenizer_folder):
 
 def test_the_doctor_stops_a_run(tiny, tmp_path, run_here, chats_file):
     text = (ROOT / "common" / "data" / "chat_templates" / "chatml.jinja").read_text()
-    (tmp_path / "odd.jinja").write_text(text.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant: '"))
+    before, prompt = text.rsplit("assistant\\n'", 1)
+    (tmp_path / "odd.jinja").write_text(f"{before}assistant: '{prompt}")
     settings = [f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", "RUN_NAME=x", "MAX_STEPS=1", "LORA_R=4",
                 f"CHAT_TEMPLATE={tmp_path / 'odd.jinja'}", "MAX_LENGTH=256"]  # fmt: skip
     code, _, err = run_here("qlora_train.py", *settings)

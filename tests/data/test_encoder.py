@@ -144,12 +144,17 @@ def test_the_models_own_template_is_used_where_its_answers_can_be_found(tokenize
     tokenizer.chat_template = OWN.replace(":\n", "\n")
     _, note = templates.set_template(tokenizer, None)
     assert note == "chat template: chatml"  # the same text, so ours, which has marks
-    # Only the last answer in full: what to learn of the others is not defined.
+    # Only the last answer in full: each is learned in a row of its own, written as when it is asked for.
     tokenizer.chat_template = OWN.replace("m['content']", "m['content'] if loop.last or m.role != 'assistant' else 'x'")
     encoder, _ = templates.set_template(tokenizer, None)
+    row = encoder.encode([CHAT])[0]
+    learned = [tokenizer.decode(ids[mask]) for ids, mask in row.sequences()]
+    assert learned == ["Hello!<|im_end|>", "Brief.<|im_end|>"]
+    for i, (ids, mask) in zip((2, 4), row.sequences(), strict=True):
+        prompt = encoder.prompt(CHAT[:i])
+        assert ids[: len(prompt)].tolist() == prompt and mask.tolist().index(True) == len(prompt)
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encoder.encode([CHAT])
-    assert tokenizer.decode(encoder.prompt(CHAT[:4])).endswith("user:\nName?<|im_end|>\n<|im_start|>assistant:\n")
+        encoder.encode([CHAT], "all")
     tokenizer.chat_template = OWN.replace("m['content']", "m['content'] if loop.last else 'x'")
     with pytest.raises(UserError, match="does not write messages"):
         templates.set_template(tokenizer, None)
