@@ -1,6 +1,5 @@
 """Verify a GGUF file in transformers and in llama.cpp: predictions, tokens, and that answers end."""
 
-import json
 import math
 import statistics
 import sys
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.data.encoder import ChatEncoder
-from common.data.tool_form import QUESTION, TOOL
+from common.data.tool_form import QUESTION, TOOL, ToolForm, write_tools
 from common.export import verify
 from common.export.llama_cpp import LlamaCpp, trained_context
 from common.export.verify import Reference, Row, divergence, predict
@@ -146,14 +145,8 @@ def token_chats(encoder: ChatEncoder) -> list[list[dict]]:
 
 def as_requested(chat: list[dict]) -> list[dict]:
     """Messages in OpenAI's form: arguments are JSON text, and tools stand beside the messages."""
-    messages = [{name: value for name, value in turn.items() if name != "tools"} for turn in chat]
-    for i, message in enumerate(messages):
-        if "tool_calls" in message:
-            texts = [json.dumps(call["function"]["arguments"]) for call in message["tool_calls"]]
-            calls = zip(message["tool_calls"], texts, strict=True)
-            calls = [call | {"function": call["function"] | {"arguments": text}} for call, text in calls]
-            messages[i] = message | {"tool_calls": calls}
-    return messages
+    form = ToolForm(frozenset({"tools", "calls", "results"}), takes_text=True, short_ids=False)
+    return [{name: value for name, value in turn.items() if name != "tools"} for turn in write_tools(chat, form)]
 
 
 def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
