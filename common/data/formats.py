@@ -2,14 +2,13 @@
 
 import csv
 import re
-from functools import partial
 
 from common.cli import UserError
-from common.data.rows import Chat, InvalidRow, SkippedRow, as_bit, as_text, invalid, is_empty, is_missing
-from common.data.rows import lower_keys, refuse
+from common.data import rows
+from common.data.rows import Chat, InvalidRow, SkippedRow, as_bit, as_text, invalid, is_empty, refuse
 from common.data.tools import take_tools
-from common.data.trees import arena, is_tree_message, tree, trees
-from common.data.turns import REASONING, WEIGHTS, check_turns, role_of, turns_in
+from common.data.trees import arena, is_tree_message, ranked, tree, trees
+from common.data.turns import REASONING, WEIGHTS, check_turns, give_weight, role_of, take_weight, turns_in
 
 __all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "parse_columns", "to_chat", "trees"]
 # Control tokens of chat templates. Only at the ends of a text do they say that it is formatted: a question may be
@@ -35,12 +34,12 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
         return read_row(row, columns or {}, completion, notes)
     except ValueError as error:
         return InvalidRow(error)
-    except (AttributeError, TypeError, KeyError) as error:
-        return invalid("row", f"a field has another type than in its schema ({error}); remove the row", row)
+    except RecursionError:
+        return invalid("row", "nested too deeply; remove it", list(row))
 
 
 def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:
-    rest, names = lower_keys(row, "row"), {str(name).strip().lower(): str(name).strip() for name in row}
+    rest, names = rows.lower_keys(row, "row"), {str(name).strip().lower(): str(name).strip() for name in row}
     if columns:
         rest = rename(rest, columns, notes)
         names |= {target: name for name, target in columns.items()}
@@ -51,26 +50,32 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
             remedy = 'or name the answer by COLUMNS="prompt:user, chosen:assistant"'
             refuse(name, f"a row of preferences is for preference_train.py; use that, {remedy}", rest[name])
     fields = schema_of(rest, columns, row)
-    is_text = fields == ("text",)
-    if rest.get("label") is False or not is_text and as_bit(rest.get("label")) == 0:
+    if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
-    if not is_text and as_bit(rest.get("label")) == 1:
-        del rest["label"]
-    convert = FORMATS[fields]
-    raw = convert(rest, completion) if convert is prompt_and_completion else convert(rest)
+    raw = turns_of(rest, fields, completion, notes)
     if isinstance(raw, SkippedRow):
         return raw
     raw = [(named(field, names), turn) for field, turn in raw]
+    add_weight(rest, raw)
+    listed = []
     if raw[0][1]["role"] != "text":
         add_system(rest, raw, notes)
-    add_weight(rest, raw)
-    systems = [(field.rpartition(".")[0] + ".", turn) for field, turn in raw if role_of(turn) == "system"]
-    tools = take_tools([("", rest), *systems])
+        systems = [(field.rpartition(".")[0] + ".", turn) for field, turn in raw if role_of(turn) == "system"]
+        listed = take_tools([("", rest), *systems])
     chat = check_turns(raw, notes)
-    if tools:
-        chat[0]["tools"] = tools
+    if listed:
+        chat[0]["tools"] = listed
     notes += [f"unused: {names.get(name, name) or '(no name)'}" for name, value in rest.items() if not is_empty(value)]
     return Chat(chat, tuple(dict.fromkeys(notes)))
+
+
+def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
+    """Whether a KTO label says so; true is taken out of the row. In rows of text, 0 and 1 are classes."""
+    label = row.get("label")
+    bit = as_bit(label) if fields != TEXT or isinstance(label, bool) else None
+    if bit == 1:
+        del row["label"]
+    return bit == 0
 
 
 def named(field: str, names: dict[str, str]) -> str:
@@ -101,27 +106,28 @@ def rename(row: dict, columns: dict[str, str], notes: list[str]) -> dict:
     renamed, rest = {}, dict(row)
     for name, target in columns.items():
         outer, _, inner = name.partition(".")
+        fields = rows.lower_keys(row[outer], outer) if isinstance(row.get(outer), dict) else {}
         if name in row:
             renamed[target] = rest.pop(name)
-        elif isinstance(row.get(outer), dict) and inner in row[outer]:
-            renamed[target] = row[outer][inner]
+        elif inner in fields:
+            renamed[target] = fields[inner]
             rest.pop(outer, None)
-            notes += [f"unused: {outer}.{other}" for other in row[outer] if f"{outer}.{other}" not in columns]
+            notes += [f"unused: {outer}.{other}" for other in fields if f"{outer}.{other}" not in columns]
         else:
-            refuse("row", f"COLUMNS names the field {name}; the row has other fields", list(row))
-    notes += [f"unused: {name}" for name in renamed.keys() & rest.keys() if not is_empty(rest[name])]
+            refuse("row", f"has no field {name}, which COLUMNS names; it has", list(row), limit=300)
+    notes += [f"unused: {name}" for name in rest if name in renamed and not is_empty(rest[name])]
     return rest | renamed
 
 
 def schema_of(row: dict, columns: dict[str, str], original: dict) -> tuple[str, ...]:
-    """The key of FORMATS: the first whose fields are all there and have a value; those of COLUMNS count more."""
-    present = [fields for fields in FORMATS if row.keys() >= set(fields)]
-    full = [fields for fields in present if not any(is_missing(row[name]) for name in fields)]
+    """The first of SCHEMAS whose fields are all there and have a value; those of COLUMNS count more."""
+    present = [fields for fields in SCHEMAS if row.keys() >= set(fields)]
+    full = [fields for fields in present if not any(rows.is_missing(row[name]) for name in fields)]
     mapped = [fields for fields in full if set(fields) & set(columns.values())]
     for candidates in (mapped, full, present):
         if candidates:
             return candidates[0]
-    refuse("row", f"none of the known sets of fields; {REMEDY}; the row has", list(original))
+    refuse("row", f"none of the known sets of fields; {REMEDY}; the row has", list(original), limit=300)
 
 
 def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None:
@@ -144,28 +150,42 @@ def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None
 
 def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
     """A weight of the row is that of its answers; other values, such as a loss measured, stay unused."""
-    for name in WEIGHTS:
-        if as_bit(row.get(name)) is not None:
-            weight = row.pop(name)
-            for _, turn in raw:
-                if role_of(turn) in ("assistant", "text") and turn.keys().isdisjoint(WEIGHTS):
-                    turn[name] = weight
+    given = {name: row.pop(name) for name in WEIGHTS if as_bit(row.get(name)) is not None}
+    weight = take_weight(given, "row")
+    if weight is not None:
+        give_weight([turn for _, turn in raw], weight)
 
 
-def pair(row: dict, question: str, answer: str) -> list[tuple[str, dict]]:
-    """A question and its answer, with the earlier turns in `history`."""
+def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[str]) -> list[tuple] | SkippedRow:
+    """The turns in the fields of a schema, which are taken out of the row: (place, turn) each."""
+    if fields[0] in LISTS and len(fields) == 1:
+        return turns_in(row, fields[0])
+    if fields == ARENA:
+        return ranked(arena, row)
+    if fields == TREE:
+        return ranked(tree, row)
+    if fields == TEXT:
+        return [("text", {"role": "text", "content": row.pop("text")})]
+    if fields == COMPLETION:
+        return prompt_and_completion(row, completion, notes)
+    if fields == SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
+        row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
+    return pair(row, *fields, notes)
+
+
+def pair(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[str, dict]]:
+    """A question and its answer, after the earlier turns in `history`."""
     asked, answered = row.pop(question), row.pop(answer)
     field = question
     if question == "instruction":
-        more = next((name for name in ("input", "context") if not is_empty(row.get(name))), "input")
+        more = next((name for name in ("input", "context") if not is_empty(row.get(name))), None)
         added = row.pop(more, None)
-        if is_empty(asked) and not is_empty(added):
+        if more and is_empty(asked):
             field, asked = more, added
-        elif not is_empty(added):
-            texts = [as_text(asked, question, []), as_text(added, more, [])]
-            asked = "\n\n".join(texts)
+        elif more:
+            asked = as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
     if isinstance(asked, str) and FORMATTED.search(asked):
-        return text_turns(question, asked, answer, answered)
+        return text_turns(field, asked, answer, answered)
     turn = {"role": "assistant", "content": answered}
     turn |= {name: row.pop(name) for name in REASONING if name in row}
     history = turns_in(row, "history") if not is_empty(row.get("history")) else []
@@ -178,50 +198,33 @@ def text_turns(question: str, asked, answer: str, answered) -> list[tuple[str, d
     return ([] if is_empty(asked) else [prompt]) + [(answer, {"role": "text", "content": answered})]
 
 
-def prompt_and_completion(row: dict, completion: str) -> list[tuple[str, dict]]:
-    """TRL's schema: each a text, a message or a list of messages."""
-    prompt, answer = row["prompt"], row["completion"]
-    is_plain = not isinstance(prompt, list | dict) and not isinstance(answer, list | dict)
-    if is_plain and (completion == "continue" or any(FORMATTED.search(str(text)) for text in (prompt, answer))):
-        return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
-    if is_plain:
-        return pair(row, "prompt", "completion")
+def prompt_and_completion(row: dict, completion: str, notes: list[str]) -> list[tuple[str, dict]]:
+    """TRL's schema: each a text, a message or a list of messages; answers in the prompt are not in the loss."""
+    values = [row[name] for name in COMPLETION]
+    if not any(isinstance(value, list | dict) for value in values):
+        if completion == "continue" or any(FORMATTED.search(str(value)) for value in values):
+            return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
+        return pair(row, *COMPLETION, notes)
     raw = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[name], dict):
-            row[name] = [row[name]]
-        turns = (
-            turns_in(row, name) if isinstance(row[name], list) else [(name, {"role": role, "content": row.pop(name)})]
-        )
+    for name, role in zip(COMPLETION, ("user", "assistant"), strict=True):
+        if not isinstance(row[name], list):
+            row[name] = [row[name] if isinstance(row[name], dict) else {"role": role, "content": row[name]}]
+        raw += turns_in(row, name)
         if name == "prompt":
-            answers = [turn for _, turn in turns if role_of(turn) == "assistant"]
-            for turn in answers:
-                if all(is_empty(turn.get(weight)) for weight in WEIGHTS):
-                    turn["weight"] = 0
-        raw += turns
+            give_weight([turn for _, turn in raw], 0)
     return raw
 
 
-def summary(row: dict) -> list[tuple[str, dict]]:
-    question = row.pop("dialogue")
-    if isinstance(question, str) and question.strip():
-        question = "Summarize this dialogue:\n\n" + question.replace("\r\n", "\n")
-    turn = {"role": "assistant", "content": row.pop("summary")}
-    return [("dialogue", {"role": "user", "content": question}), ("summary", turn)]
-
-
-LISTS = ("messages", "conversations", "conversation", "dialog")
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+ARENA, TREE = ("conversation_a", "conversation_b", "winner"), ("message_tree_id", "prompt")
+SUMMARY, COMPLETION, TEXT = ("dialogue", "summary"), ("prompt", "completion"), ("text",)
 QUESTIONS = (
     *(("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("prompt", "output")),
     *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
     *(("problem", "solution"), ("user", "assistant"), ("inputs", "targets"), ("input", "output")),
 )
-# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`.
-FORMATS = {(name,): partial(turns_in, name=name) for name in LISTS}
-FORMATS |= {("conversation_a", "conversation_b", "winner"): arena, ("message_tree_id", "prompt"): tree}
-FORMATS |= {names: partial(pair, question=names[0], answer=names[1]) for names in QUESTIONS}
-FORMATS |= {("prompt", "completion"): prompt_and_completion, ("dialogue", "summary"): summary}
-FORMATS |= {("text",): lambda row: [("text", {"role": "text", "content": row.pop("text")})]}
+# The first whose fields a row has counts: Alpaca's rows also have `text`.
+SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
 # What COLUMNS may name.
-TARGETS = {name for names in FORMATS for name in names}
+TARGETS = {name for fields in SCHEMAS for name in fields}
 TARGETS |= {"system", "context", "history", "tools", "label", *WEIGHTS, *REASONING}

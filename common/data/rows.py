@@ -26,17 +26,18 @@ class SkippedRow(str):
     """Why a valid row is not used."""
 
 
-def invalid(field: str, problem: str, value) -> InvalidRow:
+def invalid(field: str, problem: str, value, limit: int = 60) -> InvalidRow:
+    """limit: characters of the value that are shown."""
     try:
         excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
         excerpt = "nested too deeply to show"
-    return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= 60 else excerpt[:57] + '...'}")
+    return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= limit else excerpt[: limit - 3] + '...'}")
 
 
-def refuse(field: str, problem: str, value) -> NoReturn:
+def refuse(field: str, problem: str, value, limit: int = 60) -> NoReturn:
     """Raise the ValueError that formats.to_chat returns as InvalidRow."""
-    raise ValueError(invalid(field, problem, value))
+    raise ValueError(invalid(field, problem, value, limit))
 
 
 def is_missing(value) -> bool:
@@ -92,14 +93,14 @@ def check_characters(text: str, field: str) -> None:
         refuse(field, f"character U+{ord(bad[0]):04X} is not text; remove it", text[bad.start() :])
 
 
-def from_json(value, field: str):
-    """The value that a text holds as JSON; other values as they are."""
+def from_json(value, field: str, what: str):
+    """The value that a text holds as JSON; other values as they are. what: it must be, for the message."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        refuse(field, f"a text that is not JSON ({error}); write it as JSON", value)
+        refuse(field, f"must be {what}, or JSON of it ({error})", value)
 
 
 def to_json(value, field: str) -> str:

@@ -4,6 +4,8 @@ import re
 
 from common.data.rows import as_text, check_characters, from_json, is_empty, refuse, to_json
 
+TOOL = '{"name": ..., "description": ..., "parameters": {...}}'
+CALL = '{"name": ..., "arguments": {...}}'
 OUR_ID = "call{:05d}"  # 9 letters and digits: Mistral's templates take no other length
 
 
@@ -22,17 +24,21 @@ def take_tools(holders: list[tuple[str, dict]]) -> list[dict]:
 
 def read_tools(value, field: str) -> list[dict]:
     """A list of tools, from a list or one tool, each perhaps as JSON or without its wrapper."""
-    value = from_json(value, field)
+    value = from_json(value, field, "a list of tools")
     tools = []
     for item in value if isinstance(value, list) else [value]:
-        item = from_json(item, field)
+        item = from_json(item, field, TOOL)
         function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            refuse(field, 'a tool must be {"name": ..., "description": ..., "parameters": {...}}', item)
+        if not isinstance(function, dict) or not has_name(function):
+            refuse(field, f"a tool must be {TOOL}", item)
         function = without_nulls({name: part for name, part in function.items() if name != "type"})
         check_characters(to_json(function, field), field)
         tools.append({"type": "function", "function": function})
     return tools
+
+
+def has_name(function: dict) -> bool:
+    return isinstance(function.get("name"), str) and bool(function["name"].strip())
 
 
 def without_nulls(value):
@@ -56,15 +62,15 @@ def take_calls(turn: dict, field: str, calls_before: int) -> list[dict]:
 
 
 def read_calls(value, field: str, calls_before: int) -> list[dict]:
-    value = from_json(value, field)
+    value = from_json(value, field, CALL)
     calls = []
     for item in value if isinstance(value, list) else [value]:
-        item = from_json(item, field)
+        item = from_json(item, field, CALL)
         function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            refuse(field, 'a call must be {"name": ..., "arguments": {...}}', item)
+        if not isinstance(function, dict) or not has_name(function):
+            refuse(field, f"a call must be {CALL}", item)
         arguments = function.get("arguments", function.get("parameters"))
-        arguments = {} if is_empty(arguments) else from_json(arguments, f"{field}.arguments")
+        arguments = {} if is_empty(arguments) else from_json(arguments, f"{field}.arguments", "an object")
         if not isinstance(arguments, dict):
             refuse(f"{field}.arguments", "must be an object, or JSON of one", arguments)
         check_characters(to_json(arguments, field) + function["name"], field)

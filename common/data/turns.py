@@ -31,7 +31,7 @@ PAIRS = (("user", "assistant"), ("human", "assistant"), ("input", "output"), ("q
 
 def turns_in(row: dict, name: str) -> list[tuple[str, dict]]:
     """The turns of a list, each with the place of its content: dicts of role, content and what else they have."""
-    items = from_json(row.pop(name), name)
+    items = from_json(row.pop(name), name, "a list of turns")
     if not isinstance(items, list) or not items:
         refuse(name, "must be a list of turns that is not empty", items)
     raw = []
@@ -119,7 +119,7 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
     if given["role"].strip().lower() in CALLS:
         given |= {"content": None, "function_call": given["content"]}
         if is_empty(given["function_call"]):
-            refuse(field, 'must be a call: {"name": ..., "arguments": {...}}', given["function_call"])
+            refuse(field, f"must be a call: {tools.CALL}", given["function_call"])
     calls = tools.take_calls(given, field, sum(len(turn.get("tool_calls", ())) for turn in chat))
     for name in REASONING:
         value = given.pop(name, None)
@@ -146,6 +146,13 @@ def take_weight(given: dict, place: str) -> int | None:
     if len(set(found.values())) > 1:
         refuse(place, f"{' and '.join(found)} contradict each other; keep one", found)
     return next(iter(found.values()), None)
+
+
+def give_weight(turns: list[dict], weight: int) -> None:
+    """Give the answers of which nothing is said a weight."""
+    for turn in turns:
+        if role_of(turn) in ("assistant", "text") and all(is_empty(turn.get(name)) for name in WEIGHTS):
+            turn["weight"] = weight
 
 
 def joined(before: dict, turn: dict, field: str) -> dict:
