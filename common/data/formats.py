@@ -1,6 +1,7 @@
 """Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_formats.py."""
 
 import csv
+import functools
 import re
 
 from common.cli import UserError
@@ -39,10 +40,10 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
 
 
 def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:
-    rest, names = rows.lower_keys(row, "row"), {str(name).strip().lower(): str(name).strip() for name in row}
+    rest, names = rows.lower_keys(row, "row"), rows.lowered(tuple(row))
     if columns:
         rest = rename(rest, columns, notes)
-        names |= {target: name for name, target in columns.items()}
+        names = names | {target: name for name, target in columns.items()}
     if rest.keys() >= {"message_id", "parent_id"}:
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
     for name in ("chosen", "rejected"):
@@ -55,7 +56,8 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
     raw = turns_of(rest, fields, completion, notes)
     if isinstance(raw, SkippedRow):
         return raw
-    raw = [(named(field, names), turn) for field, turn in raw]
+    if any(key != name for key, name in names.items()):
+        raw = [(named(field, names), turn) for field, turn in raw]
     add_weight(rest, raw)
     listed = []
     if raw[0][1]["role"] != "text":
@@ -121,13 +123,18 @@ def rename(row: dict, columns: dict[str, str], notes: list[str]) -> dict:
 
 def schema_of(row: dict, columns: dict[str, str], original: dict) -> tuple[str, ...]:
     """The first of SCHEMAS whose fields are all there and have a value; those of COLUMNS count more."""
-    present = [fields for fields in SCHEMAS if row.keys() >= set(fields)]
+    present = schemas_in(tuple(row))
     full = [fields for fields in present if not any(rows.is_missing(row[name]) for name in fields)]
     mapped = [fields for fields in full if set(fields) & set(columns.values())]
     for candidates in (mapped, full, present):
         if candidates:
             return candidates[0]
     refuse("row", f"none of the known sets of fields; {REMEDY}; the row has", list(original), limit=300)
+
+
+@functools.lru_cache(maxsize=256)  # the rows of a file have few sets of names
+def schemas_in(names: tuple) -> list[tuple[str, ...]]:
+    return [fields for fields in SCHEMAS if set(names) >= set(fields)]
 
 
 def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None:
@@ -150,6 +157,8 @@ def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None
 
 def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
     """A weight of the row is that of its answers; other values, such as a loss measured, stay unused."""
+    if row.keys().isdisjoint(WEIGHTS):
+        return
     given = {name: row.pop(name) for name in WEIGHTS if as_bit(row.get(name)) is not None}
     weight = take_weight(given, "row")
     if weight is not None:

@@ -1,5 +1,6 @@
 """Rows: what a row of the data becomes, and how a value of it is read or refused."""
 
+import functools
 import json
 import math
 import re
@@ -51,12 +52,18 @@ def is_empty(value) -> bool:
     return is_missing(value) or isinstance(value, list | tuple | dict) and not value
 
 
+@functools.lru_cache(maxsize=256)  # the rows of a file have few sets of names
+def lowered(names: tuple) -> dict[str, str]:
+    """The names in small letters, without blanks around them, and each as it was; fewer where two are the same."""
+    return {str(name).strip().lower(): str(name).strip() for name in names}
+
+
 def lower_keys(row: dict, field: str) -> dict:
     """The row by its names in small letters, without blanks around them."""
-    lowered = {str(name).strip().lower(): value for name, value in row.items()}
-    if len(lowered) < len(row):
+    names = lowered(tuple(row))
+    if len(names) < len(row):
         refuse(field, "two names that differ in capitals or blanks only; rename or remove one", list(row))
-    return lowered
+    return dict(zip(names, row.values(), strict=True))
 
 
 def as_text(value, field: str, notes: list[str]) -> str:

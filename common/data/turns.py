@@ -43,8 +43,8 @@ def turns_in(row: dict, name: str) -> list[tuple[str, dict]]:
             refuse(place, "must be an object with role and content, or a pair of question and answer", item)
         item = lower_keys(item, place)
         role, content = first_of(item, ROLE_KEYS), first_of(item, CONTENT_KEYS)
-        pair = next((pair for pair in PAIRS if item.keys() >= set(pair)), None)
-        if role in item or not pair:
+        pair = None if role in item else next((pair for pair in PAIRS if item.keys() >= set(pair)), None)
+        if not pair:
             turn = {"role": item.pop(role, None), "content": item.pop(content, None)}
             raw.append((f"{place}.{content}", item | turn))
             continue
@@ -58,8 +58,10 @@ def turns_in(row: dict, name: str) -> list[tuple[str, dict]]:
 
 def first_of(item: dict, names: tuple[str, ...]) -> str:
     """The first of the names that has a value; the first that is there; the first."""
-    there = [name for name in names if name in item]
-    return next((name for name in there if not is_empty(item[name])), (there or names)[0])
+    for name in names:
+        if not is_empty(item.get(name)):
+            return name
+    return next((name for name in names if name in item), names[0])
 
 
 def role_of(turn: dict) -> str | None:
@@ -121,8 +123,8 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
         if is_empty(given["function_call"]):
             refuse(field, f"must be a call: {tools.CALL}", given["function_call"])
     calls = tools.take_calls(given, field, sum(len(turn.get("tool_calls", ())) for turn in chat))
-    for name in REASONING:
-        value = given.pop(name, None)
+    for name in [name for name in REASONING if name in given]:
+        value = given.pop(name)
         if not is_empty(value):
             reasoning.add(as_text(value, f"{place}.{name}", notes))
     if len(reasoning) > 1:
@@ -137,8 +139,8 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
 def take_weight(given: dict, place: str) -> int | None:
     """0 (not in the loss), 1 or None (nothing said), from the fields of other tools, too."""
     found = {}
-    for name in WEIGHTS:
-        value = given.pop(name, None)
+    for name in [name for name in WEIGHTS if name in given]:
+        value = given.pop(name)
         if not is_empty(value):
             found[name] = as_bit(value)
             if found[name] is None:
