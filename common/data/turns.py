@@ -24,6 +24,7 @@ REMEDIES = {
 }
 WEIGHTS = ("weight", "loss", "train", "training")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+PLAIN = {"role", "content"}  # most turns have nothing else, and are read on a short way
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 # Names of a question and its answer in one object of a list, as in Firefly's and XTuner's conversations.
 PAIRS = (("user", "assistant"), ("human", "assistant"), ("input", "output"), ("question", "answer"))
@@ -37,6 +38,9 @@ def turns_in(row: dict, name: str) -> list[tuple[str, dict]]:
     raw = []
     for i, item in enumerate(items):
         place = f"{name}[{i}]"
+        if isinstance(item, dict) and item.keys() == PLAIN:
+            raw.append((f"{place}.content", dict(item)))
+            continue
         if isinstance(item, list | tuple) and len(item) == 2:
             item = dict(zip(PAIRS[0], item, strict=True))
         if not isinstance(item, dict):
@@ -74,7 +78,7 @@ def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
     """The chat of the turns that a schema found. Raises ValueError (an InvalidRow); adds to the notes."""
     chat = []
     for field, given in raw:
-        turn = read_turn(field, dict(given), chat, notes)
+        turn = read_turn(field, given, chat, notes)
         if turn is None:
             continue
         role, before = turn["role"], chat[-1]["role"] if chat else "the start"
@@ -92,11 +96,15 @@ def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
 
 def read_turn(field: str, given: dict, chat: list[dict], notes: list[str]) -> dict | None:
     """One turn in the form of a chat's; None for a system turn without a text."""
-    role, place = role_of(given), field.rpartition(".")[0] or field
+    content = given["content"]
+    if given["role"] in ("user", "assistant") and given.keys() == PLAIN and isinstance(content, str):
+        return {"role": given["role"], "content": as_text(content, field, notes)}
+    role = role_of(given)
+    place = field.rpartition(".")[0] or field
     if role is None or role == "text" and "[" in field:
         known = "system, user, assistant or tool (or human, gpt, developer, function_call, observation)"
         refuse(place, f"the role must be {known}; rename it", given["role"])
-    weight, content = take_weight(given, place), given["content"]
+    weight = take_weight(given, place)
     if role == "tool":
         turn = tools.read_result(given, field, chat, notes)
     elif role == "assistant":
