@@ -6,7 +6,7 @@ import re
 
 from common.cli import UserError
 from common.data import rows
-from common.data.rows import Chat, InvalidRow, SkippedRow, as_bit, as_text, invalid, is_empty, refuse
+from common.data.rows import Chat, InvalidRow, RowError, SkippedRow, as_bit, as_text, invalid, is_empty, refuse
 from common.data.tools import take_tools
 from common.data.trees import arena, is_tree_message, ranked, tree, trees
 from common.data.turns import REASONING, WEIGHTS, check_turns, give_weight, role_of, take_weight, turns_in
@@ -33,8 +33,8 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
     notes = []
     try:
         return read_row(row, columns or {}, completion, notes)
-    except ValueError as error:
-        return InvalidRow(error)
+    except RowError as error:
+        return error.args[0]
     except RecursionError:
         return invalid("row", "nested too deeply; remove it", list(row))
 

@@ -20,7 +20,14 @@ class Chat(list):
 
 
 class InvalidRow(str):
-    """What is wrong with a row: `field: problem and remedy: excerpt`."""
+    """What is wrong with a row: `field: problem; remedy: excerpt`.
+
+    `reason` is the same for all rows with the fault: field without numbers, and problem.
+    """
+
+
+class RowError(Exception):
+    """Raised with the InvalidRow that formats.to_chat returns."""
 
 
 class SkippedRow(str):
@@ -33,12 +40,14 @@ def invalid(field: str, problem: str, value, limit: int = 60) -> InvalidRow:
         excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
         excerpt = "nested too deeply to show"
-    return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= limit else excerpt[: limit - 3] + '...'}")
+    row = InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= limit else excerpt[: limit - 3] + '...'}")
+    row.reason = re.sub(r"\[\d+\]", "", f"{field}: {problem.partition('; ')[0]}")
+    return row
 
 
 def refuse(field: str, problem: str, value, limit: int = 60) -> NoReturn:
-    """Raise the ValueError that formats.to_chat returns as InvalidRow."""
-    raise ValueError(invalid(field, problem, value, limit))
+    """Raise what formats.to_chat returns as InvalidRow."""
+    raise RowError(invalid(field, problem, value, limit))
 
 
 def is_missing(value) -> bool:

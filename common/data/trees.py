@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from common.data.rows import Chat, InvalidRow, SkippedRow, invalid, refuse
+from common.data.rows import Chat, InvalidRow, RowError, SkippedRow, invalid, refuse
 from common.data.turns import check_turns, turns_in
 
 LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees and of arena pairs
@@ -103,12 +103,12 @@ def chat_of(root: dict) -> Chat | InvalidRow | SkippedRow:
     try:
         raw = ranked(best_path, root)
         return raw if isinstance(raw, SkippedRow) else Chat(check_turns(raw, notes), tuple(dict.fromkeys(notes)))
-    except ValueError as error:
-        return InvalidRow(error)
+    except RowError as error:
+        return error.args[0]
 
 
 def ranked(convert, row: dict) -> list[tuple[str, dict]] | SkippedRow:
-    """What `arena`, `tree` or `best_path` finds. Raises ValueError for fields of other types than in the schema."""
+    """What `arena`, `tree` or `best_path` finds. Raises RowError for fields of other types than in the schema."""
     try:
         return convert(row)
     except (AttributeError, TypeError, KeyError) as error:

@@ -75,7 +75,7 @@ def role_of(turn: dict) -> str | None:
 
 
 def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
-    """The chat of the turns that a schema found. Raises ValueError (an InvalidRow); adds to the notes."""
+    """The chat of the turns that a schema found. Raises RowError; adds to the notes."""
     chat = []
     for field, given in raw:
         turn = read_turn(field, given, chat, notes)

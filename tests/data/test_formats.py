@@ -519,6 +519,14 @@ def test_a_chat_keeps_its_notes_on_its_way_to_a_worker():
     assert again == chat == [U, A] and again.notes == ("unused: id",)
 
 
+def test_faults_are_counted_by_their_reason():
+    for content in ("", {"a": "b: c"}):
+        row = pickle.loads(pickle.dumps(formats.to_chat({"messages": [U, A | {"content": content}]})))
+        assert row.startswith("messages[1].content: must be a text")
+        assert row.reason.startswith("messages.content: must be a text") and ";" not in row.reason
+    assert ";" not in formats.to_chat({"prompt": "Hi", "chosen": "a", "rejected": "b"}).reason
+
+
 def test_rows_are_left_as_they_are():
     row = {"messages": [S | {"tools": [TOOL]}, U, CALLS, RESULT, A | {"thinking": "x", "train": False}], "label": True}
     before = json.dumps(row)
