@@ -46,10 +46,10 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
         names = names | {target: name for name, target in columns.items()}
     if rest.keys() >= {"message_id", "parent_id"}:
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
-    for name in ("chosen", "rejected"):
-        if not is_empty(rest.get(name)) and "chosen" not in columns:
-            remedy = 'or name the answer by COLUMNS="prompt:user, chosen:assistant"'
-            refuse(name, f"a row of preferences is for preference_train.py; use that, {remedy}", rest[name])
+    preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
+    if preferences and not columns:
+        remedy = 'or name the answer by COLUMNS="prompt:user, chosen:assistant"'
+        refuse(preferences[0], f"a row of preferences; use preference_train.py, {remedy}", rest[preferences[0]])
     fields = schema_of(rest, columns, row)
     if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
@@ -72,12 +72,13 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
 
 
 def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
-    """Whether a KTO label says so; true is taken out of the row. In rows of text, 0 and 1 are classes."""
-    label = row.get("label")
-    bit = as_bit(label) if fields != TEXT or isinstance(label, bool) else None
-    if bit == 1:
-        del row["label"]
-    return bit == 0
+    """Whether a KTO label says so, which is taken out of the row. In rows of text, 0 and 1 are classes."""
+    for name in ("label", "kto_tag"):
+        bit = as_bit(row.get(name)) if fields != TEXT or isinstance(row.get(name), bool) else None
+        if bit is not None:
+            del row[name]
+            return bit == 0
+    return False
 
 
 def named(field: str, names: dict[str, str]) -> str:
@@ -175,10 +176,14 @@ def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[st
         return ranked(tree, row)
     if fields == TEXT:
         return [("text", {"role": "text", "content": row.pop("text")})]
-    if fields == COMPLETION:
-        return prompt_and_completion(row, completion, notes)
     if fields == SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
         row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
+    values = [row[name] for name in fields]
+    if any(has_roles(value) for value in values):
+        return lists_of_turns(row, *fields)
+    is_formatted = fields == COMPLETION and any(FORMATTED.search(str(value)) for value in values)
+    if is_formatted or fields == COMPLETION and completion == "continue":
+        return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
     return pair(row, *fields, notes)
 
 
@@ -207,30 +212,36 @@ def text_turns(question: str, asked, answer: str, answered) -> list[tuple[str, d
     return ([] if is_empty(asked) else [prompt]) + [(answer, {"role": "text", "content": answered})]
 
 
-def prompt_and_completion(row: dict, completion: str, notes: list[str]) -> list[tuple[str, dict]]:
-    """TRL's schema: each a text, a message or a list of messages; answers in the prompt are not in the loss."""
-    values = [row[name] for name in COMPLETION]
-    if not any(isinstance(value, list | dict) for value in values):
-        if completion == "continue" or any(FORMATTED.search(str(value)) for value in values):
-            return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
-        return pair(row, *COMPLETION, notes)
+def has_roles(value) -> bool:
+    """Whether a value is a turn or a list of turns."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(rows.lowered(tuple(first)))
+
+
+def lists_of_turns(row: dict, question: str, answer: str) -> list[tuple[str, dict]]:
+    """Turns and their continuation, each a text, a turn or a list; answers before the last are not in the loss."""
     raw = []
-    for name, role in zip(COMPLETION, ("user", "assistant"), strict=True):
-        if not isinstance(row[name], list):
-            row[name] = [row[name] if isinstance(row[name], dict) else {"role": role, "content": row[name]}]
+    for name, role in ((question, "user"), (answer, "assistant")):
+        value = row[name]
+        if not has_roles(value):
+            raw.append((name, {"role": role, "content": row.pop(name)}))
+            continue
+        row[name] = [value] if isinstance(value, dict) else value
         raw += turns_in(row, name)
-        if name == "prompt":
+        if name == question:
             give_weight([turn for _, turn in raw], 0)
     return raw
 
 
+PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 ARENA, TREE = ("conversation_a", "conversation_b", "winner"), ("message_tree_id", "prompt")
 SUMMARY, COMPLETION, TEXT = ("dialogue", "summary"), ("prompt", "completion"), ("text",)
 QUESTIONS = (
     *(("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("prompt", "output")),
     *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
-    *(("problem", "solution"), ("user", "assistant"), ("inputs", "targets"), ("input", "output")),
+    *(("problem", "solution"), ("user", "assistant"), ("human", "assistant"), ("input", "output")),
+    ("inputs", "targets"),
 )
 # The first whose fields a row has counts: Alpaca's rows also have `text`.
 SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)

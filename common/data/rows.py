@@ -116,14 +116,14 @@ def from_json(value, field: str, what: str):
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        refuse(field, f"must be {what}, or JSON of it ({error})", value)
+        refuse(field, f"must be {what}, or JSON of it; {error}", value)
 
 
 def to_json(value, field: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        refuse(field, f"cannot be written as JSON ({error}); write it as a text", value)
+        refuse(field, f"cannot be written as JSON; write it as a text ({error})", value)
 
 
 def as_bit(value) -> int | None:

@@ -162,6 +162,9 @@ def said(role, value, **more):
         ({"prompt": [U], "completion": "Hello"}, HI),
         ({"prompt": [U], "completion": A}, HI),
         ({"prompt": "Hi", "completion": [A]}, HI),
+        ({"prompt": U, "completion": A}, HI),
+        ({"prompt": [U], "response": "Hello"}, HI),
+        ({"question": [said("human", "Hi")], "answer": said("gpt", "Hello")}, HI),
         ({"messages": [U | {"content": ["H", "i"]}, A]}, HI),
         ({"messages": [U | {"content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, A]}, HI),
         ({"messages": [S | {"role": "developer"}, U, A]}, f"system: Be kind. | {HI}"),
@@ -240,6 +243,7 @@ def test_numbers_are_read_as_text():
         ({"messages": [U, A], "system": "Be rude.", "system_prompt": "Be kind."}, ["two different system texts"]),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, ["chosen: ", "preference_train.py", "COLUMNS"]),
         ({"chosen": [U, A], "rejected": [U, A]}, ["preference_train.py"]),
+        ({"messages": [U, A], "rejected_response": "No"}, ["preference_train.py"]),
         ({"conversations": [said("human", "Hi")], "chosen": said("gpt", "a"), "rejected": said("gpt", "b")},
          ["preference_train.py"]),
         ({"messages": [U, A | {"reasoning": "a", "thinking": "b"}]}, ["two fields"]),
@@ -287,6 +291,7 @@ def test_labels_of_kto():
             assert formats.to_chat(row | {"label": good}).notes == ()
         for other in ("positive", 3):
             assert formats.to_chat(row | {"label": other}).notes == ("unused: label",)
+    assert isinstance(formats.to_chat({"messages": [U, A], "kto_tag": False}), formats.SkippedRow)
     assert formats.to_chat({"text": "A film.", "label": 0}).notes == ("unused: label",)
     assert isinstance(formats.to_chat({"text": "A film.", "label": False}), formats.SkippedRow)
 
