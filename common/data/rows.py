@@ -25,6 +25,8 @@ class InvalidRow(str):
     `reason` is the same for all rows with the fault: field without numbers, and problem.
     """
 
+    reason = ""
+
 
 class RowError(Exception):
     """Raised with the InvalidRow that formats.to_chat returns."""

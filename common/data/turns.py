@@ -9,18 +9,10 @@ ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model", "ai"), "assistant")
 ROLES |= dict.fromkeys(("observation", "function", "ipython", "environment"), "tool")
 ROLES |= dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool")
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles of ShareGPT whose text is a call
-FOLLOWS = {
-    "system": ("the start",),
-    "user": ("the start", "system", "assistant", "tool"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-    "text": ("the start", "text"),
-}
+FOLLOWS = {"system": ("the start",), "assistant": ("user", "tool")}  # other turns may follow any
 REMEDIES = {
     "system": "a system turn may only come first; move it there, or put its text into the next user turn",
     "assistant": "the user speaks first; put a user turn before it, or remove it",
-    "tool": "the result of no call; the assistant turn before must have the call in tool_calls",
-    "text": "a text is a row of its own",
 }
 WEIGHTS = ("weight", "loss", "train", "training")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -85,7 +77,7 @@ def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
         if role == before and role in ("system", "user", "assistant"):
             chat[-1] = joined(chat[-1], turn, field)
             notes.append(f"changed: consecutive {role} turns joined")
-        elif before not in FOLLOWS[role]:
+        elif role in FOLLOWS and before not in FOLLOWS[role]:
             refuse(field, f"{role} follows {before}; {REMEDIES[role]}", turn["content"])
         else:
             chat.append(turn)

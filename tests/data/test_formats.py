@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import Counter
+from datetime import date
 
 import pytest
 from conftest import write_jsonl
@@ -182,7 +183,8 @@ def said(role, value, **more):
 )
 def test_odd_shapes_are_read(row, turns):
     chat = formats.to_chat(row)
-    assert short(chat) == turns and not [note for note in chat.notes if "joined" not in note]
+    joined = "['H', 'i']" in str(row) or "'text': 'i'" in str(row)
+    assert short(chat) == turns and chat.notes == (("changed: parts of a content joined",) if joined else ())
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,9 @@ def test_numbers_are_read_as_text():
         ({"messages": [U | {"role": "wizard"}, A]}, ["messages[0]: ", "system, user, assistant or tool", "wizard"]),
         ({"messages": [U, A | {"role": "text"}]}, ["messages[1]: ", "the role must be"]),
         ({"messages": "Hi"}, ["messages: must be a list of turns"]),
+        ({"messages": []}, ["messages: must be a list of turns that is not empty"]),
+        ({"messages": {"role": "user"}}, ["messages: must be a list of turns that is not empty"]),
+        (arena(toxic_chat_tag="yes"), ["another type", "remove"]),
         ({"messages": ["Hi", "Hello"]}, ["messages[0]: must be an object", "pair"]),
         ({"conversations": [said("gpt", "Welcome"), said("human", "Hi"), said("gpt", "Hello")]},
          ["conversations[0].value: assistant follows the start", "put a user turn before it"]),
@@ -408,6 +413,10 @@ def test_tools_stand_on_the_row_or_on_the_system_turn():
         ({"messages": [U, CALLS | {"tool_calls": [{"name": "clock", "arguments": "UTC"}]}]}, "must be an object"),
         ({"messages": [U, CALLS | {"tool_calls": [{"name": "clock", "arguments": "[1]"}]}]}, "must be an object"),
         ({"messages": [U, CALLS | {"tool_calls": [{"arguments": {}}]}]}, "a call must be"),
+        (
+            {"messages": [U, CALLS | {"tool_calls": [{"name": "clock", "arguments": {"day": date(2026, 1, 1)}}]}]},
+            "as JSON",
+        ),
         ({"messages": [U, CALLS | {"tool_calls": [{"name": "clock", "arguments": {"a": "\ufdd0"}}]}]}, "U+FDD0"),
         ({"conversations": [said("human", "Hi"), said("function_call", "look at the clock")]}, "or JSON of it"),
         ({"conversations": [said("human", "Hi"), said("function_call", "")]}, "must be a call"),
