@@ -246,5 +246,5 @@ QUESTIONS = (
 # The first whose fields a row has counts: Alpaca's rows also have `text`.
 SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
 # What COLUMNS may name.
-TARGETS = {name for fields in SCHEMAS for name in fields}
+TARGETS = {name for fields in SCHEMAS if fields not in (ARENA, TREE) for name in fields}
 TARGETS |= {"system", "context", "history", "tools", "label", *WEIGHTS, *REASONING}
