@@ -76,6 +76,7 @@ FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
 SIZES = ("MEMORY_LIMIT", "FIT")
 SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")
+COLUMN = r'\s*("[^"\r\n]+"|[^",\r\n]+):\s*\w+\s*'  # a field of the rows and the name it is read as
 LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Python has it
 
 
@@ -145,6 +146,8 @@ def find_problem(name: str, value) -> str | None:
         check_choice(name, value, [None, *ADAPTERS, "a run folder"])
     if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."
+    if name == "COLUMNS" and not re.fullmatch(f"{COLUMN}(,{COLUMN})*", value):
+        return 'it must be a list of "field:name", the name one of user, assistant, messages and so on.'
     if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
         return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'
     if name == "DROP_PATTERN" and value != "auto" or name in TARGETS and is_pattern(value):

@@ -1,216 +1,250 @@
-"""Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_sources.py."""
+"""Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_formats.py."""
 
+import csv
+import functools
 import re
-from collections import defaultdict
-from collections.abc import Iterator
 
-ALIASES = dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
-ALIASES |= {"human": "user", "prompter": "user"}
-FOLLOWS = {
-    "system": ("the start",), "user": ("the start", "system", "assistant"), "assistant": ("user",),
-    "text": ("the start",),
-}  # fmt: skip
-LANGUAGE, LANGUAGE_NAME = "en", "English"  # what is kept of OpenAssistant trees and of arena pairs
-STRONG_MODELS = re.compile(r"gpt-4|claude", re.IGNORECASE)  # whose arena answers are worth learning
-# NUL, halves of surrogate pairs, and the noncharacters by which encoder.py marks answers.
-FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd2]")
+from common.cli import UserError
+from common.data import rows
+from common.data.rows import Chat, InvalidRow, RowError, SkippedRow, as_bit, as_text, invalid, is_empty, refuse
+from common.data.tools import take_tools
+from common.data.trees import arena, is_tree_message, ranked, tree, trees
+from common.data.turns import REASONING, WEIGHTS, check_turns, give_weight, role_of, take_weight, turns_in
 
-
-class InvalidRow(str):
-    """What is wrong with a row: `field: problem: excerpt`."""
+__all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "parse_columns", "to_chat", "trees"]
+# Control tokens of chat templates. Only at the ends of a text do they say that it is formatted: a question may be
+# about them.
+TOKEN = r"(?:<\|\w+\|?>|<\w+\|>|<｜[^｜<>]{1,40}｜>|</?s>|<[be]os>|\[/?INST\]|\[gMASK\]|<(?:start|end)_of_turn>)"
+FORMATTED = re.compile(rf"^\s*{TOKEN}|{TOKEN}\s*(?:(?:user|assistant|model|system)\s*)?$")
+REMEDY = 'name them by COLUMNS="field:user, field:assistant"'
 
 
-class SkippedRow(str):
-    """Why a valid row is not used."""
+def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answer") -> Chat | InvalidRow | SkippedRow:
+    """The chat in a row; its turns are plain dicts:
 
+    - {"role": "system"|"user"|"assistant"|"tool"|"text", "content": str}; "" only beside tool_calls
+    - assistant: "weight" 0|1, "reasoning_content", "tool_calls": [{"id", "type", "function": {"name", "arguments"}}]
+    - tool: "tool_call_id" and "name" of the call it answers; the first turn of the chat: "tools"
 
-class Chat(list):
-    """STUB, until the formats' own."""
-
-    notes = ()
-
-
-def parse_columns(text: str) -> dict:
-    """STUB, until the formats' own."""
-    return dict(reversed(pair.strip().split(":")) for pair in text.split(","))
-
-
-def invalid(field: str, problem: str, value) -> InvalidRow:
-    try:
-        excerpt = repr(value).encode("utf-8", "backslashreplace").decode()
-    except RecursionError:
-        excerpt = "nested too deeply to show"
-    return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= 60 else excerpt[:57] + '...'}")
-
-
-def to_chat(row, columns=None, completion="answer") -> Chat:
-    """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`."""
+    columns: of `parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
+    """
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
-    if "message_id" in row and "parent_id" in row:
-        return invalid("row", "a message of a tree with wrong ids, or among other rows", row)
-    for fields, convert in FORMATS.items():
-        if all(field in row for field in fields):
-            return check_turns(convert, row)
-    known = "; ".join(" and ".join(fields) for fields in FORMATS)
-    return invalid("row", f"none of the known sets of fields ({known})", list(row))
-
-
-def check_turns(convert, row: dict) -> Chat:
-    """The chat of the turns (field, role, content, weight) that `convert` finds."""
+    notes = []
     try:
-        turns = convert(row)
-    except ValueError as error:
-        return InvalidRow(error)
-    except (AttributeError, TypeError, KeyError) as error:
-        return invalid("row", f"a field has another type than in its schema ({error})", row)
-    if isinstance(turns, SkippedRow):
-        return turns
-    chat = Chat()
-    for field, role, content, weight in turns:
-        name = ALIASES.get(role, role) if isinstance(role, str) else None
-        if name not in FOLLOWS or name == "text" != field:
-            place = field.rpartition(".")[0] or field
-            return invalid(place, "the role must be system, user or assistant", role)
-        if isinstance(content, list):
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
-        if not isinstance(content, str) or not content.strip():
-            return invalid(field, "must be a text that is not empty", content)
-        if bad := FORBIDDEN.search(content):
-            return invalid(field, f"character U+{ord(bad[0]):04X} is not text", content[bad.start() :])
-        if weight not in (None, 0, 1):
-            return invalid(field, "the weight must be 0 (not in the loss) or 1", weight)
-        before = chat[-1]["role"] if chat else "the start"
-        if name == before == "user" and len(chat) >= 3:
-            break  # the question is left out and counted later
-        if before not in FOLLOWS[name]:
-            problem = f"turns must alternate, the user first; {name} follows {before}"
-            return invalid(field, problem, content)
-        turn = {"role": name, "content": content}
-        chat.append(turn if weight is None else turn | {"weight": weight})
-    if chat[-1]["role"] not in ("assistant", "text") and len(chat) < 3:
-        field = turns[0][0].partition("[")[0]
-        return invalid(field, "no turn of the assistant, nothing to learn", chat)
-    return chat
+        return read_row(row, columns or {}, completion, notes)
+    except RowError as error:
+        return error.args[0]
+    except RecursionError:
+        return invalid("row", "nested too deeply; remove it", list(row))
 
 
-def turns_in(row: dict, field: str, role: str = "role", content: str = "content") -> list[tuple]:
-    items = row[field]
-    if not isinstance(items, list) or not items:
-        raise ValueError(invalid(field, "must be a list of turns that is not empty", items))
-    turns = []
-    for i, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise ValueError(invalid(f"{field}[{i}]", f"must be an object with {role} and {content}", item))
-        turns.append((f"{field}[{i}].{content}", item.get(role), item.get(content), item.get("weight")))
-    return turns
+def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:
+    rest, names = rows.lower_keys(row, "row"), rows.lowered(tuple(row))
+    if columns:
+        rest = rename(rest, columns, notes)
+        names = names | {target: name for name, target in columns.items()}
+    if rest.keys() >= {"message_id", "parent_id"}:
+        refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
+    preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
+    if preferences and not columns:
+        remedy = 'or name the answer by COLUMNS="prompt:user, chosen:assistant"'
+        refuse(preferences[0], f"a row of preferences; use preference_train.py, {remedy}", rest[preferences[0]])
+    fields = schema_of(rest, columns, row)
+    if is_bad(rest, fields):
+        return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
+    raw = turns_of(rest, fields, completion, notes)
+    if isinstance(raw, SkippedRow):
+        return raw
+    if any(key != name for key, name in names.items()):
+        raw = [(named(field, names), turn) for field, turn in raw]
+    add_weight(rest, raw)
+    listed = []
+    if raw[0][1]["role"] != "text":
+        add_system(rest, raw, notes)
+        systems = [(field.rpartition(".")[0] + ".", turn) for field, turn in raw if role_of(turn) == "system"]
+        listed = take_tools([("", rest), *systems])
+    chat = check_turns(raw, notes)
+    if listed:
+        chat[0]["tools"] = listed
+    notes += [f"unused: {names.get(name, name) or '(no name)'}" for name, value in rest.items() if not is_empty(value)]
+    return Chat(chat, tuple(dict.fromkeys(notes)))
 
 
-def sharegpt(row: dict) -> list[tuple]:
-    items = row["conversations"]
-    has_roles = isinstance(items, list) and items and isinstance(items[0], dict) and "role" in items[0]
-    turns = turns_in(row, "conversations", *(("role", "content") if has_roles else ("from", "value")))
-    system = row.get("system") or row.get("system_prompt")
-    if system and turns[0][1] != "system":
-        turns.insert(0, ("system", "system", system, None))
-    return turns
+def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
+    """Whether a KTO label says so, which is taken out of the row. In rows of text, 0 and 1 are classes."""
+    for name in ("label", "kto_tag"):
+        bit = as_bit(row.get(name)) if fields != TEXT or isinstance(row.get(name), bool) else None
+        if bit is not None:
+            del row[name]
+            return bit == 0
+    return False
 
 
-def instruction(row: dict) -> list[tuple]:
-    question, more = row["instruction"], row.get("input") or ""
-    if not isinstance(more, str):
-        raise ValueError(invalid("input", "must be a text", more))
-    if more.strip() and isinstance(question, str):
-        question = f"{question}\n\n{more}"
-    return [("instruction", "user", question, None), ("output", "assistant", row["output"], None)]
+def named(field: str, names: dict[str, str]) -> str:
+    """The place of a content by the row's own name of the field."""
+    name = re.match(r"[^.\[]*", field)[0]
+    return names.get(name, name) + field[len(name) :]
 
 
-def completion(row: dict) -> list[tuple]:
-    if isinstance(row["prompt"], str):
-        return [("prompt", "user", row["prompt"], None), ("completion", "assistant", row["completion"], None)]
-    given = {"assistant": 0}  # weight of the answers in the prompt: not in the loss
-    prompt = [(*turn[:3], given.get(ALIASES.get(turn[1], turn[1]))) for turn in turns_in(row, "prompt")]
-    return prompt + turns_in(row, "completion")
+def parse_columns(text: str | None) -> dict[str, str]:
+    """COLUMNS="question:user, answer:assistant" as {"question": "user", ...}; {} for None.
+
+    A name with a comma stands in quotes, a.b is b in a. Raises UserError.
+    """
+    columns = {}
+    for item in next(csv.reader([text or ""], skipinitialspace=True), []):
+        name, _, target = (part.strip().lower() for part in item.rpartition(":"))
+        if not name or target not in TARGETS:
+            known = ", ".join(["system", "user", "assistant", *sorted(TARGETS - {"system", "user", "assistant"})])
+            raise UserError(f'COLUMNS={text}: {item!r} is not "field:name" with a name of: {known}.')
+        if target in columns.values() or name in columns:
+            raise UserError(f"COLUMNS={text}: {item!r} names a field or a name that is taken; give each once.")
+        columns[name] = target
+    return columns
 
 
-def summary(row: dict) -> list[tuple]:
-    question = row["dialogue"]
-    if isinstance(question, str) and question.strip():
-        question = "Summarize this dialogue:\n\n" + question.replace("\r\n", "\n")
-    return [("dialogue", "user", question, None), ("summary", "assistant", row["summary"], None)]
-
-
-def arena(row: dict) -> list[tuple] | SkippedRow:
-    """The winner's side of a pair."""
-    if row["winner"] not in ("model_a", "model_b"):
-        return SkippedRow("arena: a tie")
-    side = row["winner"][-1]
-    if not STRONG_MODELS.search(str(row.get(f"model_{side}"))):
-        return SkippedRow("arena: the winner is neither GPT-4 nor Claude")
-    if row.get("language", LANGUAGE_NAME) != LANGUAGE_NAME:
-        return SkippedRow(f"arena: not {LANGUAGE_NAME}")
-    toxic = (row.get("toxic_chat_tag") or {}).values()
-    if (row.get("openai_moderation") or {}).get("flagged") or any(tag.get("flagged") for tag in toxic):
-        return SkippedRow("arena: flagged by a moderation model")
-    return turns_in(row, f"conversation_{side}")
-
-
-def best_path(root: dict) -> list[tuple] | SkippedRow:
-    """The turns of an OpenAssistant tree ranked highest; unranked ones come last."""
-
-    def usable(message: dict) -> bool:
-        rejected = message.get("deleted") or message.get("review_result") is False
-        return not rejected and message.get("lang", LANGUAGE) == LANGUAGE
-
-    if not usable(root):
-        return SkippedRow(f"OpenAssistant: deleted, rejected or not {LANGUAGE_NAME}")
-    path = [root]
-    while replies := [r for r in path[-1].get("replies") or [] if usable(r) and not any(r is p for p in path)]:
-        path.append(min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank"))))
-    if len(path) == 1:
-        return SkippedRow("OpenAssistant: no answer")
-    return [("text", message.get("role"), message.get("text"), None) for message in path]
-
-
-def is_tree_message(row) -> bool:
-    is_message = isinstance(row, dict) and isinstance(row.get("message_id"), str)
-    return is_message and isinstance(row.get("parent_id", 0), str | None)
-
-
-def trees(rows: list[tuple[int, object]]) -> Iterator[tuple[int, Chat]]:
-    """A tree's chat for its root; its other messages are skipped."""
-    replies = defaultdict(list)
-    for _, row in rows:
-        if is_tree_message(row):
-            replies[row["parent_id"]].append(row)
-    found, waiting = set(), list(replies[None])  # found: by id(), as two messages may share a message_id
-    while waiting:
-        message = waiting.pop()
-        if id(message) not in found:
-            found.add(id(message))
-            message["replies"] = replies[message["message_id"]]
-            waiting += message["replies"]
-    for number, row in rows:
-        if not is_tree_message(row):
-            is_invalid = isinstance(row, InvalidRow)
-            yield number, row if is_invalid else invalid("row", "no message of a tree", row)
-        elif row["parent_id"] is None:
-            yield number, check_turns(best_path, row)
-        elif id(row) in found:
-            yield number, SkippedRow("OpenAssistant: part of the chat of its tree, or of another branch")
+def rename(row: dict, columns: dict[str, str], notes: list[str]) -> dict:
+    """The row by the names that COLUMNS gives."""
+    renamed, rest = {}, dict(row)
+    for name, target in columns.items():
+        outer, _, inner = name.partition(".")
+        fields = rows.lower_keys(row[outer], outer) if isinstance(row.get(outer), dict) else {}
+        if name in row:
+            renamed[target] = rest.pop(name)
+        elif inner in fields:
+            renamed[target] = fields[inner]
+            rest.pop(outer, None)
+            notes += [f"unused: {outer}.{other}" for other in fields if f"{outer}.{other}" not in columns]
         else:
-            yield number, SkippedRow("OpenAssistant: the message it answers is missing")
+            refuse("row", f"has no field {name}, which COLUMNS names; it has", list(row), limit=300)
+    notes += [f"unused: {name}" for name in rest if name in renamed and not is_empty(rest[name])]
+    return rest | renamed
 
 
-# Fields of a row -> its turns. The first that fits counts: Alpaca's rows also have `text`.
-FORMATS = {
-    ("messages",): lambda row: turns_in(row, "messages"),
-    ("conversations",): sharegpt,
-    ("conversation_a", "conversation_b", "winner"): arena,
-    ("message_tree_id", "prompt"): lambda row: best_path(row["prompt"]),
-    ("instruction", "output"): instruction,
-    ("dialogue", "summary"): summary,
-    ("prompt", "completion"): completion,
-    ("text",): lambda row: [("text", "text", row["text"], None)],
-}
+def schema_of(row: dict, columns: dict[str, str], original: dict) -> tuple[str, ...]:
+    """The first of SCHEMAS whose fields are all there and have a value; those of COLUMNS count more."""
+    present = schemas_in(tuple(row))
+    full = [fields for fields in present if not any(rows.is_missing(row[name]) for name in fields)]
+    mapped = [fields for fields in full if set(fields) & set(columns.values())]
+    for candidates in (mapped, full, present):
+        if candidates:
+            return candidates[0]
+    refuse("row", f"none of the known sets of fields; {REMEDY}; the row has", list(original), limit=300)
+
+
+@functools.lru_cache(maxsize=256)  # the rows of a file have few sets of names
+def schemas_in(names: tuple) -> list[tuple[str, ...]]:
+    return [fields for fields in SCHEMAS if set(names) >= set(fields)]
+
+
+def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None:
+    """Put the system text that stands beside the turns before them."""
+    given = [name for name in ("system", "system_prompt") if name in row]
+    texts = [(name, row.pop(name)) for name in given]
+    texts = [(name, as_text(value, name, notes)) for name, value in texts if not is_empty(value)]
+    if not texts:
+        return
+    name, text = texts[0]
+    first = raw[0][1]
+    others = [other for _, other in texts]
+    if role_of(first) == "system" and not is_empty(first["content"]):
+        others.append(as_text(first["content"], raw[0][0], notes))
+    else:
+        raw.insert(0, (name, {"role": "system", "content": text}))
+    if set(others) != {text}:
+        refuse(name, "the row has two different system texts; keep one", others)
+
+
+def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
+    """A weight of the row is that of its answers; other values, such as a loss measured, stay unused."""
+    if row.keys().isdisjoint(WEIGHTS):
+        return
+    given = {name: row.pop(name) for name in WEIGHTS if as_bit(row.get(name)) is not None}
+    weight = take_weight(given, "row")
+    if weight is not None:
+        give_weight([turn for _, turn in raw], weight)
+
+
+def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[str]) -> list[tuple] | SkippedRow:
+    """The turns in the fields of a schema, which are taken out of the row: (place, turn) each."""
+    if fields[0] in LISTS and len(fields) == 1:
+        return turns_in(row, fields[0])
+    if fields == ARENA:
+        return ranked(arena, row)
+    if fields == TREE:
+        return ranked(tree, row)
+    if fields == TEXT:
+        return [("text", {"role": "text", "content": row.pop("text")})]
+    if fields == SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
+        row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
+    values = [row[name] for name in fields]
+    if any(has_roles(value) for value in values):
+        return lists_of_turns(row, *fields)
+    is_formatted = fields == COMPLETION and any(FORMATTED.search(str(value)) for value in values)
+    if is_formatted or fields == COMPLETION and completion == "continue":
+        return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
+    return pair(row, *fields, notes)
+
+
+def pair(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[str, dict]]:
+    """A question and its answer, after the earlier turns in `history`."""
+    asked, answered = row.pop(question), row.pop(answer)
+    field = question
+    if question == "instruction":
+        more = next((name for name in ("input", "context") if not is_empty(row.get(name))), None)
+        added = row.pop(more, None)
+        if more and is_empty(asked):
+            field, asked = more, added
+        elif more:
+            asked = as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
+    if isinstance(asked, str) and FORMATTED.search(asked):
+        return text_turns(field, asked, answer, answered)
+    turn = {"role": "assistant", "content": answered}
+    turn |= {name: row.pop(name) for name in REASONING if name in row}
+    history = turns_in(row, "history") if not is_empty(row.get("history")) else []
+    return [*history, (field, {"role": "user", "content": asked}), (answer, turn)]
+
+
+def text_turns(question: str, asked, answer: str, answered) -> list[tuple[str, dict]]:
+    """A text and its continuation, of which the text is not in the loss."""
+    prompt = (question, {"role": "text", "content": asked, "weight": 0})
+    return ([] if is_empty(asked) else [prompt]) + [(answer, {"role": "text", "content": answered})]
+
+
+def has_roles(value) -> bool:
+    """Whether a value is a turn or a list of turns."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(rows.lowered(tuple(first)))
+
+
+def lists_of_turns(row: dict, question: str, answer: str) -> list[tuple[str, dict]]:
+    """Turns and their continuation, each a text, a turn or a list; answers before the last are not in the loss."""
+    raw = []
+    for name, role in ((question, "user"), (answer, "assistant")):
+        value = row[name]
+        if not has_roles(value):
+            raw.append((name, {"role": role, "content": row.pop(name)}))
+            continue
+        row[name] = [value] if isinstance(value, dict) else value
+        raw += turns_in(row, name)
+        if name == question:
+            give_weight([turn for _, turn in raw], 0)
+    return raw
+
+
+PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+ARENA, TREE = ("conversation_a", "conversation_b", "winner"), ("message_tree_id", "prompt")
+SUMMARY, COMPLETION, TEXT = ("dialogue", "summary"), ("prompt", "completion"), ("text",)
+QUESTIONS = (
+    *(("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("prompt", "output")),
+    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
+    *(("problem", "solution"), ("user", "assistant"), ("human", "assistant"), ("input", "output")),
+    ("inputs", "targets"),
+)
+# The first whose fields a row has counts: Alpaca's rows also have `text`.
+SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
+# What COLUMNS may name.
+TARGETS = {name for fields in SCHEMAS if fields not in (ARENA, TREE) for name in fields}
+TARGETS |= {"system", "context", "history", "tools", "label", *WEIGHTS, *REASONING}

@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,8 +33,7 @@ def read_chats(parts: list[sources.Source], reasons: Reasons, reading, bad_rows:
             elif bad_rows == "stop":
                 raise UserError(f"{place}: {chat} {sources.SKIP}")
             else:
-                problem = ": ".join(chat.split(": ")[:2])  # without the excerpt
-                reasons.add("dropped: invalid, " + re.sub(r"\[\d+\]", "", problem), place)
+                reasons.add(f"dropped: invalid, {chat.reason}", place)
 
 
 def encode_all(chats: Iterator, arguments: tuple, reasons: Reasons, processes: int) -> Iterator:
