@@ -55,6 +55,12 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     return encoder, note
 
 
+def choose_for_chat(tokenizer, choice: str | None, options: str) -> None:
+    """STUB until the merge: the lead's own takes its place."""
+    if choice:
+        tokenizer.chat_template = choose(tokenizer, choice, tokenizer.chat_template or "")[0]
+
+
 def add_missing_tokens(tokenizer, end_token: str | None) -> bool:
     """Let the end token be the eos where there is none, and the eos the pad; returns whether there is an eos."""
     if tokenizer.eos_token is None and end_token:
