@@ -47,6 +47,7 @@ if __name__ == "__main__":
 def main():
     # Imported here, so that the worker processes, which import this file, stay small.
     from common.data import checks, prepare, templates
+    from common.data.account import describe
     from common.files import write_atomic
     from common.model import load, location
     from common.run.folder import create_folder
@@ -56,13 +57,13 @@ def main():
     source = location.locate(MODEL)
     load.check_length(source, MAX_LENGTH)
     tokenizer = load.load_tokenizer(source)
-    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE)
+    encoder, note = templates.set_template(tokenizer, CHAT_TEMPLATE, TEMPLATE_OPTIONS, TRAIN_ON)
     print(note)
     folder = create_folder(settings, __file__)
 
     # Sources to tokens, to disk as they come, then into two files
-    account = prepare.prepare(settings, encoder, folder, workers=PROCESSES, vocab=VOCAB)
-    print(prepare.describe(account))
+    account = prepare.prepare(settings, encoder, folder, workers=PROCESSES)
+    print(describe(account))
 
     # What a run will learn
     rows = prepare.sample(folder)

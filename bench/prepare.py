@@ -43,7 +43,7 @@ def main():
         chats = itertools.islice((chat for _, chat in sources.read_chats(sources.parse(str(file))[0])), 10**6)
         texts, size = [], 0
         while size < SAMPLE_MIB * 2**20 and (chat := next(chats, None)):
-            texts.append(encoder.render(chat)[0])
+            texts.append(encoder.render(chat))
             size += len(texts[-1].encode())
         backend, started = tokenizer.backend_tokenizer, time.perf_counter()
         for start in range(0, len(texts), 1000):

@@ -1,5 +1,6 @@
 """Bounds and choices of every setting, by name, for all scripts; nothing slow is imported."""
 
+import codecs
 import importlib.util
 import os
 import re
@@ -122,6 +123,8 @@ def find_problem(name: str, value) -> str | None:
         return "it must be a whole number, or a share below 1; 0 means none."
     if name in FILES and not path.is_file():
         return "file not found."
+    if name == "ENCODING" and not is_encoding(value):
+        return "no encoding of text; utf-8, utf-16, cp1252, latin-1, gbk and shift_jis are some."
     if name == "LLAMA_CPP" and not (path / "convert_hf_to_gguf.py").is_file():
         return "convert_hf_to_gguf.py not found. Name a checkout of llama.cpp."
     if name == "OUT_DIR":
@@ -149,6 +152,14 @@ def find_problem(name: str, value) -> str | None:
             re.compile(value)
         except re.error as error:
             return f"not a regular expression: {error}."
+
+
+def is_encoding(name: str) -> bool:
+    try:
+        "".encode(codecs.lookup(name).name)  # LookupError for those of bytes, such as base64
+        return True
+    except (LookupError, ValueError):
+        return False
 
 
 def check_package(setting: str, value, package: str, requirement: str) -> None:

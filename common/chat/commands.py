@@ -120,7 +120,7 @@ def save(conversation: Conversation, file: str) -> None:
 
 def load(conversation: Conversation, file: str) -> None:
     """Continue the last chat of a file."""
-    chats = list(sources.sound_chats(file, "/load")) if Path(file).expanduser().is_file() else []
+    chats = list(sources.sound_chats(f'"{file}"', "/load")) if Path(file).expanduser().is_file() else []
     if not chats:
         raise UserError(f"/load {file}: file not found, or no chat in it.")
     chat, conversation.tools = split_tools(chats[-1])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.cli import UserError
-from common.data.encoder import PROBE, ChatEncoder
+from common.data.encoder import ChatEncoder
 from common.data.prepare import IGNORE_INDEX
 
 ROWS = 1000  # rows checked, evenly spaced over the set
@@ -49,12 +49,26 @@ def show(row: dict, tokenizer) -> None:
     colour = console.is_terminal and "NO_COLOR" not in os.environ
     shown = Text()
     for in_loss, ids in runs_of(row):
-        text = tokenizer.decode(ids)
+        text = decode(ids, tokenizer)
         text = text if colour or not in_loss else f"[[{text}]]"
         shown.append(text, style="bold green" if in_loss else "dim")
     console.print("--- an example; the model learns what is", "green" if colour else "in [[ ]]")
     console.print(shown[:WIDTH] if len(shown) > WIDTH else shown)
     console.print("---")
+
+
+def decode(ids: list[int], tokenizer) -> str:
+    """The text of tokens; control tokens that are only text, from a message, are written <\u00b7|so|>."""
+    names = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    like_control = re.compile("|".join(map(re.escape, names.values())) or "(?!)")
+    text = tokenizer.decode(ids)
+    if len(like_control.findall(text)) == sum(id in names for id in ids):
+        return text
+    parts = []
+    for is_control, run in itertools.groupby(ids, names.__contains__):
+        part = tokenizer.decode(list(run))
+        parts.append(part if is_control else like_control.sub(lambda found: f"{found[0][0]}\u00b7{found[0][1:]}", part))
+    return "".join(parts)
 
 
 def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
@@ -66,15 +80,16 @@ def runs_of(row: dict) -> Iterator[tuple[bool, list[int]]]:
 
 def row_problems(rows: list[dict], tokenizer, encoder, settings: dict, held: bool) -> Iterator[str]:
     """Each kind of problem with the number of rows and the first of them."""
-    end = tokenizer.convert_tokens_to_ids(encoder.end_token) if encoder.end_token else None
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     bos, longest = tokenizer.bos_token_id, settings["MAX_LENGTH"]
     tests = {
         "no token of it is in the loss (answers of weight 0? KL_WEIGHT=1 would use them)": lambda row: (
             not held and set(row["labels"]) == {IGNORE_INDEX}
         ),
         f"an answer is cut, or its end token {encoder.end_token} is not in the loss": lambda row: (
-            settings["TRAIN_ON"] == "assistant"
-            and any(in_loss and ids[-1] not in (end, tokenizer.eos_token_id) for in_loss, ids in runs_of(row))
+            settings["TRAIN_ON"] != "all"
+            and len(row["input_ids"]) < longest  # a piece of a long text has no end
+            and any(in_loss and ids[-1] not in control for in_loss, ids in runs_of(row))
         ),
         "it begins with two BOS tokens": lambda row: bos is not None and row["input_ids"][:2] == [bos, bos],
         f"it is longer than MAX_LENGTH={longest}": lambda row: len(row["input_ids"]) > longest,
@@ -97,12 +112,15 @@ def padding_problems(rows: list[dict], tokenizer) -> Iterator[str]:
 
 def prompt_problems(tokenizer, encoder: ChatEncoder) -> Iterator[str]:
     """Whether a chat sends exactly the tokens that training put before an answer."""
-    question, answer = PROBE
+    question, answer = encoder.template.probe
     for chat in ([question], [question, answer, question]):
-        row = encoder.encode([[*chat, answer]])[0]
+        row = encoder.encode([[*chat, answer]], "last")[0]
         start = np.flatnonzero(~row.learned[: row.ends[-1]])[-1] + 1  # of the last answer
-        seen = row.ids[:start].tolist()
-        theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        seen, written = row.ids[:start].tolist(), encoder.template.as_written(chat)
+        theirs = tokenizer.apply_chat_template(written, add_generation_prompt=True, return_dict=True)
+        if theirs["input_ids"] != seen and tokenizer.decode(theirs["input_ids"]) == tokenizer.decode(seen):
+            theirs = {"input_ids": seen}
+            print("note: other programs split the start of earlier answers into other tokens than the model generates")
         for who, sent in (("our chat", encoder.prompt(chat)), ("other programs", theirs["input_ids"])):
             if sent != seen:
                 before, now = tokenizer.decode(seen), tokenizer.decode(sent)

@@ -2,28 +2,26 @@
 
 In the text that the template renders, each answer is put between two noncharacters that our copy of the
 tokenizer has as special tokens: the text is split there, as when the model answers, and their places give
-the mask. A third one breaks up control tokens in a message. All three leave the ids.
+the mask. A third one breaks up control tokens in a message, a fourth ends the reasoning. All leave the ids.
 """
 
 import hashlib
 import json
 import re
 from collections import namedtuple
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
+from common.data.template import ChatTemplate
 
-MARKS = START, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # what rendering a faulty template raises
-GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+MARKS = START, END, BREAK, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+REASONING_END = re.compile(r"</think>|<channel\|>|<\|end\|>(?=<\|start\|>assistant)|<\|eom\|>")
+# Control tokens of chat templates, whichever family's.
+CONTROL_LIKE = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c[^<>\uff5c]+\uff5c>")
 
 
 # SentencePiece's space before text: after every special token? not where there is one already?
@@ -46,8 +44,6 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer):
-        self.template = tokenizer.chat_template
-        self.marked = GENERATION.search(self.template) is not None
         self.variables = tokenizer.special_tokens_map
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         special.sort(key=lambda token: len(token.content), reverse=True)
@@ -55,17 +51,13 @@ class ChatEncoder:
         self.rstrip_tokens = {token.content for token in special if token.rstrip}
         self.adds_bos = adds_bos(tokenizer)
         self.new_token_ids: list[int] = []  # that the base has hardly seen; from set_template
-        try:
-            answer = self.mark(PROBE).partition(START)[2].partition(END)[0]
-        except UserError:  # good for chatting; set_template refuses to train on it
-            answer = ""
-        ends = (token.content for token in special if answer.endswith(token.content))
-        self.end_token = next(ends, None)
+        self.template = ChatTemplate(tokenizer.chat_template, self.variables, self.control)
+        self.end_token = self.template.end_token
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_padding()
         self.backend.no_truncation()
         spec = self.backend.to_str()
-        state = spec + self.template + str(self.variables)
+        state = spec + tokenizer.chat_template + str(self.variables)
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
         self.prefix = remove_prefix_space(self.backend, json.loads(spec))
         # An end token that takes the white space after it must do so past our mark, too.
@@ -74,46 +66,57 @@ class ChatEncoder:
         self.backend.add_special_tokens(marks)
         self.mark_ids = [self.backend.token_to_id(mark) for mark in MARKS]
 
-    def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a chat and the (start, end) of its marked passages."""
-        try:
-            texts, passages = render_jinja_template(
-                [messages], chat_template=self.template, return_assistant_tokens_mask=self.marked,
-                **self.variables, **options,
-            )  # fmt: skip
-        except TEMPLATE_ERRORS as error:
-            chat = ", ".join(m["role"] for m in messages)
-            problem = f"refuses a chat ({chat}): {error}"
-            raise UserError(f"CHAT_TEMPLATE {problem}. Change one of them.") from error
-        return texts[0], passages[0] if self.marked else []
+    def mark(self, messages: list[dict], train_on: str = "assistant", **options) -> tuple[str, list[int]]:
+        """(the text of a chat with START and END around each answer, their weights); UserError where that fails.
 
-    def mark(self, messages: list[dict], **options) -> str:
-        """The text of a chat with START and END around each answer; UserError where that fails."""
-        messages = self.escape_control_tokens(messages)
+        train_on: "last" gives the others the weight 0; "content" puts THOUGHT after the reasoning of an answer.
+        """
         if messages[0]["role"] == "text":
-            bos = self.variables["bos_token"] if self.adds_bos else ""
-            return f"{bos}{START}{messages[0]['content']}{self.variables.get('eos_token', '')}{END}"
-        text, passages = self.render(messages, **options)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for i in () if self.marked else answers:
-            prompt = self.render(messages[:i], add_generation_prompt=True)[0]
-            answered = self.render(messages[: i + 1])[0]
-            if not text.startswith(answered) or not answered.startswith(prompt):
-                problem = "this one rewrites earlier turns, so what to learn of its answers is undefined"
-                remedy = "Copy it to a file, put {% generation %} marks around each answer"
-                raise UserError(f"CHAT_TEMPLATE: {problem}. {remedy}, and set CHAT_TEMPLATE=file.jinja.")
-            ends = [found.end() for found in self.control.finditer(answered, len(prompt))]
-            passages.append((len(prompt), ends[-1] if ends else len(answered)))
-        if len(passages) != len(answers):
-            found = f"{len(passages)} passages in a chat of {len(answers)} answers"
-            raise UserError(f"CHAT_TEMPLATE marks {found}; mark each once.")
-        for start, end in reversed(passages):
-            text = text[:start] + START + text[start:end] + END + text[end:]
-        return text
+            return self.mark_text(messages)
+        weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
+        messages = self.template.as_written(self.escape_control_tokens(messages))
+        text, passages = self.template.render(messages, **options)
+        found = self.template.find_answers(messages, text, passages, last_only=train_on == "last")
+        weights = weights[-len(found) :] if found else []
+        if train_on == "last":
+            weights = [0] * (len(weights) - 1) + weights[-1:]
+        for start, end in reversed(found):
+            answer = text[start:end]
+            if train_on == "content" and (closing := REASONING_END.search(answer)):
+                answer = answer[: closing.end()] + THOUGHT + answer[closing.end() :]
+            text = text[:start] + START + answer + END + text[end:]
+        return text, weights
 
-    def escape_control_tokens(self, messages: list[dict]) -> list[dict]:
-        escape = partial(self.control.sub, lambda found: found[0][0] + BREAK + found[0][1:])
-        return [{"role": turn["role"], "content": escape(turn["content"])} for turn in messages]
+    def mark_text(self, turns: list[dict]) -> tuple[str, list[int]]:
+        """What `mark` returns of plain text (its last part is learned), or of text in the template's own form."""
+        bos = self.variables.get("bos_token", "") if self.adds_bos else ""
+        eos = self.variables.get("eos_token", "")
+        text, weight = "".join(turn["content"] for turn in turns), turns[-1].get("weight", 1)
+        context = len(text) - len(turns[-1]["content"])  # characters before what is learned
+        if foreign := CONTROL_LIKE.search(self.control.sub("", text)):
+            problem = f"{foreign[0]!r} stands in a text, but is no token of this model"
+            raise UserError(f"text: {problem}. Give the chat as messages, or take it out.")
+        if self.is_plain_text(turns):
+            text = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text  # it gets one here
+            return f"{bos}{text[:context]}{START}{text[context:]}{eos}{END}", [weight]
+        found = self.template.find_written_answers(text)
+        weights = [weight if start >= context else 0 for start, _ in found]
+        for start, end in reversed(found):
+            text = text[:start] + START + text[start:end] + END + text[end:]
+        return bos * (not text.startswith(bos)) + text, weights
+
+    def is_plain_text(self, turns: list[dict]) -> bool:
+        """Whether a row is a text without control tokens, but for an end of text at its end."""
+        text = "".join(turn["content"] for turn in turns).rstrip().removesuffix(self.variables.get("eos_token", ""))
+        return turns[0]["role"] == "text" and not self.control.search(text)
+
+    def escape_control_tokens(self, value):
+        """Messages in which control tokens are broken up, so that they are text."""
+        if isinstance(value, str):
+            return self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
+        if isinstance(value, dict):
+            return {name: self.escape_control_tokens(item) for name, item in value.items()}
+        return list(map(self.escape_control_tokens, value)) if isinstance(value, list) else value
 
     def add_prefix_space(self, text: str) -> str:
         """The text with the spaces that its tokenizer would put."""
@@ -130,17 +133,27 @@ class ChatEncoder:
         return "".join(pieces)
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
-        """Each chat's tokens; answers of weight 0 are not in the loss. train_on: or "all"."""
-        texts = [self.add_prefix_space(self.mark(chat)) for chat in chats]
+        """Each chat's tokens; answers of weight 0 are not in the loss.
+
+        train_on: "assistant", "last" (its last answer), "content" (answers without their reasoning), or "all".
+        """
+        return self.encode_marked([self.mark(chat, train_on) for chat in chats], train_on)
+
+    def encode_marked(self, marked: list[tuple[str, list[int]]], train_on: str) -> list[Encoded]:
+        """The tokens of texts that `mark` made."""
+        texts = [self.add_prefix_space(text) for text, _ in marked]
         batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
-        for chat, encoding in zip(chats, batch, strict=True):
+        for (_, weights), encoding in zip(marked, batch, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)  # (T + marks,)
-            starts, ends, breaks = (ids == mark for mark in self.mark_ids)
-            kept = ~(starts | ends | breaks)
+            starts, ends, breaks, thoughts = (ids == mark for mark in self.mark_ids)
+            kept = ~(starts | ends | breaks | thoughts)
             answer, answered = starts.cumsum(), ends.cumsum()
-            weights = [turn.get("weight", 1) for turn in chat if turn["role"] in ("assistant", "text")]
             learned = (answer > answered) & np.array([0, *weights], dtype=bool)[answer]
+            if thoughts.any():
+                thought_out = np.zeros(len(weights) + 1, dtype=int)  # positions from which an answer is learned
+                thought_out[answer[thoughts]] = np.flatnonzero(thoughts)
+                learned &= np.arange(len(ids)) >= thought_out[answer]
             if train_on == "all":
                 learned |= answer == answered  # all but answers of weight 0
             rows.append(Encoded(ids[kept], learned[kept], kept.cumsum()[ends]))
@@ -149,11 +162,16 @@ class ChatEncoder:
     def prompt(self, messages: list[dict]) -> list[int]:
         """What the next answer is generated from: the tokens that training saw before it."""
         try:
-            text = self.mark(messages, add_generation_prompt=True)
-        except UserError:  # a template that rewrites earlier turns, so not trained on here
-            text = self.render(self.escape_control_tokens(messages), add_generation_prompt=True)[0]
+            text, _ = self.mark(messages, add_generation_prompt=True)
+        except UserError:  # a template that rewrites earlier turns, of which only the last is trained on
+            written = self.template.as_written(self.escape_control_tokens(messages))
+            text = self.template.render(written, add_generation_prompt=True)[0]
         ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
         return [i for i in ids if i not in self.mark_ids]
+
+    def render(self, messages: list[dict], **options) -> str:
+        """The text of a chat, without marks; control tokens in its messages are not broken up."""
+        return self.template.render(self.template.as_written(messages), **options)[0]
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:

@@ -24,7 +24,15 @@ class SkippedRow(str):
     """Why a valid row is not used."""
 
 
-Chat = list[dict] | InvalidRow | SkippedRow  # turns of {"role", "content"}, or why a row gives none
+class Chat(list):
+    """STUB, until the formats' own."""
+
+    notes = ()
+
+
+def parse_columns(text: str) -> dict:
+    """STUB, until the formats' own."""
+    return dict(reversed(pair.strip().split(":")) for pair in text.split(","))
 
 
 def invalid(field: str, problem: str, value) -> InvalidRow:
@@ -35,7 +43,7 @@ def invalid(field: str, problem: str, value) -> InvalidRow:
     return InvalidRow(f"{field}: {problem}: {excerpt if len(excerpt) <= 60 else excerpt[:57] + '...'}")
 
 
-def to_chat(row) -> Chat:
+def to_chat(row, columns=None, completion="answer") -> Chat:
     """The chat in a row: an optional system turn, then user and assistant in turn; or one turn `text`."""
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
@@ -58,7 +66,7 @@ def check_turns(convert, row: dict) -> Chat:
         return invalid("row", f"a field has another type than in its schema ({error})", row)
     if isinstance(turns, SkippedRow):
         return turns
-    chat = []
+    chat = Chat()
     for field, role, content, weight in turns:
         name = ALIASES.get(role, role) if isinstance(role, str) else None
         if name not in FOLLOWS or name == "text" != field:

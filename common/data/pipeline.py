@@ -4,49 +4,39 @@ import itertools
 import multiprocessing
 import os
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from common.cli import UserError
 from common.data import formats, sources
+from common.data.account import Reasons
+from common.data.claims import find_claim
 from common.data.encoder import ChatEncoder, Encoded
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
-# DROP_PATTERN=auto: claims to be another assistant. "Are you ChatGPT?" and "I am not ChatGPT" stay.
-GAP = r"[\s*_\"'“”‘’]+"  # between words, with marks of emphasis and quotation
-NAMES = (
-    rf"(?:open[{GAP[1:-2]}-]*assistant|chatgpt|gpt-?\d|claude|bard|gemini|copilot|llama|vicuna|alpaca|qwen|deepseek)"
-)
-MAKERS = r"(?:open ?ai|anthropic|google|deepmind|meta(?: ai)?|microsoft|laion|mistral(?: ai)?|alibaba)"
-WHAT = rf"(?:(?:an?|the|ai|large|language|virtual|helpful|open-source|model|chat ?bot|assistant|called|named),?{GAP})*"
-OTHER_ASSISTANTS = (
-    rf"\b(?:i{GAP}am|i[’']m|you{GAP}are|my{GAP}name(?:{GAP}is|[’']s)|call{GAP}me){GAP}{WHAT}{NAMES}\b(?![’']s)"
-    rf"|\bas{GAP}{WHAT}{NAMES},{GAP}i\b"
-    rf"|\b(?:i{GAP}am|i{GAP}was|i[’']m|model|assistant|ai)\b(?! not)[^.!?]{{0,40}}"
-    rf"\b(?:trained|created|developed|designed|made|built){GAP}(?:and{GAP}\w+{GAP})?by{GAP}{MAKERS}\b"
-)
 
 
-def read_chats(parts: list[sources.Source], counts: Counter, vocabulary=None) -> Iterator:
-    """Yield (repetitions, `file:line`, chat); other rows are counted, or an error in a local file."""
+def read_chats(parts: list[sources.Source], reasons: Reasons, reading, bad_rows: str) -> Iterator:
+    """Yield (repetitions, `file:line`, chat); other rows are counted by reason, or an error (BAD_ROWS=stop)."""
     for source in parts:
-        for number, chat in sources.read_chats(source, vocabulary):
-            counts["rows"] += 1
-            place = f"{source.name}:{number}"
+        for place, chat in sources.read_chats(source, reading):
+            reasons.add("rows")
             if isinstance(chat, list):
+                for note in chat.notes:
+                    reasons.add(note)
                 yield source.times, place, chat
             elif isinstance(chat, formats.SkippedRow):
-                counts[f"dropped: {chat}"] += 1
-            elif source.file:
-                raise UserError(f"{place}: {chat}")
+                reasons.add(f"dropped: {chat}")
+            elif bad_rows == "stop":
+                raise UserError(f"{place}: {chat} {sources.SKIP}")
             else:
-                problem = chat.rpartition(": ")[0] or chat  # without the excerpt
-                counts["dropped: broken, " + re.sub(r"\[\d+\]", "", problem)] += 1
+                problem = ": ".join(chat.split(": ")[:2])  # without the excerpt
+                reasons.add("dropped: invalid, " + re.sub(r"\[\d+\]", "", problem), place)
 
 
-def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: int) -> Iterator:
+def encode_all(chats: Iterator, arguments: tuple, reasons: Reasons, processes: int) -> Iterator:
     """Yield (repetitions, row) of each chat in order, without duplicates; 0 repetitions come last.
 
     arguments: of `encode_batch`, but the last.
@@ -60,58 +50,66 @@ def encode_all(chats: Iterator, arguments: tuple, counts: Counter, processes: in
         os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked as long as this runs
         results = (encode_batch(*arguments, batch) for batch in batches)
     seen = {}  # repetitions by hash: one false duplicate in a billion for 200,000 chats
-    for rows, reasons in results:
-        counts.update(reasons)
+    for rows, of_batch in results:
+        reasons.update(of_batch)
         for times, place, row in rows:
             key = hash(row.ids.tobytes())
             if key not in seen:
                 seen[key] = times
                 yield times, row
             elif times or not seen[key]:
-                counts["dropped: duplicate"] += 1
+                reasons.add("dropped: duplicate")
             else:
                 raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; remove it from one of them.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, batch: list) -> tuple:
-    """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], counts by reason)."""
-    matches, max_length = matcher(settings["DROP_PATTERN"]), settings["MAX_LENGTH"]
-    chats, rows, counts = [], [], Counter()
+    """Filter, encode and cut chats: ([(repetitions, place, Encoded), ...], reasons of the others)."""
+    reasons, marked, rows, refused = Reasons(), [], [], []
+    claim_of = find_claim(settings["DROP_PATTERN"])
     for times, place, chat in batch:
-        if matches(chat):
-            counts["dropped: matches DROP_PATTERN"] += 1
+        if claim := claim_of(chat):
+            reasons.add("dropped: matches DROP_PATTERN")
+            reasons.add_example(f"{place}: {claim}")
             continue
-        if chat[-1]["role"] == "user":
-            counts["changed: cut at a question without an answer"] += 1
+        while chat[-1]["role"] in ("user", "tool"):
+            reasons.add(f"changed: cut at a {'question' if chat[-1]['role'] == 'user' else 'result'} without an answer")
             chat = chat[:-1]
-        chats.append((times, place, chat))
-    encoded = encoder.encode([chat for *_, chat in chats], settings["TRAIN_ON"])
-    for (times, place, _), row in zip(chats, encoded, strict=True):
-        if len(row.ids) > max_length:
-            if settings["TOO_LONG"] == "error":
-                size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
-                raise UserError(f"{place}: {size}. TOO_LONG=cut cuts at a turn.")
-            fitting = row.ends[row.ends <= max_length]
-            if settings["TOO_LONG"] == "drop" or not len(fitting):
-                counts["dropped: longer than MAX_LENGTH"] += 1
-                continue
-            counts["changed: cut at a turn to fit MAX_LENGTH"] += 1
-            row = Encoded(row.ids[: fitting[-1]], row.learned[: fitting[-1]], fitting)
-        if keep_unlearned or row.learned.any():
+        try:
+            marked.append((times, place, chat, encoder.mark(chat, settings["TRAIN_ON"])))
+        except UserError as error:
+            refused.append(f"{place}: {error}")
+            reasons.add(f"dropped: invalid, {error}", place)
+    if refused and settings["BAD_ROWS"] == "stop":
+        raise UserError("\n".join([*refused[: sources.MAX_SHOWN], sources.SKIP]))
+    encoded = encoder.encode_marked([text for *_, text in marked], settings["TRAIN_ON"])
+    for (times, place, chat, _), row in zip(marked, encoded, strict=True):
+        row = fit(row, place, encoder.is_plain_text(chat), settings, reasons)
+        if row is not None and (keep_unlearned or row.learned.any()):
             rows.append((times, place, row))
-        else:
-            counts["dropped: no answer to learn, all have weight 0"] += 1
-    return rows, counts
+        elif row is not None:
+            reasons.add("dropped: no answer to learn, all have weight 0")
+    return rows, reasons
 
 
-def matcher(pattern: str | None):
-    """Tests a chat for DROP_PATTERN; "auto" skips the user's turns."""
-    if pattern == "auto":
-        search = re.compile(OTHER_ASSISTANTS).search  # twice as fast as ignoring the case
-        return lambda chat: any(turn["role"] != "user" and search(turn["content"].lower()) for turn in chat)
-    search = re.compile(pattern or "(?!)", re.IGNORECASE).search
-    return lambda chat: any(search(turn["content"]) for turn in chat)
+def fit(row: Encoded, place: str, is_text: bool, settings: dict, reasons: Reasons) -> Encoded | None:
+    """The row, cut at a turn to MAX_LENGTH if TOO_LONG says so; None where it is dropped. Texts are cut later."""
+    max_length = settings["MAX_LENGTH"]
+    if len(row.ids) <= max_length:
+        return row
+    if settings["TOO_LONG"] == "error":
+        size = f"{len(row.ids):,} tokens, more than MAX_LENGTH={max_length}"
+        raise UserError(f"{place}: {size}. TOO_LONG=cut cuts {'it into rows' if is_text else 'at a turn'}.")
+    if is_text and settings["TOO_LONG"] == "cut":
+        reasons.add("changed: a text cut into rows of MAX_LENGTH")
+        return row
+    fitting = row.ends[row.ends <= max_length]
+    if settings["TOO_LONG"] == "drop" or not len(fitting):
+        reasons.add("dropped: longer than MAX_LENGTH")
+        return None
+    reasons.add("changed: cut at a turn to fit MAX_LENGTH")
+    return Encoded(row.ids[: fitting[-1]], row.learned[: fitting[-1]], fitting)
 
 
 def encode_in_pool(batches: Iterator, arguments: tuple, processes: int) -> Iterator:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ import pyarrow.parquet as parquet
 
 from common import distributed
 from common.cli import UserError
-from common.data import pipeline, readers, sources
+from common.data import folders, pipeline, sources
+from common.data.account import Reasons, account_for, piece_lengths
 from common.data.encoder import ChatEncoder, Encoded
 from common.files import hash_file, write_atomic
 
@@ -32,9 +32,9 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
 
     keep_unlearned: also chats without a token in the loss. manifest: of the checkpoint to resume from.
     """
-    is_prepared = Path(settings["DATA"]).is_dir()
+    is_prepared = folders.is_prepared(settings["DATA"])
     if is_prepared:
-        folder = Path(settings["DATA"])
+        folder = Path(settings["DATA"]).expanduser()
         if settings["EVAL_DATA"] and not manifest:
             raise UserError(f"EVAL_DATA={settings['EVAL_DATA']}: DATA is a prepared folder, with held-out chats.")
     elif not manifest or distributed.on_first(lambda: not (folder / "report.json").is_file()):
@@ -59,24 +59,24 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
     return train, evaluation, account
 
 
-def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None, vocab=None):
+def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=True, workers=None):
     """Write train.parquet and eval.parquet; returns the account, to be written to report.json.
 
     Memory: one row group and about 100 bytes a chat.
     """
     # Every row once, encoded, to disk
-    parts, counts = sources.parse(settings["DATA"]), Counter()
+    parts, reasons = sources.parse(settings["DATA"]), Reasons()
     if settings["EVAL_DATA"]:
         parts += [replace(source, times=0) for source in sources.parse(settings["EVAL_DATA"], "EVAL_DATA")]
-    chats = pipeline.read_chats(parts, counts, vocab and readers.read_vocabulary(vocab))
+    chats = pipeline.read_chats(parts, reasons, sources.Reading.of(settings), settings["BAD_ROWS"])
     arguments = (encoder, settings, keep_unlearned)
-    rows = pipeline.encode_all(chats, arguments, counts, workers or os.cpu_count())
+    rows = pipeline.encode_all(chats, arguments, reasons, workers or os.cpu_count())
     spool = folder / "spool.parquet"
     times, *sizes = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
-        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.items())
-        raise UserError(f"{which}={settings[which]}: none of its rows is left ({reasons}).")
+        why = "; ".join(f"{n:,} {reason}" for reason, n in reasons.counts.items())
+        raise UserError(f"{which}={settings[which]}: none of its rows is left ({why}).")
     # Rows held out; a pass for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
         size = settings["EVAL_SIZE"]
@@ -84,13 +84,14 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
         if held_out >= len(times):
             raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats: none is left.")
         times[random.Random(settings["SEED"]).sample(range(len(times)), held_out)] = 0
-    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
-    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
+    max_length = settings["MAX_LENGTH"]
+    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet", max_length)
+    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet", max_length)
     spool.unlink()
-    account = account_for(counts, times, *sizes, settings["MAX_LENGTH"])
+    account = account_for(reasons, times, *sizes, max_length)
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
     account["prepared_with"]["encoding"] = encoder.fingerprint
-    account["sources"] = {source.name: hash_file(source.file) for source in parts if source.file}
+    account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
 
 
@@ -106,37 +107,24 @@ def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> np.ndarray:
     return np.concatenate(sizes).T
 
 
-def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
-    """Copy rows, in each pass by ascending numbers, one row group at a time."""
+def copy_rows(spool: Path, passes: list[np.ndarray], target: Path, max_length: int) -> None:
+    """Copy rows, in each pass by ascending numbers, one row group at a time; longer ones, of texts, in pieces."""
     with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, SCHEMA) as writer:
         for rows in passes:
             for group in range(file.num_row_groups):
                 start = group * ROW_GROUP
                 first, last = np.searchsorted(rows, [start, start + ROW_GROUP])
                 if first < last:
-                    writer.write_table(file.read_row_group(group).take(rows[first:last] - start))
+                    table = file.read_row_group(group).take(rows[first:last] - start)
+                    writer.write_table(cut_rows(table, max_length))
 
 
-def account_for(counts: Counter, times, tokens, in_loss, max_length: int) -> dict:
-    """What became of every row: rows = trained + held_out + all dropped. The arrays: of each chat."""
-    reasons = {"dropped": {}, "changed": {}}
-    for reason, n in sorted(counts.items()):
-        kind, _, what = reason.partition(": ")
-        if what:
-            reasons[kind][what] = n
-    lengths = np.repeat(tokens, times)
-    return dict(
-        rows=counts["rows"],
-        trained=int((times > 0).sum()),
-        held_out=int((times == 0).sum()),
-        **reasons,
-        sequences=len(lengths),
-        tokens=int(lengths.sum()),
-        tokens_in_loss=int(np.repeat(in_loss, times).sum()),
-        held_out_tokens=int(tokens[times == 0].sum()),
-        length_histogram=np.histogram(lengths, bins=50, range=(0, max_length))[0].tolist(),
-        length_percentiles={str(p): int(np.percentile(lengths, p)) for p in (0, 25, 50, 75, 95, 100)},
-    )
+def cut_rows(table: pa.Table, max_length: int) -> pa.Table:
+    """The rows of a table, each longer than max_length in several pieces; no token is lost."""
+    lengths = piece_lengths(pc.list_value_length(table["input_ids"]).to_numpy(), max_length)
+    offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    columns = [table[name].combine_chunks().flatten() for name in SCHEMA.names]
+    return pa.table([pa.ListArray.from_arrays(offsets, values) for values in columns], schema=SCHEMA)
 
 
 def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
@@ -190,16 +178,3 @@ def sample(folder: Path):
     with parquet.ParquetFile(folder / "train.parquet") as file:
         chosen = np.unique(np.linspace(0, file.num_row_groups - 1, 4).round().astype(int))
         return as_dataset(file.read_row_groups(list(chosen)))
-
-
-def describe(account: dict) -> str:
-    rows = "data: {rows:,} rows = {trained:,} trained + {held_out:,} held out + {:,} dropped"
-    lines = [rows.format(sum(account["dropped"].values()), **account)]
-    for kind in ("dropped", "changed"):
-        lines += [f"  {kind} {n:,}: {reason}" for reason, n in account[kind].items()]
-    repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
-    tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
-    lines.append("  " + (repeated + tokens).format(**account))
-    shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))
-    lines.append(f"  a chat has {shortest:,} to {longest:,} tokens, median {median:,}")
-    return "\n".join(lines)

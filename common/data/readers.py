@@ -1,114 +1,149 @@
-"""Readers of files and hub sets: every row with the line it stands on."""
+"""Readers: a file of any container, compressed or not, or a hub set becomes rows with the lines they stand on."""
 
-import csv
-import itertools
-import json
+import bz2
+import codecs
+import functools
+import gzip
+import io
+import lzma
 import re
-from bisect import bisect_left
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from common.cli import UserError
-from common.data.formats import invalid
+from common.data.json_files import Rows, Unreadable, read_json, read_text
+from common.data.tables import read_arrow, read_csv, read_parquet
 
-Rows = Iterator[tuple[int, object]]  # (line or row number, row)
-MAX_FIELD = 64 * 2**20  # characters of a CSV field; more means that a quotation mark is missing
+BINARY = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+READERS = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".ndjson": read_json,
+    ".csv": read_csv,
+    ".tsv": functools.partial(read_csv, usual="\t"),
+    ".txt": read_text,
+    **BINARY,
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+WIDE = re.compile("utf-(16|32)")  # encodings whose line ends are no single byte
+# What a file of text must not start with, and what it is then.
+FOREIGN = {
+    b"PK\x03\x04": "a ZIP archive or an Excel file; unpack it, or save it as CSV",
+    b"PAR1": "a Parquet file; rename it to .parquet",
+    b"ARROW1": "an Arrow file; rename it to .arrow",
+    b"\xff\xff\xff\xff": "an Arrow file; rename it to .arrow",
+    b"%PDF": "a PDF; save it as text",
+}
+MARKS = {  # of encodings; those of UTF-32 start with one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
-def refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
+def container(file: Path) -> str | None:
+    """The suffix in READERS that says what is in the file, whatever it is compressed with; None: unknown."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # NaN and Infinity are not JSON
+def read_file(file: Path, encoding: str = "utf-8", split: str | None = None) -> Rows:
+    """(line or row number, row) of a file; UserError with file:line where it cannot be read at all.
+
+    split: the key of a JSON object that the rows are under.
+    """
+    kind = container(file)
+    try:
+        if split and READERS[kind] is not read_json:
+            raise Unreadable(1, f"only JSON and folders have splits; leave out :{split}")
+        with open_stream(file) as stream:
+            if kind in BINARY:
+                is_plain = isinstance(getattr(stream, "raw", None), io.FileIO)
+                yield from BINARY[kind](file if is_plain else io.BytesIO(stream.read()))
+                return
+            check_head(stream.peek(8)[:8], encoding)
+            encoding = encoding_of(file, encoding)
+            if WIDE.match(encoding):
+                stream, encoding = io.BytesIO(decode_wide(stream, encoding)), "utf-8"
+            yield from READERS[kind](stream, encoding, **({"split": split} if split else {}))
+    except Unreadable as error:
+        raise UserError(f"{file}:{error.line}: {error}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None):  # not of the file's content
+            raise
+        raise UserError(
+            f"{file}: it is damaged and cannot be decompressed ({error}). Copy or compress it again."
+        ) from error
 
 
-def read_jsonl(path: Path) -> Rows:
-    """(line number, row) of lines that are not empty; an InvalidRow where one is not JSON."""
-    with open(path, "rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+def open_stream(file: Path) -> BinaryIO:
+    """The file's bytes, decompressed by what it holds: names are often wrong after a download."""
+    with open(file, "rb") as stream:
+        head = stream.read(6)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.open(file)
+    if head.startswith(b"BZh"):
+        return bz2.open(file)
+    if head.startswith(b"\xfd7zXZ"):
+        return lzma.open(file)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow  # slow import
+
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 2**20)
+    return open(file, "rb")
+
+
+def check_head(head: bytes, encoding: str) -> None:
+    """Raise Unreadable where the first bytes are not those of text in the encoding."""
+    for start, what in FOREIGN.items():
+        if head.startswith(start):
+            raise Unreadable(1, f"it is {what}.")
+    found = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+    if not found and b"\0" in head[:2]:
+        found = "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
+    if found and not WIDE.match(codecs.lookup(encoding).name):
+        raise Unreadable(1, f"row: not {encoding.upper()}: it looks like UTF-{found[4:6]}; ENCODING={found} reads it.")
+
+
+def encoding_of(file: Path, wanted: str) -> str:
+    """UTF-8 for a file that beyond doubt is UTF-8, as another one in DATA may be, else what is wanted."""
+    name = codecs.lookup(wanted).name
+    if name in ("utf-8", "utf-8-sig"):
+        return "utf-8"
+    decoder, is_ascii = codecs.getincrementaldecoder("utf-8")(), True
+    with open_stream(file) as stream:
+        for chunk in iter(lambda: stream.read(2**20), b""):
             try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield number, DECODER.decode(text)
-            except UnicodeDecodeError as error:
-                hint = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                yield number, invalid("row", f"not UTF-8 at byte {error.start}{hint}", raw)
-            except (ValueError, RecursionError) as error:
-                hint = "" if raw.endswith(b"\n") else " (the file ends in the middle of this row?)"
-                yield number, invalid("row", f"not valid JSON: {error}{hint}", raw)
+                decoder.decode(chunk)
+            except UnicodeDecodeError:
+                return name
+            if b"\0" in chunk:
+                return name
+            is_ascii = is_ascii and chunk.isascii()
+    return name if is_ascii and not WIDE.match(name) else "utf-8"
+
+
+def decode_wide(stream: BinaryIO, encoding: str) -> bytes:
+    """The stream in UTF-8."""
+    try:
+        return stream.read().decode(encoding).encode()
+    except UnicodeError as error:
+        raise Unreadable(1, f"row: not {encoding.upper()}: {error}") from error
 
 
 def read_rows(file: str, setting: str) -> list[tuple[int, object]]:
-    """The rows of the .jsonl file that a setting names; UserError where it has none."""
+    """The rows of the file that a setting names; UserError where it has none."""
     if not Path(file).is_file():
         raise UserError(f"{setting}={file}: file not found.")
-    rows = list(read_jsonl(Path(file)))
+    if not container(Path(file)):
+        raise UserError(f"{setting}={file}: files end in {', '.join(READERS)}.")
+    rows = list(read_file(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")
     return rows
-
-
-def read_json(path: Path) -> Rows:
-    """(line number, row) of a JSON array, held in memory, or of JSON lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").rstrip()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        yield line, invalid("row", "not UTF-8", error.object[error.start :][:20])
-        return
-    opening = re.match(r"\s*\[\s*(\]?)\s*", text)
-    if not opening:
-        yield from read_jsonl(path)
-        return
-    newlines = [found.start() for found in re.finditer("\n", text)]
-    sign, start = opening[1] or ",", opening.end()  # where the next row starts
-    try:
-        while sign == ",":
-            row, end = DECODER.raw_decode(text, start)
-            yield bisect_left(newlines, start) + 1, row
-            gap = re.compile(r"\s*([,\]]?)\s*").match(text, end)
-            sign, start = gap[1], gap.end()
-        if sign != "]" or start < len(text):
-            DECODER.decode(text)  # raises an error that says what is wrong
-    except (ValueError, RecursionError) as error:
-        place = error.pos if isinstance(error, json.JSONDecodeError) else start
-        problem = invalid("row", f"not valid JSON: {error}", text[place : place + 60])
-        yield bisect_left(newlines, place) + 1, problem
-
-
-def read_csv(path: Path) -> Rows:
-    """(line number, row) of a file with a header; a row is a dict of texts."""
-    csv.field_size_limit(MAX_FIELD)
-    with open(path, "rb") as stream:
-        lines = (raw.decode("utf-8" if number else "utf-8-sig") for number, raw in enumerate(stream))
-        reader = csv.DictReader(lines, strict=True)  # surplus fields: under None, missing ones: None
-        line = 1
-        try:
-            header = reader.fieldnames
-            line = reader.line_num + 1
-            for row in reader:
-                if None in row or None in row.values():
-                    row = invalid("row", f"not {len(header)} fields as in the header", row)
-                yield line, row
-                line = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            yield reader.line_num + 1, invalid("row", f"not UTF-8 at byte {error.start}", error.object)
-        except csv.Error as error:
-            yield line, invalid("row", f"not valid CSV: {error}", str(reader.fieldnames))
-
-
-def read_parquet(path: Path) -> Rows:
-    import pyarrow.parquet  # slow import
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            yield from enumerate(itertools.chain.from_iterable(batches), start=1)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        yield 1, invalid("row", "not a readable Parquet file", str(error))
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def read_hub(name: str, split: str, setting: str = "DATA") -> Rows:
@@ -122,32 +157,3 @@ def read_hub(name: str, split: str, setting: str = "DATA") -> Rows:
         hint = "Check the name and the network; a gated set needs access and `hf auth login`."
         raise UserError(f"{setting}={name}:{split} cannot be loaded ({reason}). {hint}") from error
     yield from enumerate(rows, start=1)
-
-
-def read_vocabulary(file: str) -> tuple[dict[int, str], str]:
-    """Token id -> text, and what joins the tokens: a space, unless some token contains one."""
-    path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        # A .json file holds a list, or an object either way round; another a token a line.
-        content = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        tokens = dict((b, a) if type(b) is int else (int(a), str(b)) for a, b in pairs)
-        return tokens, "" if any(" " in token for token in tokens.values()) else " "
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"VOCAB={file}: neither JSON of tokens and ids nor a token a line ({error}).") from error
-
-
-def detokenize(row, vocabulary: tuple[dict[int, str], str]):
-    """The row with its lists of token ids as text."""
-    if not isinstance(row, dict):
-        return row
-    (tokens, glue), texts = vocabulary, {}
-    for field, ids in row.items():
-        if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
-            if unknown := set(ids) - tokens.keys():
-                return invalid(field, f"token {min(unknown)} is not in VOCAB", ids)
-            texts[field] = glue.join(tokens[i] for i in ids)
-    if texts.keys() in ({"input_ids"}, {"tokens"}):
-        return {"text": texts.popitem()[1]}
-    return row | texts

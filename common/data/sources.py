@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.cli import UserError, exit_with, nearest
-from common.data import formats, readers
+from common.data import folders, formats, readers, vocabulary
 
 MAX_SHOWN = 20  # invalid rows printed at once
+SKIP = "BAD_ROWS=skip leaves invalid rows out and counts them."
 # Short names of hub sets: (id, split)
 NAMED = {
     "oasst2": ("OpenAssistant/oasst2", "train"),
@@ -23,101 +24,144 @@ NAMED = {
 }
 # A bound of a slice: a row number or a share of the rows; negative: from the end.
 BOUND = r"(-?\d{1,15}%?)?"
-PART = rf"(.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"
+PART = rf"""("[^"]+"|.+?)(?:\[{BOUND}:{BOUND}\])?(?:\*([1-9]\d{{0,3}}))?"""
+COMMA = re.compile(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)""")  # outside quotation marks
 
 
 @dataclass(frozen=True)
 class Source:
-    name: str  # of one part of DATA: a file or a hub id
-    file: Path | None  # None: a hub set
-    split: str  # hub sets only
+    name: str  # of one part of DATA: a file, a folder, a pattern or a hub id
+    files: tuple[Path, ...]  # none: a hub set
+    split: str | None  # of a hub set; of a JSON file: the key of its rows
     start: str | None  # first row, "10" or "10%"
     stop: str | None  # the row after the last
     times: int  # repetitions in training; 0: evaluated on instead
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read; see the settings of these names in the scripts."""
+
+    columns: dict | None = None  # of `formats.parse_columns`
+    completion: str = "answer"
+    encoding: str = "utf-8"
+    tokens: tuple | None = None  # of `vocabulary.read_vocabulary`
+
+    @classmethod
+    def of(cls, settings: dict) -> "Reading":
+        """As settings say, those that a script lacks by their defaults. Raises UserError."""
+        columns, vocab = settings.get("COLUMNS"), settings.get("VOCAB")
+        return cls(
+            formats.parse_columns(columns) if columns else None,
+            settings.get("COMPLETION", cls.completion),
+            settings.get("ENCODING", cls.encoding),
+            vocabulary.read_vocabulary(vocab) if vocab else None,
+        )
+
+
+PLAIN = Reading()
+
+
 def check_files(settings: dict, *names: str) -> None:
-    """Read the local files that settings name; exit code 2 where a row is invalid."""
+    """Read the local files that settings name; exit code 2 where a row is invalid, or with BAD_ROWS=skip all are."""
     setting = data = None
     try:
-        vocabulary = settings.get("VOCAB")
-        tokens = readers.read_vocabulary(vocabulary) if vocabulary else None
+        reading = Reading.of(settings)
         for setting, data in ((name, settings[name]) for name in names):
-            if data is None or os.path.isdir(data):  # a prepared folder was checked before
-                continue
-            invalid = (
-                f"{source.name}:{number}: {chat}"
-                for source in parse(data, setting)
-                if source.file
-                for number, chat in read_chats(source, tokens)
-                if isinstance(chat, formats.InvalidRow)
-            )
-            shown = list(itertools.islice(invalid, MAX_SHOWN))
-            more = sum(1 for _ in invalid)
-            head = [f"{setting}={data}: {len(shown) + more} invalid rows"] if len(shown) > 1 else []
-            tail = [f"... and {more} more"] if more else []
-            if shown:
-                raise UserError("\n".join([*head, *shown, *tail]))
+            if data is not None and not folders.is_prepared(data):  # a prepared folder was checked before
+                check_rows(data, setting, reading, settings.get("BAD_ROWS"))
     except OSError as error:
         exit_with(UserError(f"{setting}={data} cannot be read: {error.strerror}."))
     except UserError as error:
         exit_with(error)
 
 
+def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) -> None:
+    """Raise UserError with the first invalid rows of the local files of a setting; bad_rows None: no such setting."""
+    for source in parse(data, setting):
+        rows = read_chats(source, reading) if source.files else ()
+        shown, count, invalid = [], 0, 0
+        for place, chat in rows:
+            count += 1
+            if isinstance(chat, formats.InvalidRow):
+                invalid += 1
+                shown += [f"{place}: {chat}"] * (invalid <= MAX_SHOWN)
+        if not invalid or bad_rows == "skip" and invalid < count:
+            continue
+        head = [f"{setting}={data}: {invalid} invalid rows"] if invalid > 1 else []
+        tail = [f"... and {invalid - MAX_SHOWN} more"] if invalid > MAX_SHOWN else []
+        remedy = [SKIP] if bad_rows == "stop" else []
+        raise UserError("\n".join([*head, *shown, *tail, *remedy]))
+
+
 def parse(data: str, setting: str = "DATA") -> list[Source]:
-    """The parts of "ultrachat[:10%], org/name:test, chats.jsonl*20"."""
-    parts = []
-    for text in (part.strip() for part in data.split(",")):
-        if not text:
-            raise UserError(f"{setting}={data}: an empty part; name files or datasets, comma-separated.")
-        name, start, stop, times = re.fullmatch(PART, text, re.DOTALL).groups()
-        rows = start, stop, int(times or 1)
-        path = Path(os.path.expanduser(name))
-        hub_id, _, split = name.partition(":")
-        has_reader = path.suffix.lower() in readers.READERS
-        if os.path.isfile(path) and has_reader:
-            parts.append(Source(name, path, "train", *rows))
-        elif hub_id in NAMED and not os.path.exists(path):
-            hub_id, usual_split = NAMED[hub_id]
-            parts.append(Source(hub_id, None, split or usual_split, *rows))
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not has_reader and not os.path.isdir(path.parent):
-            parts.append(Source(hub_id, None, split or "train", *rows))
-        elif os.path.isfile(path):
-            raise UserError(f"{setting}={text}: files end in {', '.join(readers.READERS)}.")
-        elif os.path.isdir(path):
-            remedy = "name a file in it, or a folder that prepare_data.py wrote."
-            raise UserError(f"{setting}={text}: it is a folder; {remedy}")
-        else:
-            siblings = map(str, path.parent.glob("*"))
-            hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
-            hint = f"{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3."
-            raise UserError(f"{setting}={text}: file not found.{hint}")
-    return parts
+    """The parts of `ultrachat[:10%], org/name:test, chats.jsonl*20, shards/*.jsonl, "a, b.csv"`."""
+    texts = [part.strip() for part in COMMA.split(data)]
+    if "" in texts:
+        raise UserError(f"{setting}={data}: an empty part; name files or datasets, comma-separated.")
+    return [parse_part(text, setting, len(texts)) for text in texts]
 
 
-def read_chats(source: Source, vocabulary: tuple | None = None) -> Iterator[tuple[int, formats.Chat]]:
-    """(line or row number, chat) of a source's slice; vocabulary: of `readers.read_vocabulary`."""
+def parse_part(text: str, setting: str, parts: int) -> Source:
+    name, start, stop, times = re.fullmatch(PART, text, re.DOTALL).groups()
+    if os.path.exists(os.path.expanduser(text)):  # brackets or a star in the name itself
+        name, start, stop, times = text, None, None, None
+    name, rows = name.strip('"'), (start, stop, int(times or 1))
+    hub_id, _, split = name.partition(":")
+    path = Path(os.path.expanduser(name))
+    try:
+        found = folders.find_files(name)
+    except UserError as error:
+        raise UserError(f"{setting}={text}: {error}") from error
+    if found:
+        return Source(name, tuple(found[0]), found[1], *rows)
+    if hub_id in NAMED:
+        hub_id, usual_split = NAMED[hub_id]
+        return Source(hub_id, (), split or usual_split, *rows)
+    is_local = readers.container(path) or os.path.isdir(path.parent)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not is_local:
+        return Source(hub_id, (), split or "train", *rows)
+    if re.search(r"[*?[]", name) and os.path.isdir(path.parent):
+        raise UserError(f"{setting}={text}: file not found, nothing matches. A slice is [10:20] or [:10%], then *3.")
+    siblings = map(str, path.parent.glob("*"))
+    hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
+    comma = """ A name with a comma: DATA='"a, b.csv"'.""" if parts > 1 else ""
+    hint = f"{nearest(name, [*siblings, *NAMED])} {hub} A slice is [10:20] or [:10%], then *3.{comma}"
+    raise UserError(f"{setting}={text}: file not found.{hint}")
+
+
+def read_chats(source: Source, reading: Reading = PLAIN) -> Iterator[tuple[str, formats.Chat]]:
+    """(file:line, chat) of a source's slice; UserError where a file cannot be read at all."""
     start, stop = source.start, source.stop
     if re.search("[%-]", f"{start}{stop}"):
-        count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), vocabulary))
+        count = sum(1 for _ in read_chats(replace(source, start=None, stop=None), reading))
         bounds = [b and (count * int(b[:-1]) // 100 if b.endswith("%") else int(b)) for b in (start, stop)]
         start, stop, _ = slice(*bounds).indices(count)
-    if source.file:
-        rows = readers.READERS[source.file.suffix.lower()](source.file)
-    else:
-        rows = readers.read_hub(source.name, source.split)
-    if vocabulary:
-        rows = ((number, readers.detokenize(row, vocabulary)) for number, row in rows)
-    first = next(rows, None) or (1, formats.invalid("row", "missing, the file is empty", ""))
+    rows = read_source(source, reading.encoding)
+    if reading.tokens:
+        rows = ((place, vocabulary.detokenize(row, reading.tokens)) for place, row in rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{source.files[0] if source.files else source.name}:1: no rows, the file is empty.")
     rows = itertools.chain([first], rows)
     if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
         chats = formats.trees(list(rows))
     else:
-        chats = ((number, formats.to_chat(row)) for number, row in rows)
+        columns, completion = reading.columns, reading.completion
+        chats = ((place, formats.to_chat(row, columns, completion)) for place, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))
 
 
-def sound_chats(data: str, setting: str) -> Iterator[list[dict]]:
+def read_source(source: Source, encoding: str) -> Iterator[tuple[str, object]]:
+    """(file:line, or id:row of a hub set, row) of all rows."""
+    if source.files:
+        for file in source.files:
+            yield from ((f"{file}:{number}", row) for number, row in readers.read_file(file, encoding, source.split))
+    else:
+        yield from ((f"{source.name}:{number}", row) for number, row in readers.read_hub(source.name, source.split))
+
+
+def sound_chats(data: str, setting: str, reading: Reading = PLAIN) -> Iterator[list[dict]]:
     """The chats of a setting, without the rows that give none."""
     for source in parse(data, setting):
-        yield from (chat for _, chat in read_chats(source) if isinstance(chat, list))
+        yield from (chat for _, chat in read_chats(source, reading) if isinstance(chat, list))

@@ -1,5 +1,6 @@
 """Chat templates: every model gets one in which the answers, the part to learn, can be told apart."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from tokenizers import AddedToken
 
 from common.bounds import TEMPLATES
 from common.cli import UserError
-from common.data.encoder import GENERATION, PROBE, TEMPLATE_ERRORS, ChatEncoder, adds_bos
+from common.data.encoder import ChatEncoder, adds_bos
+from common.data.template import GENERATION, OTHER, PROBE, TEMPLATE_ERRORS, ChatTemplate
 
 FOLDER = Path(__file__).parent / "chat_templates"
 # Tokens that our marked templates need; the others write text around the model's own end token.
@@ -15,28 +17,39 @@ TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-SYSTEM_PROBE = [{"role": "system", "content": "s"}, *PROBE, *PROBE]
+SYSTEM = {"role": "system", "content": "sy"}
+SYSTEM_PROBE = [SYSTEM, *PROBE, *PROBE]
+MARKS = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+# Put before a template, so that every program that reads it does the same.
+OPTION = "{{%- set {name} = {name} if {name} is defined else {value} -%}}\n"
+SYSTEM_INTO_QUESTION = """{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}
+{%- set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + \
+messages[2:] -%}
+{%- endif -%}
+"""
 
 
-def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
-    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done)."""
-    own = tokenizer.chat_template or ""
+def set_template(
+    tokenizer, choice: str | None, options: str = "", train_on: str = "assistant"
+) -> tuple[ChatEncoder, str]:
+    """Give the tokenizer a template, and tokens that it needs: (encoder, what was done).
+
+    The others are settings: CHAT_TEMPLATE, TEMPLATE_OPTIONS, TRAIN_ON.
+    """
+    own = own_template(tokenizer)
     known_tokens, own_name = inspect(tokenizer, own)
     known_tokens |= {tokenizer.bos_token, tokenizer.eos_token}
-    tokenizer.chat_template, needed, label = choose(tokenizer, choice, own)
+    tokenizer.chat_template, needed, label = choose(tokenizer, choice, own, parse_options(options), train_on)
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
     had_eos = add_missing_tokens(tokenizer, None)
+    note = f"chat template: {label}"
+    if not takes_system(tokenizer):
+        tokenizer.chat_template = SYSTEM_INTO_QUESTION + tokenizer.chat_template
+        note += ", which has no system messages: their text goes into the first question"
     encoder = ChatEncoder(tokenizer)
-    if encoder.end_token is None:
-        if not had_eos:
-            problem = "no end token of answers is found, and the tokenizer has no eos_token"
-            remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
-            raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
-        encoder.mark(PROBE)  # where the answer cannot even be found, this says so
-        marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
-        problem = f"answers have no end token. {marks}, or the model never learns to stop."
-        raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
+    if not encoder.template.fits:
+        refuse(encoder, label, had_eos)
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
     if not had_eos:
@@ -44,7 +57,6 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
         encoder = ChatEncoder(tokenizer)  # which knows them
     tokens, name = inspect(tokenizer, tokenizer.chat_template)
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
-    note = f"chat template: {label}"
     if missing:
         note += f", with new tokens {' '.join(missing)}"
     if name:
@@ -55,10 +67,73 @@ def set_template(tokenizer, choice: str | None) -> tuple[ChatEncoder, str]:
     return encoder, note
 
 
-def choose_for_chat(tokenizer, choice: str | None, options: str) -> None:
-    """STUB until the merge: the lead's own takes its place."""
-    if choice:
-        tokenizer.chat_template = choose(tokenizer, choice, tokenizer.chat_template or "")[0]
+def choose_for_chat(tokenizer, choice: str | None, options: str = "") -> None:
+    """Give the tokenizer the template of CHAT_TEMPLATE (None: its own) to chat with; UserError where it has none."""
+    own = own_template(tokenizer)
+    if choice is None and not own:
+        problem = "this model has no chat template: it is a base model, or an adapter came without one"
+        raise UserError(
+            f"{problem}. Fine-tune it first, or name the template it was trained with: CHAT_TEMPLATE=chatml."
+        )
+    if choice is None:
+        tokenizer.chat_template = with_options(own, parse_options(options))
+        return
+    tokenizer.chat_template, needed, _ = choose(tokenizer, choice, own, parse_options(options), "last")
+    if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
+        problem = f"the model has no tokens {' '.join(missing)}, so it was not trained with it"
+        raise UserError(f"CHAT_TEMPLATE={choice}: {problem}. Choose another.")
+
+
+def refuse(encoder: ChatEncoder, label: str, had_eos: bool):
+    """Raise UserError with the reason why a template cannot be trained with."""
+    text = encoder.render(PROBE)  # a template that refuses even this says why
+    if any(turn["content"] not in text for turn in PROBE):
+        raise UserError(f"CHAT_TEMPLATE={label}: it does not write messages that are plain texts. {OTHER}.")
+    if encoder.end_token is None:
+        if not had_eos:
+            problem = "no end token of answers is found, and the tokenizer has no eos_token"
+            remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
+            raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
+        marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
+        problem = f"answers have no end token. {marks}, or the model never learns to stop; {OTHER}."
+        raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
+    encoder.mark(PROBE)
+
+
+def own_template(tokenizer) -> str:
+    """The template that a tokenizer brings, its default one of several; "" for none."""
+    own = tokenizer.chat_template or ""
+    return own if isinstance(own, str) else own.get("default", next(iter(own.values())))
+
+
+def parse_options(text: str) -> dict[str, object]:
+    """The variables in TEMPLATE_OPTIONS="enable_thinking=False, date_string=26 Jul 2024"."""
+    options = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name.isidentifier():
+            raise UserError(f"TEMPLATE_OPTIONS={text}: {item!r} is not name=value. Example: enable_thinking=False.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
+def with_options(template: str, options: dict[str, object]) -> str:
+    """The template with other defaults of its variables; UserError for a variable that it does not use."""
+    for name in options:
+        if not re.search(rf"\b{name}\b", template):
+            raise UserError(f"TEMPLATE_OPTIONS: the chat template has no variable {name}. Leave it out.")
+    values = {name: {True: "true", False: "false", None: "none"}.get(v, repr(v)) for name, v in options.items()}
+    return "".join(OPTION.format(name=name, value=value) for name, value in values.items()) + template
+
+
+def takes_system(tokenizer) -> bool:
+    """Whether a template writes system messages; not one that refuses or forgets them, or all else."""
+    question = [PROBE[0]]
+    text = render(tokenizer, [SYSTEM, *question], tokenizer.chat_template)
+    return SYSTEM["content"] in text or not render(tokenizer, question, tokenizer.chat_template)
 
 
 def add_missing_tokens(tokenizer, end_token: str | None) -> bool:
@@ -88,11 +163,12 @@ def render(tokenizer, messages: list[dict], template: str) -> str:
         return ""
 
 
-def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...], str]:
+def choose(tokenizer, choice: str | None, own: str, options: dict, train_on: str) -> tuple[str, tuple[str, ...], str]:
     """(template, tokens it needs, what to call it) of CHAT_TEMPLATE.
 
-    None: the model's own, with marks where TRL or one of ours has the same; for a model without
-    one, the first of ours whose tokens it has, else zephyr, which ends with the tokenizer's eos.
+    None: the model's own; TRL's copy where that one rewrites earlier turns, which are to be learned, and TRL's does
+    not; ours where it writes the same. A model without a template gets the first of ours whose tokens it has, else
+    zephyr, which ends with the tokenizer's eos.
     """
     bos = "{{- bos_token -}}\n" if adds_bos(tokenizer) else ""  # as before plain text
     ours = {name: bos + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES}
@@ -100,21 +176,46 @@ def choose(tokenizer, choice: str | None, own: str) -> tuple[str, tuple[str, ...
         known = tokenizer.get_vocab().keys()
         fallback = "zephyr" if tokenizer.eos_token else "chatml"  # which brings its own end token
         choice = next((name for name, tokens in TOKENS.items() if known >= set(tokens)), fallback)
-    elif choice is None and not GENERATION.search(own):
-        from trl.chat_template_utils import get_training_chat_template  # slow import
-
-        try:
-            return get_training_chat_template(tokenizer), (), "the model's own, with TRL's marks"
-        except ValueError:  # not one of the templates that TRL knows
-            pass
-        text = render(tokenizer, SYSTEM_PROBE, own)
-        same = (name for name in ours if text and render(tokenizer, SYSTEM_PROBE, ours[name]) == text)
-        choice = next(same, None)
+    elif choice is None and not GENERATION.search(own) and "tool" not in own:
+        choice = next((name for name in ours if is_same(tokenizer, own, ours[name])), None)
     if choice is None:
-        return own, (), "the model's own"
+        template = with_options(own, options)
+        form = form_of(tokenizer, template)
+        suits = form.fits if train_on == "last" else form.keeps_turns
+        if not suits and (copy := trl_copy(tokenizer, own)):
+            copy = with_options(copy, options)
+            if form_of(tokenizer, copy).keeps_turns:
+                return copy, (), "the model's own, in TRL's copy, which does not rewrite earlier turns"
+        return template, (), "the model's own"
     if choice in ours:
-        return ours[choice], TOKENS.get(choice, ()), choice
+        return with_options(ours[choice], options), TOKENS.get(choice, ()), choice
     try:
-        return Path(choice).read_text(encoding="utf-8"), (), choice
+        return with_options(Path(choice).read_text(encoding="utf-8"), options), (), choice
     except UnicodeDecodeError as error:
         raise UserError(f"CHAT_TEMPLATE={choice}: not UTF-8 at byte {error.start}.") from error
+
+
+def is_same(tokenizer, own: str, ours: str) -> bool:
+    """Whether two templates write the same, but for a first line that names another assistant."""
+    chats = [SYSTEM_PROBE] if inspect(tokenizer, own)[1] else [SYSTEM_PROBE, PROBE]
+    texts = [render(tokenizer, chat, own) for chat in chats]
+    return all(texts) and texts == [render(tokenizer, chat, ours) for chat in chats]
+
+
+def form_of(tokenizer, template: str) -> ChatTemplate:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)")
+    return ChatTemplate(template, tokenizer.special_tokens_map, control)
+
+
+def trl_copy(tokenizer, own: str) -> str | None:
+    """TRL's version of a published template that keeps earlier turns, without its marks; None if it has none.
+
+    Its marks enclose white space after the end token, and what a prompt for an answer has already.
+    """
+    from trl.chat_template_utils import get_training_chat_template  # slow import
+
+    try:
+        return MARKS.sub("", get_training_chat_template(tokenizer) or "") or None
+    except ValueError:  # not one of the templates that TRL knows
+        return None

@@ -65,7 +65,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer, config, pre_tokenizer: str | No
 
 def adds_bos(encoder: ChatEncoder) -> bool:
     """Whether to put a BOS before every text: only where the template, and so training, had one."""
-    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
+    text = encoder.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
     return encoder.adds_bos and text.startswith(encoder.variables["bos_token"])
 
 
@@ -119,7 +119,7 @@ def go_template(encoder: ChatEncoder) -> str:
     def split(*roles: str) -> list[str]:
         """The texts before, between and after messages, without a BOS."""
         messages = [{"role": role, "content": "\0"} for role in roles]
-        text = encoder.render(messages, add_generation_prompt=True)[0]
+        text = encoder.render(messages, add_generation_prompt=True)
         return text.removeprefix(bos).split("\0")
 
     turns = ("user", "assistant", "user")

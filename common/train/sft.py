@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from common import hardware
 from common.data import checks, prepare, templates
+from common.data.account import describe
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
@@ -75,7 +76,9 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     if settings["PACKING"] and not can_pack(model_config, settings["MAX_LENGTH"]):
         print(f"PACKING=False: {model_config.model_type} cannot keep the chats of a row apart")
         settings, trainer_settings = ({**each, "PACKING": False} for each in (settings, trainer_settings))
-    encoder, note = templates.set_template(tokenizer, settings["CHAT_TEMPLATE"])
+    encoder, note = templates.set_template(
+        tokenizer, settings["CHAT_TEMPLATE"], settings["TEMPLATE_OPTIONS"], settings["TRAIN_ON"]
+    )
     print(note)
     probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
     # Compiled, attention per document would be compiled again for every length of a document.
@@ -94,7 +97,7 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     manifest = run.checkpoint[1] if run.checkpoint and run.keeps_data else None
     datasets = prepare.datasets_for(settings, job.encoder, run.folder / "data", keep_unlearned, manifest)
     job.train_set, job.eval_set, account = datasets
-    print(prepare.describe(account))
+    print(describe(account))
     checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
     longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
     job.row_length, job.data_digest = min(longest, account["tokens"]), account["digest"]

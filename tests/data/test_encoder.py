@@ -67,7 +67,7 @@ def test_learned_text_is_the_answers_and_their_end_token_string_for_string(name,
         answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
         assert tokenizer.decode(row.ids[row.learned]) == "".join(answer + encoder.end_token for answer in answers)
         assert (row.ids[row.learned] == end).sum() == len(answers)  # those in the contents are text
-        assert tokenizer.decode(row.ids) == encoder.render(chat)[0]
+        assert tokenizer.decode(row.ids) == encoder.render(chat)
         assert row.ids[row.ends - 1].tolist() == [end] * len(answers)
         for i, turn in enumerate(chat):
             if turn["role"] == "assistant":
@@ -138,7 +138,7 @@ def test_the_models_own_template_is_used_where_its_answers_can_be_found(tokenize
     tokenizer = load(tokenizer_folder)
     tokenizer.chat_template = OWN
     encoder, note = templates.set_template(tokenizer, None)
-    assert note == "chat template: the model's own" and tokenizer.chat_template == OWN and not encoder.marked
+    assert note == "chat template: the model's own" and tokenizer.chat_template == OWN and not encoder.template.marked
     row = encoder.encode([CHAT])[0]
     assert tokenizer.decode(row.ids[row.learned]) == "Hello!<|im_end|>Brief.<|im_end|>"
     tokenizer.chat_template = OWN.replace(":\n", "\n")

@@ -1,0 +1,2 @@
+def find_claim(pattern):
+    return lambda chat: None

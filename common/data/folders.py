@@ -1,0 +1,109 @@
+"""The files that a name in DATA stands for: one, those of a folder or a pattern, a set from save_to_disk."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from common.cli import UserError
+from common.data import readers
+
+SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing)?(?![a-z])", re.IGNORECASE)
+
+
+def is_prepared(name: str | None) -> bool:
+    """Whether a folder is one of prepare_data.py."""
+    return bool(name) and os.path.isfile(os.path.join(os.path.expanduser(name), "report.json"))
+
+
+def find_files(name: str) -> tuple[list[Path], str | None] | None:
+    """(files, key of the rows in a JSON file or None) of a file, folder or pattern, with `:split` or without.
+
+    None: there is nothing of that name. Raises UserError.
+    """
+    stem, _, split = name.rpartition(":")
+    if os.path.exists(os.path.expanduser(name)) or not stem or not re.fullmatch(r"[\w.-]+", split):
+        stem, split = name, None
+    path = Path(os.path.expanduser(stem))
+    if os.path.isfile(path):
+        check_containers([path], stem)
+        return [path], split
+    if os.path.isdir(path):
+        return files_in(path, split), None
+    if not re.search(r"[*?[]", stem):
+        return None
+    found = files_like(path)
+    return found and (of_split(found, split, stem) if split else check_containers(found, stem), None)
+
+
+def files_like(path: Path) -> list[Path]:
+    """Files that a pattern matches; brackets in the names of folders that exist stand for themselves."""
+    root = next((parent for parent in path.parents if os.path.isdir(parent)), None)
+    try:
+        found = root.glob(str(path.relative_to(root))) if root else []
+        return in_order(file for file in found if file.is_file())
+    except (ValueError, OSError) as error:  # "**.jsonl"
+        raise UserError(f"{path}: no pattern of files ({error}).") from error
+
+
+def in_order(files) -> list[Path]:
+    """Sorted with numbers by their size: shard-2 before shard-10."""
+    return sorted(
+        files, key=lambda file: [(int(p), "") if p.isdecimal() else (0, p) for p in re.split(r"(\d+)", str(file))]
+    )
+
+
+def check_containers(files: list[Path], name: str) -> list[Path]:
+    """The files; UserError where one has no reader, or where several kinds are mixed."""
+    unknown = [file for file in files if not readers.container(file)]
+    if unknown:
+        listed = f"{', '.join(readers.READERS)}, also compressed ({', '.join(readers.COMPRESSED)})"
+        raise UserError(f"{unknown[0]}: files end in {listed}.")
+    kinds = sorted({readers.container(file) for file in files})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{name}: files of several kinds ({', '.join(kinds)}); name one: {files[0].parent}/*{kinds[0]}."
+        )
+    return files
+
+
+def files_in(folder: Path, split: str | None) -> list[Path]:
+    """The files of a folder of shards or of save_to_disk, of one split; UserError where there are none."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            chosen = split or "train"
+            if chosen not in splits:
+                raise UserError(f"{folder}: no split {chosen}; name one: {', '.join(f'{folder}:{s}' for s in splits)}.")
+            folder, split = folder / chosen, None
+        if (folder / "state.json").is_file():
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if split:
+                raise UserError(f"{folder}: it is one split; leave out :{split}.")
+            return [folder / item["filename"] for item in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the set of save_to_disk is damaged ({error!r}); save it again.") from error
+    files = readable_in(folder.iterdir()) or readable_in(folder.rglob("*"))
+    if not files:
+        raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
+    return of_split(files, split, str(folder))
+
+
+def readable_in(paths) -> list[Path]:
+    files = (path for path in paths if not any(part.startswith(".") for part in path.parts if part != ".."))
+    return in_order(file for file in files if readers.container(file) and file.is_file())
+
+
+def of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
+    """All files, unless their names tell of several splits: then those of the one asked for, or of `train`."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        word = SPLIT.search(file.name)
+        splits.setdefault(word[1].lower() if word else "", []).append(file)
+    if split or len(splits) > 1:
+        chosen = split or "train"
+        if chosen not in splits:
+            listed = ", ".join(f"{name}:{word}" for word in splits if word) or "no file has one in its name"
+            raise UserError(f"{name}: no files of the split {chosen}; {listed}.")
+        files = splits[chosen]
+    return check_containers(files, name)
