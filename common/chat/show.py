@@ -5,6 +5,8 @@ import json
 import sys
 from collections.abc import Iterable
 
+CR = "\r"
+
 
 def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
     """Print an answer while it comes, until its end or Ctrl-C; returns the content that was printed.
@@ -12,10 +14,12 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
     parts: (field, text) of responses.follow. reasoning: "shown", "counted" or "" for not at all. Calls are not printed.
     """
     shown, tokens, field = "", 0, "content"
+    counts = reasoning == "counted" and sys.stdout.isatty()  # over its own line
 
     def end_of_reasoning():
         if field == "reasoning_content" and reasoning:
-            print("\n(answer)" if reasoning == "shown" else f"\r(thinking ... {tokens} tokens)", flush=True)
+            count = f"{counts * CR}(thinking ... {tokens} tokens)"
+            print("\n(answer)" if reasoning == "shown" else count, flush=True)
 
     with contextlib.suppress(KeyboardInterrupt):
         for now, text in parts:
@@ -26,8 +30,8 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
                 tokens += 1
                 if reasoning == "shown":
                     print("(thinking)\n" + text.lstrip() if tokens == 1 else text, end="", flush=True)
-                elif reasoning and sys.stdout.isatty():
-                    print(f"\r(thinking ... {tokens} tokens)", end="", flush=True)
+                elif counts:
+                    print(f"{CR}(thinking ... {tokens} tokens)", end="", flush=True)
             elif now == "content" and (text := text if shown else text.lstrip()):
                 shown += text
                 print(text, end="", flush=True)

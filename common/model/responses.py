@@ -68,10 +68,6 @@ CALLS = {
         "close_pattern": r"(?=\[TOOL_CALLS\])",
         "content": "text",
     },
-    '"parameters": ': {  # Llama 3: the object alone
-        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)")',
-        "content": "json",
-    },
     "<|tool_call|>": {  # Granite, Phi 4
         "open_pattern": r"<\|tool_call\|>(?=\s*\[)",
         "close_pattern": r"<\|/tool_call\|>",
@@ -80,6 +76,10 @@ CALLS = {
     "<tool_call>": {  # Hermes, Qwen 2.5 and 3, our chatml
         "open_pattern": r"<tool_call>(?=.*?</tool_call>)",
         "close_pattern": r"</tool_call>",
+        "content": "json",
+    },
+    '"parameters": ': {  # Llama 3: the object alone
+        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)")',
         "content": "json",
     },
 }
@@ -93,18 +93,17 @@ CHANNELS = {
         r" to=self<\|message\|>", r"<\|eom\|>", r" to=user<\|message\|>", r"<\|eot\|>|<\|eom\|>",
     ),
 }  # fmt: skip
-# Else reasoning is what an answer begins with.
-THOUGHTS = {"<|channel>thought": ("<|channel>thought\n", "<channel|>"), "[THINK]": ("[THINK]", "[/THINK]")}
-THINK = ("<think>", "</think>")
+# Else reasoning is what an answer begins with: (opens, closes); the first is how templates without any are trained.
+THOUGHTS = [("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]")]
 
 
 @functools.lru_cache(maxsize=16)
 def response_template(template: str, with_calls: bool = True):
     """How the answers of a chat template are read; without its calls, they are content."""
     channels = next((patterns for marker, patterns in CHANNELS.items() if marker in template), None)
-    opening, close = map(re.escape, thought_of(template))
+    opening, close = ("|".join(map(re.escape, marks)) for marks in zip(*THOUGHTS, strict=True))
     fields = {
-        "reasoning_content": {"open_pattern": rf"\A\s*{opening}", "close_pattern": rf"{close}\s*"},
+        "reasoning_content": {"open_pattern": rf"\A\s*(?:{opening})", "close_pattern": rf"(?:{close})\s*"},
         "content": {},
     }
     if channels:
@@ -121,19 +120,17 @@ def response_template(template: str, with_calls: bool = True):
     return load_response_template({"start_anchor": "\0", "fields": fields})  # no anchor: the prefix is ours
 
 
-def thought_of(template: str) -> tuple[str, str]:
-    return next((marks for marker, marks in THOUGHTS.items() if marker in template), THINK)
-
-
 def prefix_of(template: str, prompt: str, text: str = "") -> str:
     """What the prompt has of the answer: the opening of its reasoning, or "".
 
     An answer of a model that reasons may close what neither it nor the prompt opened.
     """
-    opening, close = thought_of(template)
-    before, found, _ = text.partition(close)
-    unopened = found and close in template and opening not in before
-    return opening if unopened or prompt.rstrip().endswith(opening.rstrip()) else ""
+    for opening, close in THOUGHTS:
+        before, found, _ = text.partition(close)
+        unopened = found and close in template and opening not in before
+        if unopened or prompt.rstrip().endswith(opening.rstrip()):
+            return opening
+    return ""
 
 
 @functools.lru_cache(maxsize=4)
