@@ -13,7 +13,7 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
 
     parts: (field, text) of responses.follow. reasoning: "shown", "counted" or "" for not at all. Calls are not printed.
     """
-    shown, tokens, field = "", 0, "content"
+    shown, space, tokens, field = "", "", 0, "content"
     counts = reasoning == "counted" and sys.stdout.isatty()  # over its own line
 
     def end_of_reasoning():
@@ -29,7 +29,9 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
             if now == "reasoning_content":
                 tokens += 1
                 if reasoning == "shown":
-                    print("(thinking)\n" + text.lstrip() if tokens == 1 else text, end="", flush=True)
+                    text = space + text if tokens > 1 else "(thinking)\n" + text.lstrip()
+                    space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
+                    print(text.removesuffix(space), end="", flush=True)
                 elif counts:
                     print(f"{CR}(thinking ... {tokens} tokens)", end="", flush=True)
             elif now == "content" and (text := text if shown else text.lstrip()):
