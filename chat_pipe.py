@@ -87,7 +87,10 @@ def main():
             chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
             _, ids = generators[MODEL].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
             list(generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
-            print(turns.answer_line(generators[MODEL].last.message), flush=True)
+            message = generators[MODEL].last.message
+            print(turns.answer_line(message), flush=True)
+            if why := turns.explain_empty(message):
+                print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -396,7 +396,7 @@ def test_reasoning_is_hidden_or_shown_and_never_content(qwen, capsys):
     history = [{key: turn[key] for key in turn if key != "role"} for turn in talk.histories["one"][1::2]]
     assert history == [{"content": "Yes.", "reasoning_content": "Let me see."}] * 2
     assert not talk.ask("And?") and len(talk.histories["one"]) == 4
-    assert "all of it was reasoning" in capsys.readouterr().out
+    assert "all of the answer was reasoning" in capsys.readouterr().out
     assert talk.ask("And?")  # a malformed call
     assert '<tool_call>{"name": </tool_call>\n[' in capsys.readouterr().out
 
@@ -455,6 +455,9 @@ def test_one_shot_and_pipes_give_the_content_or_the_call(answering, chatty, tool
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
         code, out, error = run_here("chat_pipe.py", *settings)
         assert (code, out) == (0, " ".join(expected.split()) + "\n"), error
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    code, out, error = run_here("chat_pipe.py", *answering("<think>\nHm"), f"MODEL={chatty}")
+    assert (code, out) == (0, "\n") and "'Hi': all of the answer was reasoning; raise MAX_NEW_TOKENS" in error
 
 
 def test_rows_with_tools_are_answered(answering, chatty, tools_file, tmp_path, run_here, monkeypatch):

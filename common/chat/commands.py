@@ -17,8 +17,8 @@ HELP = '''\
 /reset           forget the conversation
 /system TEXT     set the system message; without a text, remove it
 /tools FILE      offer the model the functions of a .json file; without a file, list them
-/tool RESULT     answer its call, and it goes on; of several calls the first, or /tool NAME RESULT.
-                 Until then no prompt is taken: /undo takes the one that led to the call back
+/tool RESULT     give the model's call its result, and it goes on; /tool NAME RESULT where several calls wait.
+                 Until then no prompt is taken; /undo takes back the one that led to the call
 /think           show the reasoning of answers, or hide it again
 /set NAME=VALUE  change TEMPERATURE, TOP_P, MAX_NEW_TOKENS or CONTEXT
 /show            the settings and the conversation

@@ -1,9 +1,10 @@
 """A conversation with one model, or with two side by side."""
 
 import contextlib
+import sys
 
 from common.chat.show import show_answer, show_call
-from common.chat.turns import answer_line, join_tools, number_calls, pending_calls
+from common.chat.turns import answer_line, explain_empty, join_tools, number_calls, pending_calls
 from common.cli import UserError
 from common.model import generation, responses
 
@@ -80,13 +81,13 @@ class Conversation:
         rest = content.removeprefix(shown) if content.startswith(shown) else ""  # a malformed call
         if content or not calls:
             print(rest, flush=True)
+        if why := explain_empty(answer.message):
+            print(f"({why})", file=sys.stdout if show_stats else sys.stderr)
         if not show_stats:
             if calls:
                 print(answer_line(answer.message))
             return answer
         print(*(f"-> {show_call(call)}\n" for call in calls), sep="", end="")
-        if not content and not calls and "reasoning_content" in answer.message:
-            print("(all of it was reasoning: /think shows it, /set MAX_NEW_TOKENS lets it go on)")
         used = f"context {answer.prompt_tokens + answer.tokens} of {generator.limit(context)}"
         speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
         print(f"[{speed}, {used}, {STOPS[answer.stop]}]")

@@ -62,6 +62,13 @@ def number_calls(message: dict, chat: list[dict]) -> dict:
     return message
 
 
+def explain_empty(message: dict) -> str:
+    """Why an answer shows nothing, "" where it does."""
+    if message["content"] or "tool_calls" in message or "reasoning_content" not in message:
+        return ""
+    return "all of the answer was reasoning; raise MAX_NEW_TOKENS, so that it comes to its end"
+
+
 def answer_line(message: dict) -> str:
     """An answer on one line: its content, or its call as JSON; several calls as a list."""
     if calls := [call["function"] for call in message.get("tool_calls", [])]:
