@@ -299,7 +299,7 @@ class Scripted(generation.Generator):
         text = self.texts.pop(0)
         yield from re.findall(r"<[^>]*>|\s*\w+|.", text, re.DOTALL)
         message = responses.parse(text, generation.tail_of(prompt, self.tokenizer), self.tokenizer, tools)
-        self.last = generation.Answer(message, 7, "end", len(prompt), 0, 1.0)
+        self.last = generation.Answer(message["content"], 7, "end", len(prompt), 0, 1.0, message)
 
 
 TOOL = {"name": "get_time", "description": "The time", "parameters": {"type": "object", "properties": {"tz": {}}}}
@@ -469,7 +469,7 @@ def test_rows_with_tools_are_answered(answering, chatty, tools_file, tmp_path, r
 
     def answers(model, tokenizer, chats, *_, **__):
         asked.extend(chats)
-        return [generation.Answer(message, 3, "end") for _ in chats]
+        return [generation.Answer("", 3, "end", message=message) for _ in chats]
 
     monkeypatch.setattr(generation, "answers", answers)
     settings = [*answering(), f"MODEL={chatty}", f"TOOLS={tools_file}", f"PROMPTS={prompts}", "MAX_NEW_TOKENS=9"]

@@ -97,16 +97,13 @@ def identify_weights(source: location.Source) -> str:
 
 
 class Answer(NamedTuple):
-    message: dict  # with the reasoning and calls, as of responses.parse
+    text: str  # its content
     tokens: int
     stop: str  # "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader
     prompt_tokens: int = 0
     read: int = 0  # tokens of the prompt that were not in the cache
     seconds: float = 0.0
-
-    @property
-    def text(self) -> str:
-        return self.message["content"]
+    message: dict | None = None  # with its reasoning and calls, as responses.parse gives it
 
 
 class Generator:
@@ -183,7 +180,7 @@ class Generator:
         finally:  # also when the reader stops early (Ctrl-C)
             seconds = time.perf_counter() - started
             message = responses.parse(text, tail_of(prompt, self.tokenizer), self.tokenizer, tools)
-            self.last = Answer(message, tokens, stop, len(prompt), read, seconds)
+            self.last = Answer(message["content"], tokens, stop, len(prompt), read, seconds, message)
 
     def rewind(self, prompt: list[int]) -> list[int]:
         """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
@@ -235,6 +232,6 @@ def answers(
             tools = chat[0].get("tools", ())
             message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
             if end is None:
-                yield Answer(message, len(new), "length")
+                yield Answer(message["content"], len(new), "length", message=message)
             else:
-                yield Answer(message, end + 1, "end")
+                yield Answer(message["content"], end + 1, "end", message=message)
