@@ -4,7 +4,8 @@
     echo "What is your name?" | python chat_pipe.py MODEL=out/first TEMPERATURE=0
 
 In the terminal /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Piped input gets one answer line per
-prompt line and nothing else on standard output. PROMPTS=file.jsonl writes an answer for every row of a file.
+prompt line and nothing else on standard output: the content without its reasoning, or a call of one of the TOOLS as
+{"name": ..., "arguments": ...}, several as a list. PROMPTS=file.jsonl writes an answer for every row of a file.
 """
 
 from common.cli import UserError, run_main
@@ -17,8 +18,11 @@ COMPARE: str | None = None  # a second model, which answers the same prompts; ea
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
 # Conversation
 SYSTEM: str | None = None  # system message put before the conversation
+TOOLS: str | None = None  # .json list of functions that the model may call, in OpenAI's schema
 PROMPT: str | None = None  # answer this one prompt and leave
 CONTEXT: int | None = None  # tokens in view, the oldest turns beyond are left out; None: as many as the model takes
 HISTORY: str | None = "~/.chat_pipe_history"  # file of the prompts typed, for the arrow keys; None: keep no file
@@ -42,7 +46,9 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
-from common.chat import Conversation, run_terminal
+from common.chat import turns
+from common.chat.conversation import Conversation
+from common.chat.terminal import run_terminal
 from common.eval import answers
 from common.model import generation
 
@@ -56,15 +62,16 @@ def main():
         raise UserError(f"COMPARE={COMPARE} is for the terminal and for PROMPT=. Run the second model by itself.")
     opening = [{"role": "system", "content": SYSTEM}] if SYSTEM else []
     prompts = answers.read_prompts(PROMPTS, reserved=answers.ADDED) if PROMPTS else []
-    prompts = [(row, chat if chat[0]["role"] == "system" else opening + chat) for row, chat in prompts]
+    tools = turns.read_tools(TOOLS, "TOOLS") if TOOLS else []
+    prompts = [(row, turns.begin(chat, opening, tools)) for row, chat in prompts]
 
     # Models
     generators = {}
     for name in filter(None, (MODEL, COMPARE)):
         generators[name] = generation.Generator(
-            *generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION)
+            *generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
         )
-    conversation = Conversation(generators, current(globals()), opening)
+    conversation = Conversation(generators, current(globals()), opening, tools)
     set_seed(SEED)
 
     # Answers: to a file, to one prompt, to piped lines, or in the terminal
@@ -77,10 +84,13 @@ def main():
         run_terminal(conversation, HISTORY)
     else:
         for prompt in filter(None, map(str.strip, sys.stdin)):  # each by itself, its answer on one line
-            chat = [*opening, {"role": "user", "content": prompt}]
+            chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
             _, ids = generators[MODEL].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
-            pieces = generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT)
-            print(" ".join("".join(pieces).split()), flush=True)
+            list(generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
+            message = generators[MODEL].last.message
+            print(turns.answer_line(message), flush=True)
+            if why := turns.explain_empty(message):
+                print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

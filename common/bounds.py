@@ -72,7 +72,7 @@ BOUNDS = {
     "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
-FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "VOCAB")
+FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "TOOLS", "VOCAB")
 SIZES = ("MEMORY_LIMIT", "FIT")
 SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")

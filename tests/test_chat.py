@@ -1,6 +1,7 @@
 """Talking to a model: streaming from a cache that is kept, the terminal as a person uses it, and files of prompts."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,10 +13,13 @@ import time
 import pytest
 import torch
 from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jsonl
+from transformers import AutoTokenizer
 
-from common.chat import Conversation
+from common.chat import turns
+from common.chat.commands import run_command
+from common.chat.conversation import Conversation
 from common.cli import UserError
-from common.model import generation, load, location
+from common.model import generation, load, location, responses
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_answers_are_those_of_generate_and_turns_read_only_what_is_new(architect
         inputs = torch.tensor([ids])
         options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
         expected = generator.model.generate(inputs, **options)[0, len(ids) :]
-        assert text == generator.tokenizer.decode(expected, skip_special_tokens=True).replace("\ufffd", "") or (
+        assert text == generator.tokenizer.decode(expected, skip_special_tokens=False).replace("\ufffd", "") or (
             generator.seen[len(ids) :] == expected.tolist()[:-1]
         )
         assert last.tokens == 24 and last.stop == "length" and last.prompt_tokens == len(ids)
@@ -96,28 +100,28 @@ def test_commands_change_the_conversation(chatty, tmp_path, capsys):
     talk = Conversation({"one": generator_of(chatty)}, settings, opening=[])
     assert talk.ask("Hi")
     first = list(talk.histories["one"])
-    talk.run_command("/retry")
+    run_command(talk, "/retry")
     assert talk.histories["one"] == first  # greedy
     talk.generators["one"].ends = set(range(640))
-    talk.run_command("/retry")  # now the answer is empty
+    run_command(talk, "/retry")  # now the answer is empty
     assert talk.histories["one"] == first and len(talk.answers) == 3
-    talk.run_command("/system Be kind.")
-    talk.run_command(f"/save {tmp_path}/chat.jsonl")
-    talk.run_command("/system Be brief.")
+    run_command(talk, "/system Be kind.")
+    run_command(talk, f"/save {tmp_path}/chat.jsonl")
+    run_command(talk, "/system Be brief.")
     assert [m["content"] for m in talk.histories["one"] if m["role"] == "system"] == ["Be brief."]
-    talk.run_command("/system")
+    run_command(talk, "/system")
     assert talk.histories["one"] == first
-    talk.run_command(f"/load {tmp_path}/chat.jsonl")
+    run_command(talk, f"/load {tmp_path}/chat.jsonl")
     assert talk.histories["one"] == [{"role": "system", "content": "Be kind."}, *first]
     for line in ("/set TEMPERATURE=-1", "/set TOP_P=0", "/set MAX_NEW_TOKENS=few", "/set CONTEXT=0", "/set SEED=1"):
         with pytest.raises(UserError, match=line[5:].partition("=")[0] if "SEED" not in line else "/set takes"):
-            talk.run_command(line)
+            run_command(talk, line)
     assert talk.settings == settings
-    talk.run_command("/set context=None")
-    talk.run_command("/set top_p = 0.5")
+    run_command(talk, "/set context=None")
+    run_command(talk, "/set top_p = 0.5")
     assert talk.settings == settings | {"TOP_P": 0.5} and settings["TOP_P"] == 1.0
     with pytest.raises(UserError, match="Did you mean /retry"):
-        talk.run_command("/retri")
+        run_command(talk, "/retri")
 
 
 class Terminal:
@@ -275,3 +279,212 @@ def test_sampling_follows_temperature_and_top_p(chatty):
     # 5 standard deviations of a share of 4,000 draws
     assert torch.allclose(counts / 4000, logits[0].softmax(-1), atol=5 * (0.25 / 4000) ** 0.5)
     assert generation.choose_token(logits, 0, 1.0) == 3
+
+
+# Tools and reasoning: answers written beforehand, in a real template
+
+
+class Scripted(generation.Generator):
+    """A generator whose answers are given; `asked` has the messages of each prompt."""
+
+    def __init__(self, tokenizer, *texts):
+        self.tokenizer, self.texts, self.asked, self.context = tokenizer, list(texts), [], 10_000
+        self.encoder, self.last = generation.encoder_of(tokenizer, tokenizer.chat_template), None
+
+    def fit_context(self, messages, *bounds):
+        self.asked.append(messages)
+        return super().fit_context(messages, *bounds)
+
+    def stream(self, prompt, max_new_tokens, temperature, top_p, context=None, tools=()):
+        text = self.texts.pop(0)
+        yield from re.findall(r"<[^>]*>|\s*\w+|.", text, re.DOTALL)
+        message = responses.parse(text, generation.tail_of(prompt, self.tokenizer), self.tokenizer, tools)
+        self.last = generation.Answer(message["content"], 7, "end", len(prompt), 0, 1.0, message)
+
+
+TOOL = {"name": "get_time", "description": "The time", "parameters": {"type": "object", "properties": {"tz": {}}}}
+CALL = '<tool_call>\n{"name": "get_time", "arguments": {"tz": "UTC"}}\n</tool_call>'
+SETTINGS = {"TEMPERATURE": 0.0, "TOP_P": 1.0, "MAX_NEW_TOKENS": 4, "CONTEXT": None}
+
+
+@pytest.fixture
+def qwen(tokenizer):
+    """Our tokenizer with Qwen 3's template."""
+    from trl.chat_template_utils import qwen3_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = qwen3_chat_template
+    return tokenizer
+
+
+@pytest.fixture
+def tools_file(tmp_path):
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([TOOL]))
+    return file
+
+
+def test_a_call_is_shown_and_its_result_goes_on(qwen, tools_file, tmp_path, capsys):
+    generator = Scripted(qwen, f"<think>\nHm.\n</think>\n\nI look. {CALL}", "It is noon.", "Bye.")
+    talk = Conversation({"one": generator}, SETTINGS, opening=[{"role": "system", "content": "Be kind."}])
+    with pytest.raises(UserError, match="when a call waits"):
+        run_command(talk, "/tool noon")
+    run_command(talk, f"/tools {tools_file}")
+    assert "get_time(tz)  The time" in capsys.readouterr().out
+    assert talk.ask("What time is it?")
+    shown = capsys.readouterr().out
+    assert '-> get_time(tz="UTC")' in shown and "I look." in shown and "<tool_call>" not in shown
+    assert "Hm." not in shown and re.search(r"\(thinking \.\.\. \d+ tokens\)\n", shown)
+    assert generator.asked[0][0]["tools"][0]["function"] == TOOL
+    with pytest.raises(UserError, match="waits for its result: /tool RESULT, or /undo"):
+        talk.ask("Well?")
+    run_command(talk, "/tool 12:00")
+    assert "It is noon." in capsys.readouterr().out
+    system, question, asking, result, answer = generator.asked[1] + talk.histories["one"][-1:]
+    assert asking["content"] == "I look." and asking["reasoning_content"] == "Hm."
+    call = asking["tool_calls"][0]
+    assert result == {"role": "tool", "content": "12:00", "tool_call_id": call["id"], "name": "get_time"}
+    run_command(talk, "/show")
+    assert 'I look.\n-> get_time(tz="UTC")\ntool get_time: 12:00\n' in capsys.readouterr().out
+    run_command(talk, f"/save {tmp_path}/chat.jsonl")
+    row = json.loads((tmp_path / "chat.jsonl").read_text())
+    assert row == {"tools": talk.tools, "messages": talk.histories["one"]}
+    assert talk.undo() == "What time is it?" and len(talk.histories["one"]) == 1  # one exchange
+    talk.tools = []
+    run_command(talk, f"/load {tmp_path}/chat.jsonl")
+    assert talk.tools == row["tools"] and talk.histories["one"] == row["messages"]
+
+
+def test_several_calls_are_answered_in_turn_or_by_name(qwen, tools_file, capsys):
+    both = CALL + "\n" + CALL.replace("get_time", "get_place")
+    generator = Scripted(qwen, both, "Noon, in Paris.", both, "Again.")
+    talk = Conversation({"one": generator}, SETTINGS, opening=[])
+    run_command(talk, f"/tools {tools_file}")
+    assert talk.ask("When and where?")
+    run_command(talk, "/tool get_place Paris")
+    assert '(get_time(tz="UTC") waits, too)' in capsys.readouterr().out
+    with pytest.raises(UserError, match="/save, when"):
+        run_command(talk, "/save chat.jsonl")
+    run_command(talk, "/tool It is noon")
+    first, second = (turn for turn in talk.histories["one"] if turn["role"] == "tool")
+    assert (first["name"], first["content"]) == ("get_place", "Paris")
+    assert (second["name"], second["content"]) == ("get_time", "It is noon")
+    assert talk.histories["one"][-1]["content"] == "Noon, in Paris."
+    assert talk.ask("Once more?")
+    ids = [call["id"] for turn in talk.histories["one"] for call in turn.get("tool_calls", [])]
+    assert len(set(ids)) == 4
+
+
+def test_two_models_with_calls_of_their_own(qwen, tools_file, capsys):
+    generators = {"one": Scripted(qwen, CALL, "Noon."), "two": Scripted(qwen, "I do not know.")}
+    talk = Conversation(generators, SETTINGS, opening=[], tools=turns.read_tools(tools_file, "TOOLS"))
+    assert talk.ask("What time is it?")
+    run_command(talk, "/tool 12:00")
+    assert [len(history) for history in talk.histories.values()] == [4, 2]
+
+
+def test_reasoning_is_hidden_or_shown_and_never_content(qwen, capsys):
+    thought = "<think>\nLet me see.\n</think>\n\nYes."
+    generator = Scripted(qwen, thought, thought, "<think>\nLet me", '<tool_call>{"name": </tool_call>')
+    talk = Conversation({"one": generator}, SETTINGS, opening=[])
+    talk.ask("Hi")
+    assert re.match(r"\(thinking \.\.\. \d+ tokens\)\nYes\.\n\[", capsys.readouterr().out)
+    run_command(talk, "/think")
+    assert "shown" in capsys.readouterr().out
+    talk.ask("Hi")
+    assert capsys.readouterr().out.startswith("(thinking)\nLet me see.\n(answer)\nYes.\n[")
+    history = [{key: turn[key] for key in turn if key != "role"} for turn in talk.histories["one"][1::2]]
+    assert history == [{"content": "Yes.", "reasoning_content": "Let me see."}] * 2
+    assert not talk.ask("And?") and len(talk.histories["one"]) == 4
+    assert "all of the answer was reasoning" in capsys.readouterr().out
+    assert talk.ask("And?")  # a malformed call
+    assert '<tool_call>{"name": </tool_call>\n[' in capsys.readouterr().out
+
+
+def test_a_full_context_keeps_tools_and_does_not_part_a_call_from_its_result(qwen):
+    call = {"id": "call00001", "type": "function", "function": {"name": "get_time", "arguments": {"tz": "UTC"}}}
+    exchange = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "call00001", "name": "get_time"},
+    ]
+    chat = [*exchange, {"role": "assistant", "content": "Noon."}, *exchange]
+    chat[0] = chat[0] | {"tools": [{"type": "function", "function": TOOL}]}
+    generator = Scripted(qwen)
+    whole = len(generator.encoder.prompt(chat))
+    messages, ids = generator.fit_context(chat, 4, whole + 3)
+    assert messages == [exchange[0] | {"tools": chat[0]["tools"]}, *exchange[1:]]
+    assert "get_time" in qwen.decode(ids) and len(ids) < whole
+
+
+@pytest.mark.parametrize(
+    "content", ["", "7", "{}", "[]", "[7]", '[{"description": "x"}]', '[{"function": {}}]', '[{"name": "f"}, 7]']
+)
+def test_tools_that_are_none_are_refused(content, tmp_path, chatty, run_here):
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    code, _, error = run_here("chat_pipe.py", f"MODEL={chatty}", f"TOOLS={file}", "PROMPT=Hi")
+    assert code == 2 and "TOOLS=" in error
+
+
+@pytest.fixture
+def answering(monkeypatch, qwen, tmp_path):
+    """answering(text, ...): settings by which chat_pipe.py has Qwen's template and gives these answers."""
+    template = tmp_path / "qwen.jinja"
+    template.write_text(qwen.chat_template, encoding="utf-8")
+
+    def plan(*texts):
+        scripted = Scripted(qwen, *texts)
+        monkeypatch.setattr(generation, "Generator", lambda model, tokenizer: scripted)
+        return [f"CHAT_TEMPLATE={template}", "TEMPERATURE=0"]
+
+    return plan
+
+
+def test_one_shot_and_pipes_give_the_content_or_the_call(answering, chatty, tools_file, run_here, monkeypatch):
+    called = {"name": "get_time", "arguments": {"tz": "UTC"}}
+    for text, expected in (
+        ("<think>\nHm.\n</think>\n\nYes,\nit is.", "Yes,\nit is."),
+        (f"<think>\nHm.\n</think>\n\n{CALL}", json.dumps(called)),
+        (f"{CALL}\n{CALL}", json.dumps([called, called])),
+    ):
+        settings = [*answering(text), f"MODEL={chatty}", f"TOOLS={tools_file}"]
+        code, out, error = run_here("chat_pipe.py", *settings, "PROMPT=Hi")
+        assert (code, out.strip()) == (0, expected), error
+        settings = [*answering(text), f"MODEL={chatty}", f"TOOLS={tools_file}"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        code, out, error = run_here("chat_pipe.py", *settings)
+        assert (code, out) == (0, " ".join(expected.split()) + "\n"), error
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    code, out, error = run_here("chat_pipe.py", *answering("<think>\nHm"), f"MODEL={chatty}")
+    assert (code, out) == (0, "\n") and "'Hi': all of the answer was reasoning; raise MAX_NEW_TOKENS" in error
+
+
+def test_rows_with_tools_are_answered(answering, chatty, tools_file, tmp_path, run_here, monkeypatch):
+    """The fields of an answer in a file of answers; the tools of the row before those of TOOLS."""
+    other = [{"type": "function", "function": {"name": "get_place", "parameters": {}}}]
+    rows = [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Where?"}], "tools": other}]
+    prompts, asked = write_jsonl(tmp_path / "prompts.jsonl", rows), []
+    message = {"content": "", "reasoning_content": "Hm.", "tool_calls": [{"id": "call00001"}]}
+
+    def answers(model, tokenizer, chats, *_, **__):
+        asked.extend(chats)
+        return [generation.Answer("", 3, "end", message=message) for _ in chats]
+
+    monkeypatch.setattr(generation, "answers", answers)
+    settings = [*answering(), f"MODEL={chatty}", f"TOOLS={tools_file}", f"PROMPTS={prompts}", "MAX_NEW_TOKENS=9"]
+    monkeypatch.setattr(Scripted, "model", None, raising=False)
+    code, _, error = run_here("chat_pipe.py", *settings, "SYSTEM=Be kind.")
+    assert code == 0, error
+    assert [chat[0]["tools"][0]["function"]["name"] for chat in asked] == ["get_time", "get_place"]
+    assert [chat[0]["role"] for chat in asked] == ["system", "system"]
+    for line in (tmp_path / "prompts-answers.jsonl").read_text().splitlines():
+        made = json.loads(line)
+        assert made["answer"] == "" and made["reasoning_content"] == "Hm." and made["tool_calls"]
+
+
+def test_a_base_model_is_asked_by_a_template_that_is_named(tiny, run_here):
+    settings = [f"MODEL={tiny()}", "PROMPT=Hi", "MAX_NEW_TOKENS=2"]
+    code, _, error = run_here("chat_pipe.py", *settings)
+    assert code == 2 and "CHAT_TEMPLATE=chatml" in error
+    assert run_here("chat_pipe.py", *settings, "CHAT_TEMPLATE=chatml")[0] == 0

@@ -11,8 +11,10 @@ from common.cli import UserError
 from common.data import formats, readers
 from common.model import generation, location
 
-GENERATED_BY = "QUANTIZATION DTYPE SYSTEM CONTEXT MAX_NEW_TOKENS TEMPERATURE TOP_P GENERATION_BATCH_SIZE SEED".split()
-ADDED = frozenset({"answer", "tokens", "stop", "by"})  # fields that a row gets
+GENERATED_BY = """QUANTIZATION DTYPE CHAT_TEMPLATE TEMPLATE_OPTIONS SYSTEM TOOLS CONTEXT MAX_NEW_TOKENS TEMPERATURE
+TOP_P GENERATION_BATCH_SIZE SEED""".split()
+PARTS = ("reasoning_content", "tool_calls")  # of an answer, where it has some
+ADDED = frozenset({"answer", "tokens", "stop", "by", *PARTS})  # fields that a row gets
 Prompts = list[tuple[dict, list[dict]]]  # rows, each with the chat up to the question to be answered
 
 
@@ -34,8 +36,9 @@ def question_of(row) -> list[dict] | str:
     answer = "to be answered"  # chats must end with an answer to be valid
     match row:
         case {"prompt": str(prompt)} if prompt.strip():
-            row = {"prompt": prompt, "completion": answer}
-        case {"messages": [*turns, {"role": "user"} as last]}:
+            tools = {"tools": row["tools"]} if "tools" in row else {}
+            row = {"prompt": prompt, "completion": answer} | tools
+        case {"messages": [*turns, {"role": "user" | "tool"} as last]}:
             row = row | {"messages": [*turns, last, {"role": "assistant", "content": answer}]}
     chat = formats.to_chat(row)
     if isinstance(chat, str):
@@ -69,8 +72,10 @@ def write_answers(generator: generation.Generator, prompts: Prompts, file: Path,
             set_seed(settings["SEED"] + start)
             model, tokenizer = generator.model, generator.tokenizer
             answers = generation.answers(model, tokenizer, chats, batch_size, **how)
-            for row, (text, tokens, stop, *_) in zip(rows[batch], answers, strict=True):
-                stream.write(to_line(row | {"answer": text, "tokens": tokens, "stop": stop, "by": by}))
+            for row, answer in zip(rows[batch], answers, strict=True):
+                parts = {name: answer.message[name] for name in PARTS if name in answer.message}
+                added = {"answer": answer.text, **parts, "tokens": answer.tokens, "stop": answer.stop, "by": by}
+                stream.write(to_line(row | added))
             stream.flush()
     print(f"{len(rows)} answers: {file}")
 

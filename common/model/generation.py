@@ -17,20 +17,31 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.model import load, location
+from common.model import load, location, responses
 from common.model.attention import choose_attention, model_class
 from common.model.merging import merge_adapter
 
-USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")
+USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|call|>")
+# An answer of two parts; what a template writes between them ends no answer.
+PARTS = [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning_content": "REASON", "content": "ANSWER"}]
+PARTS[1]["thinking"] = PARTS[1]["reasoning_content"]  # as gpt-oss has it
 
 
-def load_for_chat(model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None):
-    """(model, tokenizer), the adapter merged in memory unless the base is quantised."""
+def load_for_chat(
+    model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None,
+    template: str | None = None, options: str = "",
+):  # fmt: skip
+    """(model, tokenizer), the adapter merged in memory unless the base is quantised.
+
+    template, options: as CHAT_TEMPLATE and TEMPLATE_OPTIONS. UserError for a model that nothing gives a template.
+    """
     source = location.locate(model_name)
     quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
-    if not tokenizer.chat_template:
-        raise UserError(f"MODEL={model_name} has no chat template: it is a base model. Fine-tune it first.")
+    if not (tokenizer.chat_template or template):
+        remedy = "Fine-tune it, or name the template that it was trained with, as in CHAT_TEMPLATE=chatml"
+        raise UserError(f"MODEL={model_name} has no chat template, as base models have none. {remedy}.")
+    templates.choose_for_chat(tokenizer, template, options)
     if (trained := location.trained_with(source)) != quantization and source.adapter:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
@@ -52,11 +63,17 @@ def load_for_chat(model_name: str, quantization: str | None = None, dtype=None, 
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Tokens that end an answer: the model's, the tokenizer's, and the usual ones."""
+    """Tokens that end an answer: the model's, the tokenizer's, and the usual ones.
+
+    Not a usual one that ends a part of an answer only, as <|end|> does for gpt-oss.
+    """
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     tokens = [*USUAL_ENDS]
     if tokenizer.chat_template:
+        text = templates.render(tokenizer, PARTS, tokenizer.chat_template)
+        between = text.partition("REASON")[2].partition("ANSWER")[0]
+        tokens = [token for token in USUAL_ENDS if token not in between]
         tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
     return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
 
@@ -80,12 +97,13 @@ def identify_weights(source: location.Source) -> str:
 
 
 class Answer(NamedTuple):
-    text: str
+    text: str  # its content
     tokens: int
     stop: str  # "end" token, "length" (max_new_tokens), "context" (full), or "stopped" by the reader
     prompt_tokens: int = 0
     read: int = 0  # tokens of the prompt that were not in the cache
     seconds: float = 0.0
+    message: dict | None = None  # with its reasoning and calls, as responses.parse gives it
 
 
 class Generator:
@@ -112,24 +130,34 @@ class Generator:
         return min(context or self.context, self.context)
 
     def fit_context(self, messages: list[dict], max_new_tokens: int, context: int | None = None):
-        """(messages, their token ids) without the oldest turns, so that the answer fits, too."""
+        """(messages, their token ids) without the oldest turns, so that the answer fits, too.
+
+        Cut before a prompt: a call keeps its result. The tools stay on the first turn.
+        """
         # A quarter of the context is enough for the answer.
         room = self.limit(context) - min(max_new_tokens, self.limit(context) // 4)
         first = int(messages[0]["role"] == "system")
+        tools = {key: messages[0][key] for key in ("tools",) if key in messages[0]}
         while len(ids := self.encoder.prompt(messages)) > room:
             later = [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
             if not later:
                 problem = f"the prompt has {len(ids)} of {room} tokens. Shorten it."
                 raise UserError(f"CONTEXT={self.limit(context)}: {problem}")
             messages = messages[:first] + messages[later[0] :]
+            messages[0] = messages[0] | tools
         return messages, ids
 
     @torch.no_grad()
-    def stream(self, prompt, max_new_tokens: int, temperature: float, top_p: float, context=None) -> Iterator[str]:
-        """Yield the answer to token ids as pieces of text; greedy at temperature 0."""
+    def stream(
+        self, prompt, max_new_tokens: int, temperature: float, top_p: float, context=None, tools=()
+    ) -> Iterator[str]:
+        """Yield the answer to token ids as pieces of text with its special tokens; greedy at temperature 0.
+
+        Afterwards `last` has the answer. tools: they give types to the arguments of calls.
+        """
         self.last = None
         started, text, tokens, stop = time.perf_counter(), "", 0, "stopped"
-        decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        decoder, backend = DecodeStream(skip_special_tokens=False), self.tokenizer.backend_tokenizer
         new = self.rewind(prompt)
         read = len(new)
         try:
@@ -150,7 +178,9 @@ class Generator:
                     stop = "length" if tokens == max_new_tokens else "context"
                     break
         finally:  # also when the reader stops early (Ctrl-C)
-            self.last = Answer(text, tokens, stop, len(prompt), read, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            message = responses.parse(text, tail_of(prompt, self.tokenizer), self.tokenizer, tools)
+            self.last = Answer(message["content"], tokens, stop, len(prompt), read, seconds, message)
 
     def rewind(self, prompt: list[int]) -> list[int]:
         """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
@@ -162,6 +192,11 @@ class Generator:
             same, self.cache = 0, DynamicCache() if self.can_rewind else None
         self.seen = self.seen[:same]
         return prompt[same:]
+
+
+def tail_of(prompt: list[int], tokenizer) -> str:
+    """The end of a prompt, where the reasoning of the answer may begin."""
+    return tokenizer.decode(prompt[-16:])
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
@@ -191,10 +226,12 @@ def answers(
         if read >= context:
             raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
         settings["max_new_tokens"] = min(context - read, max_new_tokens)
-        for new in model.generate(**inputs, **settings)[:, read:].tolist():
+        answered = model.generate(**inputs, **settings)[:, read:].tolist()
+        for chat, prompt, new in zip(chats[start:], ids["input_ids"], answered, strict=False):
             end = next((i for i, token in enumerate(new) if token in ends), None)
-            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+            tools = chat[0].get("tools", ())
+            message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
             if end is None:
-                yield Answer(text, len(new), "length")
+                yield Answer(message["content"], len(new), "length", message=message)
             else:
-                yield Answer(text, end + 1, "end")
+                yield Answer(message["content"], end + 1, "end", message=message)

@@ -1,0 +1,59 @@
+"""What the terminal shows of answers, calls and tools."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable
+
+CR = "\r"
+
+
+def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
+    """Print an answer while it comes, until its end or Ctrl-C; returns the content that was printed.
+
+    parts: (field, text) of responses.follow. reasoning: "shown", "counted" or "" for not at all. Calls are not printed.
+    """
+    shown, space, tokens, field = "", "", 0, "content"
+    counts = reasoning == "counted" and sys.stdout.isatty()  # over its own line
+
+    def end_of_reasoning():
+        if field == "reasoning_content" and reasoning:
+            count = f"{counts * CR}(thinking ... {tokens} tokens)"
+            print("\n(answer)" if reasoning == "shown" else count, flush=True)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        for now, text in parts:
+            if now != field:
+                end_of_reasoning()
+                field = now
+            if now == "reasoning_content":
+                tokens += 1
+                if reasoning == "shown":
+                    text = space + text if tokens > 1 else "(thinking)\n" + text.lstrip()
+                    space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
+                    print(text.removesuffix(space), end="", flush=True)
+                elif counts:
+                    print(f"{CR}(thinking ... {tokens} tokens)", end="", flush=True)
+            elif now == "content" and (text := text if shown else text.lstrip()):
+                shown += text
+                print(text, end="", flush=True)
+    end_of_reasoning()
+    return shown
+
+
+def show_call(call: dict) -> str:
+    arguments = call["function"]["arguments"].items()
+    listed = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments)
+    return f"{call['function']['name']}({listed})"
+
+
+def show_tool(tool: dict) -> str:
+    function = tool["function"]
+    names = ", ".join(function.get("parameters", {}).get("properties", {}))
+    return f"{function['name']}({names})  {function.get('description', '')}".rstrip()
+
+
+def show_turn(turn: dict) -> str:
+    who = f"{turn['role']} {turn['name']}" if turn["role"] == "tool" else turn["role"]
+    calls = [f"-> {show_call(call)}" for call in turn.get("tool_calls", [])]
+    return f"{who}: " + "\n".join(filter(None, [turn["content"], *calls]))
