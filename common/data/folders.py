@@ -10,6 +10,8 @@ from common.data import readers
 
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing)?(?![a-z])", re.IGNORECASE)
 
+NOT_PREPARED = "It is no folder of prepare_data.py: there is no report.json in it."
+
 
 def is_prepared(name: str | None) -> bool:
     """Whether a folder is one of prepare_data.py."""
@@ -41,7 +43,7 @@ def files_like(path: Path) -> list[Path]:
     root = next((parent for parent in path.parents if os.path.isdir(parent)), None)
     try:
         found = root.glob(str(path.relative_to(root))) if root else []
-        return in_order(file for file in found if file.is_file())
+        return in_order(file for file in found if file.is_file() and not file.name.startswith("."))
     except (ValueError, OSError) as error:  # "**.jsonl"
         raise UserError(f"{path}: no pattern of files ({error}).") from error
 
@@ -84,9 +86,12 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the set of save_to_disk is damaged ({error!r}); save it again.") from error
     files = readable_in(folder.iterdir()) or readable_in(folder.rglob("*"))
-    if not files:
-        raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
-    return of_split(files, split, str(folder))
+    try:
+        if not files:
+            raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
+        return of_split(files, split, str(folder))
+    except UserError as error:
+        raise UserError(f"{error} {NOT_PREPARED}") from error
 
 
 def readable_in(paths) -> list[Path]:

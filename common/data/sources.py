@@ -89,6 +89,7 @@ def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) 
         if not invalid or bad_rows == "skip" and invalid < count:
             continue
         head = [f"{setting}={data}: {invalid} invalid rows"] if invalid > 1 else []
+        head += [folders.NOT_PREPARED] if os.path.isdir(source.name) else []
         tail = [f"... and {invalid - MAX_SHOWN} more"] if invalid > MAX_SHOWN else []
         remedy = [SKIP] if bad_rows == "stop" else []
         raise UserError("\n".join([*head, *shown, *tail, *remedy]))
@@ -121,8 +122,6 @@ def parse_part(text: str, setting: str, parts: int) -> Source:
     is_local = readers.container(path) or os.path.isdir(path.parent)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not is_local:
         return Source(hub_id, (), split or "train", *rows)
-    if re.search(r"[*?[]", name) and os.path.isdir(path.parent):
-        raise UserError(f"{setting}={text}: file not found, nothing matches. A slice is [10:20] or [:10%], then *3.")
     siblings = map(str, path.parent.glob("*"))
     hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
     comma = """ A name with a comma: DATA='"a, b.csv"'.""" if parts > 1 else ""

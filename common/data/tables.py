@@ -117,7 +117,7 @@ def read_arrow(file: Path | BinaryIO) -> Rows:
     import pyarrow.ipc  # slow import
 
     try:
-        with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file) as source:
+        with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file, "r") as source:
             is_stream = source.read(6) != b"ARROW1"
             source.seek(0)
             if is_stream:
