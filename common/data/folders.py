@@ -10,6 +10,7 @@ from common.data import readers
 
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing)?(?![a-z])", re.IGNORECASE)
 
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the rows
 NOT_PREPARED = "It is no folder of prepare_data.py: there is no report.json in it."
 
 
@@ -35,7 +36,10 @@ def find_files(name: str) -> tuple[list[Path], str | None] | None:
     if not re.search(r"[*?[]", stem):
         return None
     found = files_like(path)
-    return found and (of_split(found, split, stem) if split else check_containers(found, stem), None)
+    return found and (
+        of_split(found, split, stem, Path(found[0].anchor)) if split else check_containers(found, stem),
+        None,
+    )
 
 
 def files_like(path: Path) -> list[Path]:
@@ -71,6 +75,8 @@ def check_containers(files: list[Path], name: str) -> list[Path]:
 
 def files_in(folder: Path, split: str | None) -> list[Path]:
     """The files of a folder of shards or of save_to_disk, of one split; UserError where there are none."""
+    if is_prepared(str(folder)):
+        raise UserError(f"{folder}: a folder of prepare_data.py; it can only be DATA, and alone.")
     try:
         if (folder / "dataset_dict.json").is_file():
             splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -89,22 +95,22 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
     try:
         if not files:
             raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
-        return of_split(files, split, str(folder))
+        return of_split(files, split, str(folder), folder)
     except UserError as error:
         raise UserError(f"{error} {NOT_PREPARED}") from error
 
 
 def readable_in(paths) -> list[Path]:
     files = (path for path in paths if not any(part.startswith(".") for part in path.parts if part != ".."))
-    return in_order(file for file in files if readers.container(file) and file.is_file())
+    return in_order(f for f in files if readers.container(f) and f.is_file() and f.name not in ABOUT)
 
 
-def of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
+def of_split(files: list[Path], split: str | None, name: str, root: Path) -> list[Path]:
     """All files, unless their names tell of several splits: then those of the one asked for, or of `train`."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        word = SPLIT.search(file.name)
-        splits.setdefault(word[1].lower() if word else "", []).append(file)
+        words = SPLIT.findall(file.relative_to(root).as_posix())
+        splits.setdefault(words[-1].lower() if words else "", []).append(file)
     if split or len(splits) > 1:
         chosen = split or "train"
         if chosen not in splits:

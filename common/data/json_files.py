@@ -73,7 +73,8 @@ def read_lines(numbered: Iterator[tuple[int, bytes]], encoding: str) -> Rows:
 
 def wrong_byte(error: UnicodeDecodeError, line_start: int = 0) -> str:
     place = f"byte 0x{error.object[error.start]:02X} at {error.start - line_start + 1}"
-    remedy = "ENCODING=cp1252 reads text of Windows" if error.encoding == "utf-8" else "ENCODING names another"
+    other = "ENCODING=cp1252 (Windows)" if error.encoding == "utf-8" else "another ENCODING"
+    remedy = f"save it as UTF-8, or set {other} for DATA"
     return f"not {error.encoding.upper()}: {place}; {remedy}"
 
 

@@ -27,6 +27,8 @@ def read_csv(stream: BinaryIO, encoding: str, usual: str = ",") -> Rows:
     blank, head = 0, next(lines, "")
     while head.isspace():
         blank, head = blank + 1, next(lines, "")
+    if head.startswith("sep="):  # as Excel writes it
+        blank, head = blank + 1, next(lines, "")
     if not head:
         return
     counts = {sign: len(next(csv.reader([head], delimiter=sign))) for sign in (usual, *SEPARATORS)}
@@ -64,8 +66,12 @@ def table_rows(reader, blank: int, faults: list[str]) -> Rows:
         except csv.Error as error:
             if "end of data" in str(error) or "limit" in str(error):  # the rest of the file went into this field
                 raise Unreadable(line, "row: not valid CSV: a quotation mark that is never closed; close it") from error
+            if "new-line" in str(error):
+                raise Unreadable(
+                    line, "row: not valid CSV: lines end in \\r alone; save it with other line ends."
+                ) from error
             hint = 'a quotation mark inside a quoted field is written twice: ""'
-            yield line, invalid("row", f"not valid CSV: {error}; {hint}", values if names else header)
+            yield line, invalid("row", f"not valid CSV: {error}; {hint}", names)
             continue
         if faults:
             problem = invalid("row", faults[0], values)

@@ -84,6 +84,7 @@ CONTAINERS = {
     "semicolon.csv": (codecs.BOM_UTF8 + CSV.replace(b",", b";"), [2, 3, 4, 5]),
     "bar.csv": (CSV.replace(b",", b"|").replace(b"\n", b"\r\n"), [2, 3, 4, 5]),
     "spaces.csv": (CSV.replace(b",", b', "').replace(b"\n", b'"\n'), [2, 3, 4, 5]),
+    "excel.csv": (b"sep=;\r\n" + CSV.replace(b",", b";"), [3, 4, 5, 6]),
     "blank.csv": (b"\n" + CSV.replace(b"Say 2", b"\n,\nSay 2"), [3, 4, 7, 8]),
     "a.parquet": (as_parquet(ROWS), [1, 2, 3, 4]),
     "a.arrow": (as_arrow(ROWS), [1, 2, 3, 4]),
@@ -253,7 +254,16 @@ def test_folders_that_hold_no_set_or_several(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", ROWS)
     with pytest.raises(UserError, match=r"no files of the split train; .*:test"):
         read(tmp_path)
+    (tmp_path / "train").mkdir()
+    for name in ("a.jsonl", "test.jsonl"):
+        (tmp_path / name).rename(tmp_path / "train" / f"{name[0]}.jsonl")
+    (tmp_path / "test").mkdir()
+    write_jsonl(tmp_path / "test" / "c.jsonl", [{"text": "t"}])
+    assert len(read(tmp_path)) == 8 and answers(f"{tmp_path}:test") == ["t"] and len(read(f"{tmp_path}/*/*.jsonl")) == 9
     (tmp_path / "report.json").write_text("{}")
+    for data in (tmp_path, f"data/brief.jsonl, {tmp_path}"):
+        with pytest.raises(UserError, match="a folder of prepare_data.py; it can only be DATA, and alone"):
+            sources.parse(str(data))
     assert folders.is_prepared(str(tmp_path)) and not folders.is_prepared("data") and not folders.is_prepared(None)
 
 
@@ -319,10 +329,12 @@ UNREADABLE = {
     "cut-pretty.jsonl": (b'{\n "text": "a"\n}\n{\n "text": "b', 5, r"ends in the middle"),
     "comma.json": (b'[\n{"text": "a"}\n{"text": "b"}\n]', 3, "Expecting ',' delimiter at column 1"),
     "last.json": (b'[\n{"text": "a"},\n]', 3, "not valid JSON: "),
-    "latin1.json": (b'[\n{"text": "Ol\xe9"}]', 2, "byte 0xE9 at 13; ENCODING=cp1252"),
-    "utf16.csv": (CSV.decode().encode("utf-16"), 1, "looks like UTF-16; ENCODING=utf-16 reads it"),
-    "utf16be.jsonl": (LINES.decode().encode("utf-16-be"), 1, "UTF-16; ENCODING=utf-16-be reads it"),
-    "utf32.txt": (LINES.decode().encode("utf-32"), 1, "looks like UTF-32; ENCODING=utf-32 reads it"),
+    "latin1.json": (b'[\n{"text": "Ol\xe9"}]', 2, "byte 0xE9 at 13; .*ENCODING=cp1252"),
+    "mac.csv": (CSV.replace(b"\n", b"\r"), 1, "save it with other line ends"),
+    "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n", 1, "git lfs pull"),
+    "utf16.csv": (CSV.decode().encode("utf-16"), 1, "looks like UTF-16; .*ENCODING=utf-16 "),
+    "utf16be.jsonl": (LINES.decode().encode("utf-16-be"), 1, "UTF-16; .*ENCODING=utf-16-be "),
+    "utf32.txt": (LINES.decode().encode("utf-32"), 1, "looks like UTF-32; .*ENCODING=utf-32 "),
 }  # fmt: skip
 
 
@@ -345,8 +357,8 @@ BAD_ROWS = {
     "last.jsonl": (f'{OK}{OK}{{"text": "cu', 3, "ends in the middle", ["fine", "fine"]),
     "two.jsonl": (f"{OK}{OK.strip()}{OK}", 2, "Extra data at column 17; a row is one JSON", ["fine"]),
     "comma.jsonl": (f"{OK}{OK.strip()},\n{OK}", 2, "Extra data", ["fine", "fine"]),
-    "byte.jsonl": (f"{OK}{OK}".encode() + b'{"text": "Ol\xe9"}', 3, "0xE9 at 13; ENCODING=cp1252", ["fine", "fine"]),
-    "byte.csv": (b"text,id\nfine,1\nOl\xe9,2\nfine,3\n", 3, "byte 0xE9 at 3; ENCODING=cp1252", ["fine", "fine"]),
+    "byte.jsonl": (f"{OK}{OK}".encode() + b'{"text": "Ol\xe9"}', 3, "ENCODING=cp1252", ["fine", "fine"]),
+    "byte.csv": (b"text,id\nfine,1\nOl\xe9,2\nfine,3\n", 3, "byte 0xE9 at 3; save", ["fine", "fine"]),
     "fields.csv": (b"text,id\nfine,1\nHi, there,2\nfine,3\n", 3, "not 2 fields as in the header", ["fine", "fine"]),
     "quotes.csv": (b'text,id\nfine,1\n"Say "hi" now",2\nfine,3\n', 3, "is written twice", ["fine", "fine"]),
     "again.csv": (b"text,id\nfine,1\n\xef\xbb\xbftext,id\nfine,3\n", 3, "the header again", ["fine", "fine"]),
