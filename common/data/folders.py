@@ -36,10 +36,9 @@ def find_files(name: str) -> tuple[list[Path], str | None] | None:
     if not re.search(r"[*?[]", stem):
         return None
     found = files_like(path)
-    return found and (
-        of_split(found, split, stem, Path(found[0].anchor)) if split else check_containers(found, stem),
-        None,
-    )
+    if found and split:
+        found = of_split(found, split, stem, Path(os.path.commonpath([file.parent for file in found])))
+    return found and (check_containers(found, stem), None)
 
 
 def files_like(path: Path) -> list[Path]:
@@ -91,7 +90,7 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
             return [folder / item["filename"] for item in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the set of save_to_disk is damaged ({error!r}); save it again.") from error
-    files = readable_in(folder.iterdir()) or readable_in(folder.rglob("*"))
+    files = readable_in(folder, "*") or readable_in(folder, "**/*")
     try:
         if not files:
             raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
@@ -100,9 +99,11 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
         raise UserError(f"{error} {NOT_PREPARED}") from error
 
 
-def readable_in(paths) -> list[Path]:
-    files = (path for path in paths if not any(part.startswith(".") for part in path.parts if part != ".."))
-    return in_order(f for f in files if readers.container(f) and f.is_file() and f.name not in ABOUT)
+def readable_in(folder: Path, pattern: str) -> list[Path]:
+    """The files with rows; hidden ones, and those of prepare_data.py, are left out."""
+    files = (file for file in folder.glob(pattern) if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
+    files = (file for file in files if file.name not in ABOUT and readers.container(file) and file.is_file())
+    return in_order(file for file in files if not is_prepared(str(file.parent)))
 
 
 def of_split(files: list[Path], split: str | None, name: str, root: Path) -> list[Path]:

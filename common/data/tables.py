@@ -31,6 +31,8 @@ def read_csv(stream: BinaryIO, encoding: str, usual: str = ",") -> Rows:
         blank, head = blank + 1, next(lines, "")
     if not head:
         return
+    if "\r" in head.rstrip():
+        raise Unreadable(1, "row: not valid CSV: its lines end in \\r alone; save it with other line ends.")
     counts = {sign: len(next(csv.reader([head], delimiter=sign))) for sign in (usual, *SEPARATORS)}
     sign = max(counts, key=counts.get)
     is_spaced = re.search(re.escape(sign) + " ", head) is not None  # "instruction, output"
@@ -66,10 +68,6 @@ def table_rows(reader, blank: int, faults: list[str]) -> Rows:
         except csv.Error as error:
             if "end of data" in str(error) or "limit" in str(error):  # the rest of the file went into this field
                 raise Unreadable(line, "row: not valid CSV: a quotation mark that is never closed; close it") from error
-            if "new-line" in str(error):
-                raise Unreadable(
-                    line, "row: not valid CSV: lines end in \\r alone; save it with other line ends."
-                ) from error
             hint = 'a quotation mark inside a quoted field is written twice: ""'
             yield line, invalid("row", f"not valid CSV: {error}; {hint}", names)
             continue

@@ -209,8 +209,9 @@ def test_names_of_encodings_are_checked():
 
 
 def test_folders_and_patterns_of_shards(tmp_path):
+    tmp_path = tmp_path / ".test"  # what is in the names above the folder says nothing
     folder = tmp_path / "a [1:2], b"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in (10, 9, 1):
         write_jsonl(folder / f"train-{i}.jsonl", [{"text": f"{i}a"}, {"text": f"{i}b"}])
     (folder / "README.md").write_text("no data")
