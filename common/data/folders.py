@@ -63,7 +63,7 @@ def check_containers(files: list[Path], name: str) -> list[Path]:
     unknown = [file for file in files if not readers.container(file)]
     if unknown:
         listed = f"{', '.join(readers.READERS)}, also compressed ({', '.join(readers.COMPRESSED)})"
-        raise UserError(f"{unknown[0]}: files end in {listed}.")
+        raise UserError(f"{unknown[0]}: files end in {listed}." if len(files) > 1 else f"files end in {listed}.")
     kinds = sorted({readers.container(file) for file in files})
     if len(kinds) > 1:
         raise UserError(

@@ -56,7 +56,7 @@ def read_file(file: Path, encoding: str = "utf-8", split: str | None = None) -> 
 
     split: the key of a JSON object that the rows are under.
     """
-    kind = container(file)
+    kind = container(file) or ".jsonl"  # as prompts and facts may be called anything
     try:
         if split and READERS[kind] is not read_json:
             raise Unreadable(1, f"only JSON and folders have splits; leave out :{split}")
@@ -140,8 +140,6 @@ def read_rows(file: str, setting: str) -> list[tuple[int, object]]:
     """The rows of the file that a setting names; UserError where it has none."""
     if not Path(file).is_file():
         raise UserError(f"{setting}={file}: file not found.")
-    if not container(Path(file)):
-        raise UserError(f"{setting}={file}: files end in {', '.join(READERS)}.")
     rows = list(read_file(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")

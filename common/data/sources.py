@@ -82,8 +82,9 @@ def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) 
     found = [(source, *invalid_rows(source, reading, bad_rows)) for source in parse(data, setting) if source.files]
     count = sum(number for *_, number in found)
     if count:
-        head = [f"{setting}={data}: {count} invalid rows"] * (count > 1)
-        head += [folders.NOT_PREPARED] * any(number and os.path.isdir(source.name) for source, _, number in found)
+        is_folder = any(number and os.path.isdir(source.name) for source, _, number in found)
+        note = f". {folders.NOT_PREPARED}" if is_folder else ""
+        head = [f"{setting}={data}: {count} invalid row{'s' * (count > 1)}{note}"] if count > 1 or note else []
         shown = [row for _, rows, _ in found for row in rows][:MAX_SHOWN]
         tail = [f"... and {count - MAX_SHOWN} more"] * (count > MAX_SHOWN)
         remedy = [SKIP] if bad_rows == "stop" else []
