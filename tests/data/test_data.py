@@ -175,15 +175,17 @@ def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
         make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(long)}, encoder)
 
 
-def test_rows_of_hub_sets_that_are_broken_are_counted_not_fatal(encoder, monkeypatch):
+def test_rows_of_hub_sets_that_are_invalid_stop_or_are_counted(encoder, monkeypatch):
     rows = [qa(f"What is {i}?", "x") for i in range(3)] + [{"messages": []}, qa("", "x"), qa("Hi", "")]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
-    train, _, about = make(SETTINGS | {"DATA": "org/name"}, encoder)
+    train, _, about = make(SETTINGS | {"DATA": "org/name", "BAD_ROWS": "skip"}, encoder)
     assert len(train) == 3
     assert about["dropped"] == {
-        "broken, messages.content: must be a text that is not empty": 2,
-        "broken, messages: must be a list of turns that is not empty": 1,
+        "invalid, messages.content: must be a text that is not empty, first at org/name:5": 2,
+        "invalid, messages: must be a list of turns that is not empty, first at org/name:4": 1,
     }
+    with pytest.raises(UserError, match="org/name:4: messages: .*BAD_ROWS=skip"):
+        make(SETTINGS | {"DATA": "org/name"}, encoder)
     check_account(about)
 
 
