@@ -206,6 +206,7 @@ def mistakes(tmp_path, tiny, trained):
     write_jsonl(tmp_path / "silent.jsonl", [{"messages": good["messages"][:1]}])
     write_jsonl(tmp_path / "role.jsonl", [{"messages": [{"role": "wizard", "content": "hi"}]}])
     (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
     return {
         "unknown setting": (["LEARNIN_RATE=1"], "LEARNING_RATE"),
         "wrong type": (["MAX_STEPS=many"], "MAX_STEPS=many"),
@@ -220,7 +221,7 @@ def mistakes(tmp_path, tiny, trained):
         "rows without an assistant": ([f"DATA={tmp_path}/silent.jsonl"], "no turn of the assistant"),
         "unknown role": ([f"DATA={tmp_path}/role.jsonl"], "'wizard'"),
         "more tokens than positions": (["MAX_LENGTH=1024"], "MAX_LENGTH=512"),
-        "prepared folder that is none": ([f"DATA={tmp_path}"], "report.json"),
+        "prepared folder that is none": ([f"DATA={tmp_path}/folder"], "report.json"),
         "output folder not writable": ([f"OUT_DIR={tmp_path}/file"], "OUT_DIR"),
         "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}", "RESUME=None"], "RUN_NAME=first"),
         "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),

@@ -10,6 +10,9 @@ from common.data import readers
 
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing)?(?![a-z])", re.IGNORECASE)
 
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the rows
+NOT_PREPARED = "It is no folder of prepare_data.py: there is no report.json in it."
+
 
 def is_prepared(name: str | None) -> bool:
     """Whether a folder is one of prepare_data.py."""
@@ -33,7 +36,9 @@ def find_files(name: str) -> tuple[list[Path], str | None] | None:
     if not re.search(r"[*?[]", stem):
         return None
     found = files_like(path)
-    return found and (of_split(found, split, stem) if split else check_containers(found, stem), None)
+    if found and split:
+        found = of_split(found, split, stem, Path(os.path.commonpath([file.parent for file in found])))
+    return found and (check_containers(found, stem), None)
 
 
 def files_like(path: Path) -> list[Path]:
@@ -41,7 +46,7 @@ def files_like(path: Path) -> list[Path]:
     root = next((parent for parent in path.parents if os.path.isdir(parent)), None)
     try:
         found = root.glob(str(path.relative_to(root))) if root else []
-        return in_order(file for file in found if file.is_file())
+        return in_order(file for file in found if file.is_file() and not file.name.startswith("."))
     except (ValueError, OSError) as error:  # "**.jsonl"
         raise UserError(f"{path}: no pattern of files ({error}).") from error
 
@@ -58,7 +63,7 @@ def check_containers(files: list[Path], name: str) -> list[Path]:
     unknown = [file for file in files if not readers.container(file)]
     if unknown:
         listed = f"{', '.join(readers.READERS)}, also compressed ({', '.join(readers.COMPRESSED)})"
-        raise UserError(f"{unknown[0]}: files end in {listed}.")
+        raise UserError(f"{unknown[0]}: files end in {listed}." if len(files) > 1 else f"files end in {listed}.")
     kinds = sorted({readers.container(file) for file in files})
     if len(kinds) > 1:
         raise UserError(
@@ -69,6 +74,8 @@ def check_containers(files: list[Path], name: str) -> list[Path]:
 
 def files_in(folder: Path, split: str | None) -> list[Path]:
     """The files of a folder of shards or of save_to_disk, of one split; UserError where there are none."""
+    if is_prepared(str(folder)):
+        raise UserError(f"{folder}: a folder of prepare_data.py; it can only be DATA, and alone.")
     try:
         if (folder / "dataset_dict.json").is_file():
             splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -83,23 +90,28 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
             return [folder / item["filename"] for item in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the set of save_to_disk is damaged ({error!r}); save it again.") from error
-    files = readable_in(folder.iterdir()) or readable_in(folder.rglob("*"))
-    if not files:
-        raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
-    return of_split(files, split, str(folder))
+    files = readable_in(folder, "*") or readable_in(folder, "**/*")
+    try:
+        if not files:
+            raise UserError(f"{folder}: it is a folder without files that end in {', '.join(readers.READERS)}.")
+        return of_split(files, split, str(folder), folder)
+    except UserError as error:
+        raise UserError(f"{error} {NOT_PREPARED}") from error
 
 
-def readable_in(paths) -> list[Path]:
-    files = (path for path in paths if not any(part.startswith(".") for part in path.parts if part != ".."))
-    return in_order(file for file in files if readers.container(file) and file.is_file())
+def readable_in(folder: Path, pattern: str) -> list[Path]:
+    """The files with rows; hidden ones, and those of prepare_data.py, are left out."""
+    files = (file for file in folder.glob(pattern) if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
+    files = (file for file in files if file.name not in ABOUT and readers.container(file) and file.is_file())
+    return in_order(file for file in files if not is_prepared(str(file.parent)))
 
 
-def of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
+def of_split(files: list[Path], split: str | None, name: str, root: Path) -> list[Path]:
     """All files, unless their names tell of several splits: then those of the one asked for, or of `train`."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        word = SPLIT.search(file.name)
-        splits.setdefault(word[1].lower() if word else "", []).append(file)
+        words = SPLIT.findall(file.relative_to(root).as_posix())
+        splits.setdefault(words[-1].lower() if words else "", []).append(file)
     if split or len(splits) > 1:
         chosen = split or "train"
         if chosen not in splits:

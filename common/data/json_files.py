@@ -47,7 +47,8 @@ def is_lines(head: list[bytes], encoding: str) -> bool:
     first = head[0].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] if head else b"{"
     if first not in (b"{", b"["):
         return True  # each line is then named as one that is no row
-    return first == b"{" and len(head) > 1 and any(is_object(raw, encoding) for raw in head)
+    is_open = head[0].rstrip().endswith((b"{", b"[")) if head else True
+    return first == b"{" and len(head) > 1 and not is_open and any(is_object(raw, encoding) for raw in head)
 
 
 def is_object(raw: bytes, encoding: str) -> bool:
@@ -62,6 +63,8 @@ def read_lines(numbered: Iterator[tuple[int, bytes]], encoding: str) -> Rows:
     for number, raw in numbered:
         try:
             text = raw.decode(encoding).strip().lstrip("\ufeff")
+            if text == "{":
+                text += rest_of_object(numbered, encoding)
             if text:
                 yield number, DECODER.decode(text)
         except UnicodeDecodeError as error:
@@ -71,9 +74,20 @@ def read_lines(numbered: Iterator[tuple[int, bytes]], encoding: str) -> Rows:
             yield number, formats.invalid("row", wrong_json(error, hint), raw)
 
 
+def rest_of_object(numbered: Iterator[tuple[int, bytes]], encoding: str) -> str:
+    """The lines up to the one that closes an object over several lines."""
+    lines = []
+    for _, raw in numbered:
+        lines.append(raw.decode(encoding))
+        if raw.startswith(b"}"):
+            break
+    return "".join(lines)
+
+
 def wrong_byte(error: UnicodeDecodeError, line_start: int = 0) -> str:
     place = f"byte 0x{error.object[error.start]:02X} at {error.start - line_start + 1}"
-    remedy = "ENCODING=cp1252 reads text of Windows" if error.encoding == "utf-8" else "ENCODING names another"
+    other = "ENCODING=cp1252 (Windows)" if error.encoding == "utf-8" else "another ENCODING"
+    remedy = f"save it as UTF-8, or set {other} for DATA"
     return f"not {error.encoding.upper()}: {place}; {remedy}"
 
 
@@ -83,9 +97,13 @@ def wrong_json(error: Exception, hint: str) -> str:
         return f"not valid JSON: {error}"
     if error.doc[error.pos : error.pos + 1] == "'":
         hint = "; JSON has double quotes, json.dumps(row) writes them"
+    elif error.doc[error.pos : error.pos + 1] in ("}", "]"):
+        hint = "; is there a comma too many before it?"
+    elif error.msg == "Extra data" and not hint:
+        hint = "; a file holds one array, or one object after another"
     elif error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated"):
         hint = " (the file ends in the middle of this row?)" if not hint else hint
-    return f"not valid JSON: {error.msg} at column {error.colno}{hint}"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{hint}"
 
 
 def decode_whole(raw: bytes, encoding: str) -> str:

@@ -34,6 +34,7 @@ FOREIGN = {
     b"ARROW1": "an Arrow file; rename it to .arrow",
     b"\xff\xff\xff\xff": "an Arrow file; rename it to .arrow",
     b"%PDF": "a PDF; save it as text",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file",
 }
 MARKS = {  # of encodings; those of UTF-32 start with one of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -55,7 +56,7 @@ def read_file(file: Path, encoding: str = "utf-8", split: str | None = None) -> 
 
     split: the key of a JSON object that the rows are under.
     """
-    kind = container(file)
+    kind = container(file) or ".jsonl"  # as prompts and facts may be called anything
     try:
         if split and READERS[kind] is not read_json:
             raise Unreadable(1, f"only JSON and folders have splits; leave out :{split}")
@@ -64,7 +65,7 @@ def read_file(file: Path, encoding: str = "utf-8", split: str | None = None) -> 
                 is_plain = isinstance(getattr(stream, "raw", None), io.FileIO)
                 yield from BINARY[kind](file if is_plain else io.BytesIO(stream.read()))
                 return
-            check_head(stream.peek(8)[:8], encoding)
+            check_head(stream.peek(32), encoding)
             encoding = encoding_of(file, encoding)
             if WIDE.match(encoding):
                 stream, encoding = io.BytesIO(decode_wide(stream, encoding)), "utf-8"
@@ -105,7 +106,8 @@ def check_head(head: bytes, encoding: str) -> None:
     if not found and b"\0" in head[:2]:
         found = "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
     if found and not WIDE.match(codecs.lookup(encoding).name):
-        raise Unreadable(1, f"row: not {encoding.upper()}: it looks like UTF-{found[4:6]}; ENCODING={found} reads it.")
+        remedy = f"save it as UTF-8, or set ENCODING={found} for DATA."
+        raise Unreadable(1, f"row: not {encoding.upper()}: it looks like UTF-{found[4:6]}; {remedy}")
 
 
 def encoding_of(file: Path, wanted: str) -> str:
@@ -138,8 +140,6 @@ def read_rows(file: str, setting: str) -> list[tuple[int, object]]:
     """The rows of the file that a setting names; UserError where it has none."""
     if not Path(file).is_file():
         raise UserError(f"{setting}={file}: file not found.")
-    if not container(Path(file)):
-        raise UserError(f"{setting}={file}: files end in {', '.join(READERS)}.")
     rows = list(read_file(Path(file)))
     if not rows:
         raise UserError(f"{setting}={file} is empty.")

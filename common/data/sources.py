@@ -68,7 +68,8 @@ def check_files(settings: dict, *names: str) -> None:
     try:
         reading = Reading.of(settings)
         for setting, data in ((name, settings[name]) for name in names):
-            if data is not None and not folders.is_prepared(data):  # a prepared folder was checked before
+            is_prepared = setting == "DATA" and folders.is_prepared(data)  # then its rows were checked before
+            if data is not None and not is_prepared:
                 check_rows(data, setting, reading, settings.get("BAD_ROWS"))
     except OSError as error:
         exit_with(UserError(f"{setting}={data} cannot be read: {error.strerror}."))
@@ -78,20 +79,29 @@ def check_files(settings: dict, *names: str) -> None:
 
 def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) -> None:
     """Raise UserError with the first invalid rows of the local files of a setting; bad_rows None: no such setting."""
-    for source in parse(data, setting):
-        rows = read_chats(source, reading) if source.files else ()
-        shown, count, invalid = [], 0, 0
-        for place, chat in rows:
-            count += 1
-            if isinstance(chat, formats.InvalidRow):
-                invalid += 1
-                shown += [f"{place}: {chat}"] * (invalid <= MAX_SHOWN)
-        if not invalid or bad_rows == "skip" and invalid < count:
-            continue
-        head = [f"{setting}={data}: {invalid} invalid rows"] if invalid > 1 else []
-        tail = [f"... and {invalid - MAX_SHOWN} more"] if invalid > MAX_SHOWN else []
+    found = [(source, *invalid_rows(source, reading, bad_rows)) for source in parse(data, setting) if source.files]
+    count = sum(number for *_, number in found)
+    if count:
+        is_folder = any(number and os.path.isdir(source.name) for source, _, number in found)
+        note = f". {folders.NOT_PREPARED}" if is_folder else ""
+        head = [f"{setting}={data}: {count} invalid row{'s' * (count > 1)}{note}"] if count > 1 or note else []
+        shown = [row for _, rows, _ in found for row in rows][:MAX_SHOWN]
+        tail = [f"... and {count - MAX_SHOWN} more"] * (count > MAX_SHOWN)
         remedy = [SKIP] if bad_rows == "stop" else []
-        raise UserError("\n".join([*head, *shown, *tail, *remedy]))
+        raise UserError((" " if count == 1 else "\n").join([*head, *shown, *tail, *remedy]))
+
+
+def invalid_rows(source: Source, reading: Reading, bad_rows: str | None) -> tuple[list[str], int]:
+    """(the first invalid rows, their number); none with BAD_ROWS=skip, unless there are no others."""
+    shown, count, others = [], 0, 0
+    for place, chat in read_chats(source, reading):
+        if not isinstance(chat, formats.InvalidRow):
+            others += 1
+            continue
+        count += 1
+        if count <= MAX_SHOWN:
+            shown.append(f"{place}: {chat}")
+    return ([], 0) if bad_rows == "skip" and others else (shown, count)
 
 
 def parse(data: str, setting: str = "DATA") -> list[Source]:
@@ -121,8 +131,6 @@ def parse_part(text: str, setting: str, parts: int) -> Source:
     is_local = readers.container(path) or os.path.isdir(path.parent)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not is_local:
         return Source(hub_id, (), split or "train", *rows)
-    if re.search(r"[*?[]", name) and os.path.isdir(path.parent):
-        raise UserError(f"{setting}={text}: file not found, nothing matches. A slice is [10:20] or [:10%], then *3.")
     siblings = map(str, path.parent.glob("*"))
     hub = f"A hub dataset is org/name or org/name:split; short names: {', '.join(NAMED)}."
     comma = """ A name with a comma: DATA='"a, b.csv"'.""" if parts > 1 else ""

@@ -27,8 +27,12 @@ def read_csv(stream: BinaryIO, encoding: str, usual: str = ",") -> Rows:
     blank, head = 0, next(lines, "")
     while head.isspace():
         blank, head = blank + 1, next(lines, "")
+    if head.startswith("sep="):  # as Excel writes it
+        blank, head = blank + 1, next(lines, "")
     if not head:
         return
+    if "\r" in head.rstrip():
+        raise Unreadable(1, "row: not valid CSV: its lines end in \\r alone; save it with other line ends.")
     counts = {sign: len(next(csv.reader([head], delimiter=sign))) for sign in (usual, *SEPARATORS)}
     sign = max(counts, key=counts.get)
     is_spaced = re.search(re.escape(sign) + " ", head) is not None  # "instruction, output"
@@ -65,7 +69,7 @@ def table_rows(reader, blank: int, faults: list[str]) -> Rows:
             if "end of data" in str(error) or "limit" in str(error):  # the rest of the file went into this field
                 raise Unreadable(line, "row: not valid CSV: a quotation mark that is never closed; close it") from error
             hint = 'a quotation mark inside a quoted field is written twice: ""'
-            yield line, invalid("row", f"not valid CSV: {error}; {hint}", values if names else header)
+            yield line, invalid("row", f"not valid CSV: {error}; {hint}", names)
             continue
         if faults:
             problem = invalid("row", faults[0], values)
@@ -117,7 +121,7 @@ def read_arrow(file: Path | BinaryIO) -> Rows:
     import pyarrow.ipc  # slow import
 
     try:
-        with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file) as source:
+        with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file, "r") as source:
             is_stream = source.read(6) != b"ARROW1"
             source.seek(0)
             if is_stream:

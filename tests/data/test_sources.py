@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_script, write_jsonl
 
 from common.cli import UserError
-from common.data import formats, readers, sources
+from common.data import formats, sources, vocabulary
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 S = {"role": "system", "content": "Be kind."}
@@ -33,16 +33,17 @@ def test_all_file_formats_give_the_same_chats_and_places(tmp_path):
     lines += [f'{i},Say {i}.,"{i}{long}, with ""quotes"",\nand a line"' for i in range(3)]
     (tmp_path / "a.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
     expected = [formats.to_chat(row) for row in rows]
-    places = {
+    lines_of = {
         "a.jsonl": [1, 2, 3],
         "a.json": [2, 6, 10],
         "lines.json": [1, 2, 3],
         "a.parquet": [1, 2, 3],
         "a.csv": [2, 4, 6],
     }
-    for name, lines in places.items():
+    for name, lines in lines_of.items():
         found = list(sources.read_chats(sources.parse(str(tmp_path / name))[0]))
-        assert [number for number, _ in found] == lines and [chat for _, chat in found] == expected, name
+        places = [f"{tmp_path / name}:{line}" for line in lines]
+        assert [place for place, _ in found] == places and [chat for _, chat in found] == expected, name
 
 
 def test_a_json_array_may_stand_in_one_line(tmp_path):
@@ -50,7 +51,8 @@ def test_a_json_array_may_stand_in_one_line(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert [chat[0]["content"] for chat in chats(tmp_path / "a.json")] == [row["text"] for row in rows]
     (tmp_path / "empty.json").write_text("[ ]\n")
-    assert "the file is empty" in chats(tmp_path / "empty.json")[0]
+    with pytest.raises(UserError, match="the file is empty"):
+        chats(tmp_path / "empty.json")
 
 
 def test_slices_repetitions_and_mixtures(tmp_path):
@@ -67,11 +69,11 @@ def test_slices_repetitions_and_mixtures(tmp_path):
         and picked("[:-18]*3") == [0, 1]
     )
     parts = sources.parse(f"ultrachat[:10%], oasst2, {file}*20, org/name:test[5:]")
-    assert [(p.name, p.split, p.start, p.stop, p.times, p.file) for p in parts] == [
-        ("HuggingFaceH4/ultrachat_200k", "train_sft", None, "10%", 1, None),
-        ("OpenAssistant/oasst2", "train", None, None, 1, None),
-        (str(file), "train", None, None, 20, file),
-        ("org/name", "test", "5", None, 1, None),
+    assert [(p.name, p.split, p.start, p.stop, p.times, p.files) for p in parts] == [
+        ("HuggingFaceH4/ultrachat_200k", "train_sft", None, "10%", 1, ()),
+        ("OpenAssistant/oasst2", "train", None, None, 1, ()),
+        (str(file), None, None, None, 20, (file,)),
+        ("org/name", "test", "5", None, 1, ()),
     ]
 
 
@@ -113,19 +115,19 @@ def test_token_ids_become_text_by_a_vocabulary(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({"the": 0, "moon": 1, "is": 2, "far": 3}))
     (tmp_path / "vocab.txt").write_text("the\nmoon\nis\nfar\n")
     for name in ("vocab.json", "vocab.txt"):
-        known = readers.read_vocabulary(str(tmp_path / name))
+        known = vocabulary.read_vocabulary(str(tmp_path / name))
         assert known[1] == " "
-        assert readers.detokenize({"tokens": [0, 1, 2, 3]}, known) == {"text": "the moon is far"}
-        row = readers.detokenize({"prompt": [0, 1], "completion": [2, 3], "id": 7}, known)
+        assert vocabulary.detokenize({"tokens": [0, 1, 2, 3]}, known) == {"text": "the moon is far"}
+        row = vocabulary.detokenize({"prompt": [0, 1], "completion": [2, 3], "id": 7}, known)
         assert formats.to_chat(row) == [
             {"role": "user", "content": "the moon"},
             {"role": "assistant", "content": "is far"},
         ]
-        assert "token 9" in readers.detokenize({"tokens": [0, 9]}, known)
+        assert "token 9" in vocabulary.detokenize({"tokens": [0, 9]}, known)
     spaced = {0: "The", 1: " moon"}
-    assert readers.detokenize({"input_ids": [0, 1]}, (spaced, "")) == {"text": "The moon"}
+    assert vocabulary.detokenize({"input_ids": [0, 1]}, (spaced, "")) == {"text": "The moon"}
     with pytest.raises(UserError, match="VOCAB=nowhere"):
-        readers.read_vocabulary("nowhere")
+        vocabulary.read_vocabulary("nowhere")
 
 
 def messages(*turns):
@@ -140,8 +142,7 @@ BROKEN = {
     "not-json.jsonl": (b"hello\n", 3, "not valid JSON"),
     "two-in-a-line.jsonl": (f"{GOOD} {GOOD}\n".encode(), 3, "Extra data"),
     "single-quotes.jsonl": (b"{'messages': []}\n", 3, "not valid JSON"),
-    "nan.jsonl": (b'{"messages": [], "x": NaN}\n', 3, "NaN"),
-    "infinity.jsonl": (b'{"messages": [], "x": -Infinity}\n', 3, "Infinity"),
+    "nan.jsonl": (b'{"messages": [], "x": NaN}\n', 3, "messages: must be a list"),
     "huge-number.jsonl": (b'{"messages": ' + b"9" * 5000 + b"}\n", 3, "not valid JSON"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", 3, "not valid JSON"),
     "latin1.jsonl": (GOOD.replace("Hi", "Olé").encode("latin-1"), 3, "not UTF-8"),
@@ -180,7 +181,7 @@ BROKEN = {
     "unclosed.json": (f"[\n{GOOD},\n{GOOD}\n".encode(), 3, "Expecting ',' delimiter"),
     "two-arrays.json": (f"[\n{GOOD}]\n[{GOOD}]".encode(), 3, "Extra data"),
     "after.json": (b"[]\n" + GOOD.encode(), 2, "Extra data"),
-    "deep.json": (b"[" + b'{"a":' * 990 + b"1" + b"}" * 990 + b"]", 1, "none of the known sets"),
+    "deep.json": (b"[" + b'{"a":' * 950 + b"1" + b"}" * 950 + b"]", 1, "none of the known sets"),
     "closed.json": (b"]", 1, "not valid JSON"),
     "half.json": (f"[\n{GOOD},\n{GOOD[:20]}".encode(), 3, "not valid JSON"),
     "latin1.json": (b'[{"text": "Ol\xe9"}]', 1, "not UTF-8"),
