@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from common.cli import UserError
-from common.data.template import ChatTemplate, RewrittenTurns
+from common.data.passages import RewrittenTurns, find_answers, find_written_answers
+from common.data.template import ChatTemplate
 
 MARKS = START, END, BREAK, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 REASONING_END = re.compile(r"</think>|<channel\|>|<\|end\|>(?=<\|start\|>assistant)|<\|eom\|>")
@@ -92,10 +93,10 @@ class ChatEncoder:
         if messages[0]["role"] == "text":
             return self.mark_text(messages)
         weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
-        messages = self.template.as_written(self.escape_control_tokens(messages))
+        messages = self.template.as_written(escape(messages, self.control))
         text, passages = self.template.render(messages, **options)
         last_only = last_only or train_on == "last"
-        found = self.template.find_answers(messages, text, passages, last_only)
+        found = find_answers(self.template, messages, text, passages, last_only)
         weights = weights[-len(found) :] if found else []
         if last_only:
             weights = [0] * (len(weights) - 1) + weights[-1:]
@@ -118,7 +119,7 @@ class ChatEncoder:
         if self.is_plain_text(turns):
             text = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text  # it gets one here
             return f"{bos}{text[:context]}{START}{text[context:]}{eos}{END}", [weight]
-        found = self.template.find_written_answers(text)
+        found = find_written_answers(self.template, text)
         weights = [weight if start >= context else 0 for start, _ in found]
         for start, end in reversed(found):
             text = text[:start] + START + text[start:end] + END + text[end:]
@@ -128,14 +129,6 @@ class ChatEncoder:
         """Whether a row is a text without control tokens, but for an end of text at its end."""
         text = "".join(turn["content"] for turn in turns).rstrip().removesuffix(self.variables.get("eos_token", ""))
         return turns[0]["role"] == "text" and not self.control.search(text)
-
-    def escape_control_tokens(self, value):
-        """Messages in which control tokens are broken up, so that they are text."""
-        if isinstance(value, str):
-            return self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
-        if isinstance(value, dict):
-            return {name: self.escape_control_tokens(item) for name, item in value.items()}
-        return list(map(self.escape_control_tokens, value)) if isinstance(value, list) else value
 
     def add_prefix_space(self, text: str) -> str:
         """The text with the spaces that its tokenizer would put."""
@@ -196,7 +189,7 @@ class ChatEncoder:
         try:
             text, _ = self.mark(messages, add_generation_prompt=True)
         except UserError:  # a template that rewrites earlier turns, of which only the last is trained on
-            written = self.template.as_written(self.escape_control_tokens(messages))
+            written = self.template.as_written(escape(messages, self.control))
             text = self.template.render(written, add_generation_prompt=True)[0]
         ids = self.backend.encode(self.add_prefix_space(text), add_special_tokens=False).ids
         return [i for i in ids if i not in self.mark_ids]
@@ -204,6 +197,15 @@ class ChatEncoder:
     def render(self, messages: list[dict], **options) -> str:
         """The text of a chat, without marks; control tokens in its messages are not broken up."""
         return self.template.render(self.template.as_written(messages), **options)[0]
+
+
+def escape(value, control: re.Pattern):
+    """Messages in which control tokens are broken up, so that they are text."""
+    if isinstance(value, str):
+        return control.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
+    if isinstance(value, dict):
+        return {name: escape(item, control) for name, item in value.items()}
+    return [escape(item, control) for item in value] if isinstance(value, list) else value
 
 
 def remove_prefix_space(backend: Tokenizer, spec: dict) -> Prefix | None:

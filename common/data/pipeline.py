@@ -19,7 +19,7 @@ BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
 
 
-def read_chats(parts: list[sources.Source], reasons: Reasons, reading, bad_rows: str) -> Iterator:
+def read_chats(parts: list[sources.Source], reasons: Reasons, reading=sources.PLAIN, bad_rows="stop") -> Iterator:
     """Yield (repetitions, `file:line`, chat); other rows are counted by reason, or an error (BAD_ROWS=stop)."""
     for source in parts:
         for place, chat in sources.read_chats(source, reading):

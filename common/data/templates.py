@@ -10,7 +10,8 @@ from tokenizers import AddedToken
 from common.bounds import TEMPLATES
 from common.cli import UserError
 from common.data.encoder import ChatEncoder, adds_bos
-from common.data.template import GENERATION, OTHER, PROBE, TEMPLATE_ERRORS, ChatTemplate
+from common.data.passages import OTHER
+from common.data.template import GENERATION, PROBE, TEMPLATE_ERRORS, ChatTemplate
 
 FOLDER = Path(__file__).parent / "chat_templates"
 # Tokens that our marked templates need; the others write text around the model's own end token.
@@ -89,14 +90,14 @@ def choose_for_chat(tokenizer, choice: str | None, options: str = "") -> None:
 
 def refuse(encoder: ChatEncoder, label: str, had_eos: bool):
     """Raise UserError with the reason why a template cannot be trained with."""
+    if encoder.end_token is None and not had_eos:
+        problem = "no end token of answers is found, and the tokenizer has no eos_token"
+        remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
+        raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
     text = encoder.render(PROBE)  # a template that refuses even this says why
     if any(turn["content"] not in text for turn in PROBE):
         raise UserError(f"CHAT_TEMPLATE={label}: it does not write messages that are plain texts. {OTHER}.")
     if encoder.end_token is None:
-        if not had_eos:
-            problem = "no end token of answers is found, and the tokenizer has no eos_token"
-            remedy = "Set it in tokenizer_config.json, or CHAT_TEMPLATE=chatml, which brings its own."
-            raise UserError(f"CHAT_TEMPLATE={label}: {problem}. {remedy}")
         marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
         problem = f"answers have no end token. {marks}, or the model never learns to stop; {OTHER}."
         raise UserError(f"CHAT_TEMPLATE={label}: {problem}")

@@ -233,7 +233,7 @@ def test_prepared_folders_hold_the_same_rows_as_a_run_would_make(prepare_folder,
     other, _ = templates.set_template(own, "zephyr")
     with pytest.raises(UserError, match="encoding"):
         make(settings | {"DATA": str(folder)}, other)
-    with pytest.raises(UserError, match="none of the known sets"):
+    with pytest.raises(UserError, match="a folder without files"):
         make(settings | {"DATA": str(tmp_path)}, encoder)
 
 

@@ -7,7 +7,6 @@ import json
 import lzma
 import subprocess
 import sys
-from collections import Counter
 
 import datasets
 import pyarrow
@@ -18,6 +17,7 @@ from conftest import ROOT, run_script, write_jsonl
 
 from common.cli import UserError
 from common.data import folders, pipeline, readers, sources
+from common.data.account import Reasons
 from common.settings import check_setting
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(4)]
@@ -140,7 +140,7 @@ def test_rows_under_a_key_are_told_from_a_row(tmp_path):
 
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     several = {"test": [{"text": "t"}], "dev": [{"text": "d"}, {"text": 'e: ["x", {"dev": 1}]'}], "n": 2}
-    assert answers(written({"messages": turns, "tools": [{"type": "function"}]})) == ["Yo"]
+    assert answers(written({"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]})) == ["Yo"]
     assert answers(written({"text": "x", "sources": [{"url": "y"}]})) == ["x"]
     assert answers(written({"conversations": [{"messages": turns}] * 2})) == ["Yo", "Yo"]
     assert answers(f"{written(several)}:dev") == ["d", 'e: ["x", {"dev": 1}]'] and answers(
@@ -153,7 +153,10 @@ def test_rows_under_a_key_are_told_from_a_row(tmp_path):
     }.items():
         with pytest.raises(UserError, match=words):
             read(tmp_path / name)
-    assert "must be a list of turns" in answers(written({"messages": [], "tools": [{"type": "function"}]}))[0]
+    assert (
+        "must be a list of turns"
+        in answers(written({"messages": [], "tools": [{"type": "function", "function": {"name": "f"}}]}))[0]
+    )
     write_jsonl(tmp_path / "b.jsonl", ROWS)
     (tmp_path / "b.csv").write_bytes(CSV)
     for name, words in {"b.jsonl:test": "no rows under a key test", "b.csv:test": "leave out :test"}.items():
@@ -382,29 +385,29 @@ def test_invalid_rows_stop_or_are_left_out(name, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"{file}:{line}: row: " in error and words in error and "BAD_ROWS=skip" in error and "line 1" not in error
     sources.check_files(settings | {"BAD_ROWS": "skip"}, "DATA", "EVAL_DATA")
-    counts, parts = Counter(), sources.parse(str(file))
-    kept = list(pipeline.read_chats(parts, counts, bad_rows="skip"))
-    assert [chat[0]["content"] for *_, chat in kept] == others and counts["rows"] == len(others) + 1
-    (reason,) = (key for key in counts if key.startswith("dropped: invalid, row: "))
-    assert counts[reason] == 1 and reason.endswith(f", first at {file}:{line}")
+    reasons, parts = Reasons(), sources.parse(str(file))
+    kept = list(pipeline.read_chats(parts, reasons, bad_rows="skip"))
+    assert [chat[0]["content"] for *_, chat in kept] == others and reasons.counts["rows"] == len(others) + 1
+    ((reason, count),) = reasons.by_kind()["dropped"].items()
+    assert count == 1 and reason.startswith("invalid, row: ") and reason.endswith(f", first at {file}:{line}")
     with pytest.raises(UserError, match="BAD_ROWS=skip"):
-        list(pipeline.read_chats(parts, Counter()))
+        list(pipeline.read_chats(parts, Reasons()))
 
 
 def test_rows_left_out_are_counted_by_reason_with_the_first_place_of_each(tmp_path, monkeypatch):
     rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": " "}, {"messages": [{"role": "x: y", "content": "z"}]}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    counts = Counter()
-    kept = list(pipeline.read_chats(sources.parse(f"{tmp_path / 'a.jsonl'}, org/name"), counts, bad_rows="skip"))
+    reasons = Reasons()
+    kept = list(pipeline.read_chats(sources.parse(f"{tmp_path / 'a.jsonl'}, org/name"), reasons, bad_rows="skip"))
     assert [place for _, place, _ in kept] == [f"{tmp_path / 'a.jsonl'}:{i}" for i in (1, 3)] + [
         "org/name:1",
         "org/name:3",
     ]
-    dropped = {key: n for key, n in counts.items() if key.startswith("dropped: invalid, ")}
+    dropped = reasons.by_kind()["dropped"]
     assert sorted(dropped.values()) == [2, 4] and all(f", first at {tmp_path / 'a.jsonl'}:" in key for key in dropped)
     with pytest.raises(UserError, match="^org/name:2: text: .*BAD_ROWS=skip"):
-        list(pipeline.read_chats(sources.parse("org/name"), Counter()))
+        list(pipeline.read_chats(sources.parse("org/name"), Reasons()))
 
 
 def test_files_without_any_valid_row_stop_even_where_invalid_rows_are_left_out(tmp_path, capsys):
