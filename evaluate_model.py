@@ -19,6 +19,8 @@ BASE: str | None = None  # model to compare with, scored first; None: no compari
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
 SUITES = "loss,facts,health"  # comma-separated: loss, facts, health, judge
 LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
 OUT_DIR = "out/evaluation"
@@ -84,7 +86,7 @@ def main():
     # Each model by itself
     results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
     for name, result in results.items():
-        model, tokenizer = generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION)
+        model, tokenizer = load_model(name)
         print(f"\n{name}")
         suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         if questions:
@@ -106,6 +108,10 @@ def main():
         statistics.compare(names[0], name, results)
     for name, result in results.items():
         save(name, result)
+
+
+def load_model(name: str):
+    return generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
 
 
 def read_chats(models) -> dict[str, list]:

@@ -18,6 +18,8 @@ QUANTIZATION: str | None = None  # base: nf4, int8, hqq-4bit ...; None: as in tr
 MERGE_INTO: str | None = None  # original or dequantized base, after quantized training; None: the better
 DTYPE = "bfloat16"  # merged weights
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other
+CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
+TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
 # GGUF
 GGUF: str | None = None  # "f16, q8_0, q4_k_m", also f32 bf16 q4_0 q5_0 q5_k_m q6_k; None: merge only
 PRE_TOKENIZER: str | None = None  # llama.cpp's name of the pre-tokenizer; None: look it up
@@ -64,7 +66,7 @@ def main():
     bases = merge.choose_bases(source, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
-    tokenizer, path = merge.load_chat_tokenizer(source), Path(MODEL).expanduser()
+    tokenizer, path = merge.load_chat_tokenizer(source, CHAT_TEMPLATE, TEMPLATE_OPTIONS), Path(MODEL).expanduser()
     run = next((run for run in (path, path.parent) if (run / "settings.json").is_file()), None)
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
     folder = create_folder(current(globals()), __file__)

@@ -73,19 +73,18 @@ def set_template(
 
 def choose_for_chat(tokenizer, choice: str | None, options: str = "") -> None:
     """Give the tokenizer the template of CHAT_TEMPLATE (None: its own) to chat with; UserError where it has none."""
-    own = own_template(tokenizer)
+    own, values = own_template(tokenizer), parse_options(options)
     if choice is None and not own:
-        problem = "this model has no chat template: it is a base model, or an adapter came without one"
-        raise UserError(
-            f"{problem}. Fine-tune it first, or name the template it was trained with: CHAT_TEMPLATE=chatml."
-        )
-    if choice is None:
-        tokenizer.chat_template = with_options(own, parse_options(options))
-        return
-    tokenizer.chat_template, needed, _ = choose(tokenizer, choice, own, parse_options(options), "last")
+        problem = "this model has no chat template: it is a base model, or an adapter that came without one"
+        remedy = "Fine-tune it first, or name the template that it was trained with, as in CHAT_TEMPLATE=chatml"
+        raise UserError(f"MODEL: {problem}. {remedy}.")
+    chosen = choose(tokenizer, choice, own, values, "last") if choice else (with_options(own, values), (), "")
+    tokenizer.chat_template, needed, _ = chosen
     if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
         problem = f"the model has no tokens {' '.join(missing)}, so it was not trained with it"
         raise UserError(f"CHAT_TEMPLATE={choice}: {problem}. Choose another.")
+    if not takes_system(tokenizer):
+        tokenizer.chat_template = SYSTEM_INTO_QUESTION + tokenizer.chat_template
 
 
 def refuse(encoder: ChatEncoder, label: str, had_eos: bool):

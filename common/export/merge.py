@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from common.bounds import check_setting
 from common.cli import UserError
+from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.export.verify import Reference, predict
 from common.files import write_atomic
@@ -41,11 +42,10 @@ def choose_bases(source: Source, quantization: str | None, merge_into: str | Non
     return (merge_into,) if merge_into else bases
 
 
-def load_chat_tokenizer(source: Source):
-    """The tokenizer, with its template as other libraries can read it."""
+def load_chat_tokenizer(source: Source, template: str | None, options: str):
+    """The tokenizer, with its template as other libraries can read it. template, options: see choose_for_chat."""
     tokenizer, name = load.load_tokenizer(source), source.adapter or source.name
-    if not tokenizer.chat_template:
-        raise UserError(f"MODEL={name} has no chat template. Fine-tune it first.")
+    templates.choose_for_chat(tokenizer, template, options)
     # A comment in place of a mark keeps the white space around it.
     tokenizer.chat_template = MARK.sub(r"{#\1 \2#}", tokenizer.chat_template)
     tokenizer.eos_token = ChatEncoder(tokenizer).end_token

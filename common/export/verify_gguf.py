@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from common.data.encoder import ChatEncoder
-from common.data.tool_form import QUESTION, TOOL, ToolForm, write_tools
+from common.data.tool_form import QUESTION, TOOL, ToolForm, try_to, write_tools
 from common.export import verify
 from common.export.llama_cpp import LlamaCpp, trained_context
 from common.export.verify import Reference, Row, divergence, predict
@@ -140,7 +140,7 @@ def token_chats(encoder: ChatEncoder) -> list[list[dict]]:
         call = {"id": "call00001", "type": "function", "function": {"name": "lookup", "arguments": {"k": "Hi"}}}
         asked = [QUESTION | {"tools": [TOOL]}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         chats.append([*asked, {"role": "tool", "content": "7", "name": "lookup", "tool_call_id": "call00001"}])
-    return chats
+    return [chat for chat in chats if try_to(encoder.template.render, chat)]  # not those that a template refuses
 
 
 def as_requested(chat: list[dict]) -> list[dict]:

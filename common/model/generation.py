@@ -38,9 +38,6 @@ def load_for_chat(
     source = location.locate(model_name)
     quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
-    if not (tokenizer.chat_template or template):
-        remedy = "Fine-tune it, or name the template that it was trained with, as in CHAT_TEMPLATE=chatml"
-        raise UserError(f"MODEL={model_name} has no chat template, as base models have none. {remedy}.")
     templates.choose_for_chat(tokenizer, template, options)
     if (trained := location.trained_with(source)) != quantization and source.adapter:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
