@@ -72,7 +72,7 @@ def describe(account: dict) -> str:
     lines += [f"    {example}" for example in account["examples"]]
     unused = [f"{name} (in {n:,} rows)" for name, n in account["unused"].items()]
     lines += [f"  fields that are not used: {', '.join(unused)}"] if unused else []
-    repeated = "{sequences:,} with repetitions; " if account["sequences"] > account["trained"] else ""
+    repeated = "{sequences:,} sequences; " if account["sequences"] > account["trained"] else ""
     tokens = "{tokens:,} tokens, {tokens_in_loss:,} in the loss; {held_out_tokens:,} held out"
     lines.append("  " + (repeated + tokens).format(**account))
     shortest, median, longest = (account["length_percentiles"][p] for p in ("0", "50", "100"))

@@ -46,6 +46,8 @@ class Encoded(NamedTuple):
 
 def join(rows: list[Encoded]) -> Encoded:
     """One chat whose sequences are those of several."""
+    if len(rows) == 1:
+        return rows[0]
     before = np.cumsum([0, *(len(row.ids) for row in rows)])
     ends = [row.ends + start for row, start in zip(rows, before, strict=False)]
     ids, learned, lengths = ([row[i] for row in rows] for i in (0, 1, 3))

@@ -192,7 +192,7 @@ def choose(tokenizer, choice: str | None, own: str, options: dict, train_on: str
         known = tokenizer.get_vocab().keys()
         fallback = "zephyr" if tokenizer.eos_token else "chatml"  # which brings its own end token
         choice = next((name for name, tokens in TOKENS.items() if known >= set(tokens)), fallback)
-    elif choice is None and not GENERATION.search(own) and "tool" not in own:
+    elif choice is None and not re.search(rf"{GENERATION.pattern}|tool|think|reason", own):  # which ours may lack
         choice = next((name for name in ours if is_same(tokenizer, own, ours[name])), None)
     if choice is None:
         template = with_options(own, options)
@@ -214,8 +214,12 @@ def choose(tokenizer, choice: str | None, own: str, options: dict, train_on: str
 def is_same(tokenizer, own: str, ours: str) -> bool:
     """Whether two templates write the same, but for a first line that names another assistant."""
     chats = [SYSTEM_PROBE] if inspect(tokenizer, own)[1] else [SYSTEM_PROBE, PROBE]
-    texts = [render(tokenizer, chat, own) for chat in chats]
-    return all(texts) and texts == [render(tokenizer, chat, ours) for chat in chats]
+    mine, theirs = (
+        [render(tokenizer, SYSTEM_PROBE[:2], template, add_generation_prompt=True)]
+        + [render(tokenizer, chat, template) for chat in chats]
+        for template in (ours, own)
+    )
+    return mine == theirs and all(mine)
 
 
 def form_of(tokenizer, template: str) -> ChatTemplate:

@@ -69,7 +69,7 @@ def choose_kl_weight(settings: dict, base_has_template: bool, keeps_base: bool) 
         adapter = f"ADAPTER={settings['ADAPTER']} on " if "ADAPTER" in settings else ""
         raise UserError(f"KL_WEIGHT={weight} does not work with {adapter}{settings['MODEL']}. Set KL_WEIGHT=0.")
     if weight is None:
-        weight = 1.0 if keeps_base and base_has_template and settings["TRAIN_ON"] == "assistant" else 0.0
+        weight = 1.0 if keeps_base and base_has_template and settings["TRAIN_ON"] != "all" else 0.0
     print(f"KL regularization towards the base: weight {weight}")
     return weight
 
