@@ -48,8 +48,10 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
     preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
     if preferences and not columns:
-        remedy = 'or name the answer by COLUMNS="prompt:user, chosen:assistant"'
-        refuse(preferences[0], f"a row of preferences; use preference_train.py, {remedy}", rest[preferences[0]])
+        value = rest[preferences[0]]
+        columns = {str: "prompt:user, chosen:assistant", list: "chosen:messages"}.get(type(value))
+        remedy = f', or learn one side only, by COLUMNS="{columns}"' if columns else ""
+        refuse(preferences[0], f"a row of preferences; use preference_train.py{remedy}", value)
     fields = schema_of(rest, columns, row)
     if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
