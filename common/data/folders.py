@@ -107,15 +107,14 @@ def readable_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def of_split(files: list[Path], split: str | None, name: str, root: Path) -> list[Path]:
-    """All files, unless their names tell of several splits: then those of the one asked for, or of `train`."""
+    """All files, or those of the split asked for; UserError where their names tell of several and none is asked for."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = SPLIT.findall(file.relative_to(root).as_posix())
         splits.setdefault(words[-1].lower() if words else "", []).append(file)
-    if split or len(splits) > 1:
-        chosen = split or "train"
-        if chosen not in splits:
-            listed = ", ".join(f"{name}:{word}" for word in splits if word) or "no file has one in its name"
-            raise UserError(f"{name}: no files of the split {chosen}; {listed}.")
-        files = splits[chosen]
-    return check_containers(files, name)
+    listed = ", ".join(f"{name}:{word}" for word in splits if word) or "no file has one in its name"
+    if split and split not in splits:
+        raise UserError(f"{name}: no files of the split {split}; {listed}.")
+    if not split and len(splits.keys() - {""}) > 1:
+        raise UserError(f"{name}: it holds files of several splits; name one: {listed}.")
+    return check_containers(splits[split] if split else files, name)

@@ -1,35 +1,45 @@
 """Formats: a row of any known schema becomes a chat; rows of each in tests/data/test_formats.py."""
 
-import csv
 import functools
 import re
 
-from common.cli import UserError
 from common.data import rows
-from common.data.rows import Chat, InvalidRow, RowError, SkippedRow, as_bit, as_text, invalid, is_empty, refuse
+from common.data.rows import (
+    BITS,
+    FORMATTED,
+    REASONING,
+    WEIGHTS,
+    Chat,
+    InvalidRow,
+    RowError,
+    SkippedRow,
+    as_bit,
+    as_text,
+    from_json,
+    invalid,
+    is_empty,
+    parse_columns,
+    refuse,
+)
 from common.data.tools import take_tools
 from common.data.trees import arena, is_tree_message, ranked, tree, trees
-from common.data.turns import REASONING, WEIGHTS, check_turns, give_weight, role_of, take_weight, turns_in
+from common.data.turns import PLAIN, check_turns, give_weight, role_of, take_weight, turns_in
 
 __all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "parse_columns", "to_chat", "trees"]
-# Control tokens of chat templates. Only at the ends of a text do they say that it is formatted: a question may be
-# about them.
-TOKEN = r"(?:<\|\w+\|?>|<\w+\|>|<｜[^｜<>]{1,40}｜>|</?s>|<[be]os>|\[/?INST\]|\[gMASK\]|<(?:start|end)_of_turn>)"
-FORMATTED = re.compile(rf"^\s*{TOKEN}|{TOKEN}\s*(?:(?:user|assistant|model|system)\s*)?$")
 REMEDY = 'name them by COLUMNS="field:user, field:assistant"'
 
 
 def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answer") -> Chat | InvalidRow | SkippedRow:
     """The chat in a row; its turns are plain dicts:
 
-    - {"role": "system"|"user"|"assistant"|"tool"|"text", "content": str}; "" only beside tool_calls
+    - {"role": "system"|"user"|"assistant"|"tool"|"text", "content": str}; "" only beside tool_calls or of a tool
     - assistant: "weight" 0|1, "reasoning_content", "tool_calls": [{"id", "type", "function": {"name", "arguments"}}]
     - tool: "tool_call_id" and "name" of the call it answers; the first turn of the chat: "tools"
 
     columns: of `parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
     """
     if not isinstance(row, dict):
-        return row if isinstance(row, InvalidRow) else invalid("row", "must be an object", row)
+        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, such as {MESSAGES}", row)
     notes = []
     try:
         return read_row(row, columns or {}, completion, notes)
@@ -41,18 +51,19 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
 
 def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:
     rest, names = rows.lower_keys(row, "row"), rows.lowered(tuple(row))
-    if columns:
-        rest = rename(rest, columns, notes)
-        names = names | {target: name for name, target in columns.items()}
+    renamed = rows.rename(rest, columns, notes)
+    given = columns if renamed else {}
+    if renamed:
+        rest, names = renamed, names | {target: name for name, target in columns.items()}
     if rest.keys() >= {"message_id", "parent_id"}:
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
     preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
-    if preferences and not columns:
+    if preferences and not given:
         value = rest[preferences[0]]
-        columns = {str: "prompt:user, chosen:assistant", list: "chosen:messages"}.get(type(value))
-        remedy = f', or learn one side only, by COLUMNS="{columns}"' if columns else ""
+        side = {str: "prompt:user, chosen:assistant", list: "chosen:messages"}.get(type(value))
+        remedy = f', or learn one side only, by COLUMNS="{side}"' if side else ""
         refuse(preferences[0], f"a row of preferences; use preference_train.py{remedy}", value)
-    fields = schema_of(rest, columns, row)
+    fields = schema_of(rest, columns, given, row)
     if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
     raw = turns_of(rest, fields, completion, notes)
@@ -61,11 +72,14 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
     if any(key != name for key, name in names.items()):
         raw = [(named(field, names), turn) for field, turn in raw]
     add_weight(rest, raw)
+    is_text = raw[0][1]["role"] == "text"
+    refuse_homeless(rest, is_text)
     listed = []
-    if raw[0][1]["role"] != "text":
+    if not is_text:
         add_system(rest, raw, notes)
-        systems = [(field.rpartition(".")[0] + ".", turn) for field, turn in raw if role_of(turn) == "system"]
-        listed = take_tools([("", rest), *systems])
+        others = [(field, turn) for field, turn in raw if turn.keys() != PLAIN]
+        asked = [(field, turn) for field, turn in others if role_of(turn) in ("system", "user")]
+        listed = take_tools([("", rest), *((field.rpartition(".")[0] + ".", turn) for field, turn in asked)])
     chat = check_turns(raw, notes)
     if listed:
         chat[0]["tools"] = listed
@@ -74,13 +88,32 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
 
 
 def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
-    """Whether a KTO label says so, which is taken out of the row. In rows of text, 0 and 1 are classes."""
-    for name in ("label", "kto_tag"):
-        bit = as_bit(row.get(name)) if fields != TEXT or isinstance(row.get(name), bool) else None
-        if bit is not None:
+    """Whether a KTO label says that the answer is bad; labels are taken out of the row.
+
+    In messages, and in prompt and completion, as KTO's sets have them, numbers and words count, too. Elsewhere 0 and 1
+    are classes, so that only true and false count.
+    """
+    is_kto = fields == rows.COMPLETION or len(fields) == 1 and fields != rows.TEXT
+    found = {}
+    for name in ("label", "kto_label", "kto_tag"):
+        word = str(row.get(name)).strip().lower()
+        if word in (VERDICTS if is_kto or name != "label" else ("true", "false")):
+            found[name] = VERDICTS[word]
             del row[name]
-            return bit == 0
-    return False
+    if len(set(found.values())) > 1:
+        refuse("row", f"{' and '.join(found)} contradict each other; keep one", found)
+    return 0 in found.values()
+
+
+def refuse_homeless(row: dict, is_text: bool) -> None:
+    """Refuse a field that no turn has taken, where its meaning would be lost."""
+    homeless = {"history": "put its turns before the others"}
+    homeless |= dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
+    if is_text:
+        homeless |= dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
+    for name, remedy in homeless.items():
+        if name in row and not is_empty(row[name]) and row[name] not in FLAGS:
+            refuse(name, f"it belongs to a turn, not beside these fields; {remedy}, or remove it", row[name])
 
 
 def named(field: str, names: dict[str, str]) -> str:
@@ -89,55 +122,26 @@ def named(field: str, names: dict[str, str]) -> str:
     return names.get(name, name) + field[len(name) :]
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
-    """COLUMNS="question:user, answer:assistant" as {"question": "user", ...}; {} for None.
+def schema_of(row: dict, columns: dict[str, str], given: dict[str, str], original: dict) -> tuple[str, ...]:
+    """The first of rows.SCHEMAS whose fields are all there and have a value; those of COLUMNS count more.
 
-    A name with a comma stands in quotes, a.b is b in a. Raises UserError.
+    given: the columns, where the row has their fields.
     """
-    columns = {}
-    for item in next(csv.reader([text or ""], skipinitialspace=True), []):
-        name, _, target = (part.strip().lower() for part in item.rpartition(":"))
-        if not name or target not in TARGETS:
-            known = ", ".join(["system", "user", "assistant", *sorted(TARGETS - {"system", "user", "assistant"})])
-            raise UserError(f'COLUMNS={text}: {item!r} is not "field:name" with a name of: {known}.')
-        if target in columns.values() or name in columns:
-            raise UserError(f"COLUMNS={text}: {item!r} names a field or a name that is taken; give each once.")
-        columns[name] = target
-    return columns
-
-
-def rename(row: dict, columns: dict[str, str], notes: list[str]) -> dict:
-    """The row by the names that COLUMNS gives."""
-    renamed, rest = {}, dict(row)
-    for name, target in columns.items():
-        outer, _, inner = name.partition(".")
-        fields = rows.lower_keys(row[outer], outer) if isinstance(row.get(outer), dict) else {}
-        if name in row:
-            renamed[target] = rest.pop(name)
-        elif inner in fields:
-            renamed[target] = fields[inner]
-            rest.pop(outer, None)
-            notes += [f"unused: {outer}.{other}" for other in fields if f"{outer}.{other}" not in columns]
-        else:
-            refuse("row", f"has no field {name}, which COLUMNS names; it has", list(row), limit=300)
-    notes += [f"unused: {name}" for name in rest if name in renamed and not is_empty(rest[name])]
-    return rest | renamed
-
-
-def schema_of(row: dict, columns: dict[str, str], original: dict) -> tuple[str, ...]:
-    """The first of SCHEMAS whose fields are all there and have a value; those of COLUMNS count more."""
     present = schemas_in(tuple(row))
     full = [fields for fields in present if not any(rows.is_missing(row[name]) for name in fields)]
-    mapped = [fields for fields in full if set(fields) & set(columns.values())]
+    mapped = [fields for fields in full if set(fields) & set(given.values())]
     for candidates in (mapped, full, present):
         if candidates:
             return candidates[0]
-    refuse("row", f"none of the known sets of fields; {REMEDY}; the row has", list(original), limit=300)
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        refuse("row", f"a turn alone; one row is {MESSAGES}", original)
+    wanted = f"none that COLUMNS names ({', '.join(columns)}), and " if columns else ""
+    refuse("row", f"{wanted}none of the known sets of fields; {REMEDY}; the row has", list(original), limit=300)
 
 
 @functools.lru_cache(maxsize=256)  # the rows of a file have few sets of names
 def schemas_in(names: tuple) -> list[tuple[str, ...]]:
-    return [fields for fields in SCHEMAS if set(names) >= set(fields)]
+    return [fields for fields in rows.SCHEMAS if set(names) >= set(fields)]
 
 
 def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None:
@@ -159,10 +163,12 @@ def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None
 
 
 def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
-    """A weight of the row is that of its answers; other values, such as a loss measured, stay unused."""
+    """A weight of the row is that of its answers; a loss that was measured stays unused."""
     if row.keys().isdisjoint(WEIGHTS):
         return
-    given = {name: row.pop(name) for name in WEIGHTS if as_bit(row.get(name)) is not None}
+    given = {
+        name: row.pop(name) for name in WEIGHTS if name in row and (name != "loss" or as_bit(row[name]) is not None)
+    }
     weight = take_weight(given, "row")
     if weight is not None:
         give_weight([turn for _, turn in raw], weight)
@@ -170,21 +176,20 @@ def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
 
 def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[str]) -> list[tuple] | SkippedRow:
     """The turns in the fields of a schema, which are taken out of the row: (place, turn) each."""
-    if fields[0] in LISTS and len(fields) == 1:
+    if fields[0] in rows.LISTS and len(fields) == 1:
         return turns_in(row, fields[0])
-    if fields == ARENA:
+    if fields == rows.ARENA:
         return ranked(arena, row)
-    if fields == TREE:
+    if fields == rows.TREE:
         return ranked(tree, row)
-    if fields == TEXT:
+    if fields == rows.TEXT:
         return [("text", {"role": "text", "content": row.pop("text")})]
-    if fields == SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
+    if fields == rows.SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
         row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
     values = [row[name] for name in fields]
     if any(has_roles(value) for value in values):
         return lists_of_turns(row, *fields)
-    is_formatted = fields == COMPLETION and any(FORMATTED.search(str(value)) for value in values)
-    if is_formatted or fields == COMPLETION and completion == "continue":
+    if fields == rows.COMPLETION and completion == "continue":
         return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
     return pair(row, *fields, notes)
 
@@ -202,10 +207,19 @@ def pair(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[
             asked = as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
     if isinstance(asked, str) and FORMATTED.search(asked):
         return text_turns(field, asked, answer, answered)
-    turn = {"role": "assistant", "content": answered}
-    turn |= {name: row.pop(name) for name in REASONING if name in row}
-    history = turns_in(row, "history") if not is_empty(row.get("history")) else []
-    return [*history, (field, {"role": "user", "content": asked}), (answer, turn)]
+    return [*history_in(row), (field, {"role": "user", "content": asked}), answer_in(row, answer, answered)]
+
+
+def history_in(row: dict) -> list[tuple[str, dict]]:
+    """The turns before a question."""
+    row["history"] = from_json(row.get("history"), "history", "a list of turns")
+    return [] if is_empty(row["history"]) else turns_in(row, "history")
+
+
+def answer_in(row: dict, field: str, content) -> tuple[str, dict]:
+    """An answer with the reasoning that stands beside it."""
+    reasoning = [name for name in REASONING if name in row and row[name] not in FLAGS]
+    return field, {"role": "assistant", "content": content} | {name: row.pop(name) for name in reasoning}
 
 
 def text_turns(question: str, asked, answer: str, answered) -> list[tuple[str, dict]]:
@@ -222,31 +236,22 @@ def has_roles(value) -> bool:
 
 def lists_of_turns(row: dict, question: str, answer: str) -> list[tuple[str, dict]]:
     """Turns and their continuation, each a text, a turn or a list; answers before the last are not in the loss."""
-    raw = []
-    for name, role in ((question, "user"), (answer, "assistant")):
-        value = row[name]
-        if not has_roles(value):
-            raw.append((name, {"role": role, "content": row.pop(name)}))
-            continue
-        row[name] = [value] if isinstance(value, dict) else value
-        raw += turns_in(row, name)
-        if name == question:
-            give_weight([turn for _, turn in raw], 0)
-    return raw
+    asked = turns_at(row, question) or [(question, {"role": "user", "content": row.pop(question)})]
+    give_weight([turn for _, turn in asked], 0)
+    answered = turns_at(row, answer) or [answer_in(row, answer, row.pop(answer))]
+    return history_in(row) + asked + answered
 
 
+def turns_at(row: dict, name: str) -> list[tuple[str, dict]]:
+    """The turns in a field that may hold one, or a list; [] for another value."""
+    value = row[name]
+    if not has_roles(value):
+        return []
+    row[name] = [value] if isinstance(value, dict) else value
+    return turns_in(row, name)
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+VERDICTS = BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
+FLAGS = (True, False, "on", "off", "[]")  # whether reasoning was on, in Nemotron's sets; an empty list in a table
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
-LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
-ARENA, TREE = ("conversation_a", "conversation_b", "winner"), ("message_tree_id", "prompt")
-SUMMARY, COMPLETION, TEXT = ("dialogue", "summary"), ("prompt", "completion"), ("text",)
-QUESTIONS = (
-    *(("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("prompt", "output")),
-    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
-    *(("problem", "solution"), ("user", "assistant"), ("human", "assistant"), ("input", "output")),
-    ("inputs", "targets"),
-)
-# The first whose fields a row has counts: Alpaca's rows also have `text`.
-SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
-# What COLUMNS may name.
-TARGETS = {name for fields in SCHEMAS if fields not in (ARENA, TREE) for name in fields}
-TARGETS |= {"system", "context", "history", "tools", "label", *WEIGHTS, *REASONING}

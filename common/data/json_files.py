@@ -48,13 +48,16 @@ def is_lines(head: list[bytes], encoding: str) -> bool:
     if first not in (b"{", b"["):
         return True  # each line is then named as one that is no row
     is_open = head[0].rstrip().endswith((b"{", b"[")) if head else True
-    return first == b"{" and len(head) > 1 and not is_open and any(is_object(raw, encoding) for raw in head)
+    if len(head) < 2 or is_open:
+        return False
+    return is_complete(head[0], encoding, "[") or any(is_complete(raw, encoding, "{") for raw in head if first == b"{")
 
 
-def is_object(raw: bytes, encoding: str) -> bool:
+def is_complete(raw: bytes, encoding: str, start: str) -> bool:
+    """Whether a line is JSON that starts so: an object or a list."""
     try:
         text = raw.decode(encoding).lstrip("\ufeff")
-        return text.startswith("{") and isinstance(DECODER.decode(text), dict)
+        return text.startswith(start) and DECODER.decode(text) is not None
     except (ValueError, RecursionError):
         return False
 

@@ -117,9 +117,11 @@ def encoding_of(file: Path, wanted: str) -> str:
         return "utf-8"
     decoder, is_ascii = codecs.getincrementaldecoder("utf-8")(), True
     with open_stream(file) as stream:
-        for chunk in iter(lambda: stream.read(2**20), b""):
+        chunk = None
+        while chunk != b"":
+            chunk = stream.read(2**20)
             try:
-                decoder.decode(chunk)
+                decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError:
                 return name
             if b"\0" in chunk:

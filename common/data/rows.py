@@ -1,14 +1,47 @@
-"""Rows: what a row of the data becomes, and how a value of it is read or refused."""
+"""Rows: the fields that a row may have, what it becomes, and how a value of it is read or refused."""
 
+import csv
 import functools
 import json
 import math
 import re
 from typing import NoReturn
 
+from common.cli import UserError
+
 # NUL, halves of surrogate pairs, and the noncharacters by which encoder.py marks answers.
 FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd3]")
+# Control tokens of chat templates, whichever family's; <s> and </s> only at the ends of a text, as they are HTML, too.
+CONTROL = (
+    r"<\|\w{3,40}\|>|<\|\"\|>|<\|(?:turn|channel|think|tool\w*)>|<(?:turn|channel|tool\w*)\|>"
+    r"|<\uff5c[^<>\uff5c]{1,40}\uff5c>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[(?:TOOL_CALLS|gMASK)\]"
+    r"|<(?:start|end)_of_turn>|<end_of_utterance>|<[be]os>"
+)
+CONTROL_TOKEN = re.compile(rf"{CONTROL}|\A\s*<s>|</s>\s*\Z")
+# At an end of a question they say that it is formatted; elsewhere a question may be about them.
+FORMATTED = re.compile(rf"\A\s*(?:<s>\s*)?(?:{CONTROL})|(?:{CONTROL})\s*(?:(?:user|assistant|model|system)\s*)?\Z")
+END_TOKENS = (
+    *("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>", "<|END_OF_TURN_TOKEN|>"),
+    *("</s>", "<eos>", "<end_of_turn>", "<turn|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+)
+BITS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}  # 1.0: as pandas writes them beside a null
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a content's parts that are text
+WEIGHTS = ("weight", "loss", "train", "training")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+ARENA, TREE = ("conversation_a", "conversation_b", "winner"), ("message_tree_id", "prompt")
+SUMMARY, COMPLETION, TEXT = ("dialogue", "summary"), ("prompt", "completion"), ("text",)
+QUESTIONS = (
+    *(("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("prompt", "output")),
+    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
+    *(("problem", "solution"), ("user", "assistant"), ("human", "assistant"), ("input", "output")),
+    ("inputs", "targets"),
+)
+# The first whose fields a row has counts: Alpaca's rows also have `text`.
+SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
+# What COLUMNS may name.
+TARGETS = {name for fields in SCHEMAS if fields not in (ARENA, TREE) for name in fields}
+TARGETS |= {"system", "context", "history", "tools", "label", *WEIGHTS, *REASONING}
 
 
 class Chat(list):
@@ -77,12 +110,58 @@ def lower_keys(row: dict, field: str) -> dict:
     return dict(zip(names, row.values(), strict=True))
 
 
+def parse_columns(text: str | None) -> dict[str, str]:
+    """COLUMNS="question:user, answer:assistant" as {"question": "user", ...}; {} for None.
+
+    A name with a comma stands in quotes, a.b is b in a. Raises UserError.
+    """
+    columns = {}
+    for item in next(csv.reader([text or ""], skipinitialspace=True), []):
+        name, _, target = (part.strip().lower() for part in item.rpartition(":"))
+        if not name or target not in TARGETS:
+            known = ", ".join(["system", "user", "assistant", *sorted(TARGETS - {"system", "user", "assistant"})])
+            raise UserError(f'COLUMNS={text}: {item!r} is not "field:name" with a name of: {known}.')
+        if target in columns.values() or name in columns:
+            raise UserError(f"COLUMNS={text}: {item!r} names a field or a name that is taken; give each once.")
+        columns[name] = target
+    return columns
+
+
+def rename(row: dict, columns: dict[str, str], notes: list[str]) -> dict | None:
+    """The row by the names that COLUMNS gives; None where it has none of the fields, as in other sources of DATA."""
+    renamed, rest, missing = {}, dict(row), []
+    for name, target in columns.items():
+        outer, _, inner = name.partition(".")
+        fields = lower_keys(row[outer], outer) if isinstance(row.get(outer), dict) else {}
+        if name in row:
+            renamed[target] = rest.pop(name)
+        elif inner in fields:
+            renamed[target] = fields[inner]
+            rest.pop(outer, None)
+            notes += [f"unused: {outer}.{other}" for other in fields if f"{outer}.{other}" not in columns]
+        else:
+            missing.append(name)
+    if not renamed:
+        return None
+    if missing:
+        refuse("row", f"has no field {missing[0]}, which COLUMNS names; it has", list(row), limit=300)
+    notes += [f"unused: {name}" for name in rest if name in renamed and not is_empty(rest[name])]
+    return rest | renamed
+
+
 def as_text(value, field: str, notes: list[str]) -> str:
-    """The text of a value: a text, a number, or a list of texts and of text parts, joined as templates join them."""
+    """The text of a value: a text, a number, or a list of texts and of text parts, joined as templates join them.
+
+    A list of texts or an object that is a field of the row itself is refused: files of columns have them.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value):
         notes.append("changed: numbers read as text")
         return str(value)
-    if isinstance(value, list) and value:
+    is_list = isinstance(value, list) and len(value) > 0
+    if "[" not in field and (isinstance(value, dict) or is_list and not isinstance(value[0], dict)):
+        hint = 'is this JSON of columns? one row is one object (pandas: to_json(name, orient="records", lines=True))'
+        refuse(field, f"must be a text; {hint}", value)
+    if is_list:
         if len(value) > 1:
             notes.append("changed: parts of a content joined")
         value = "".join(part_text(part, field) for part in value)
@@ -92,6 +171,17 @@ def as_text(value, field: str, notes: list[str]) -> str:
         refuse(field, "must be a text; write it as one, in quotes", value)
     check_characters(value, field)
     return value
+
+
+def without_end_token(text: str, notes: list[str]) -> str:
+    """The text without the end token that other tools want after an answer: the template writes its own."""
+    stripped = text.rstrip()
+    end = next((token for token in END_TOKENS if stripped.endswith(token)), None)
+    rest = stripped.removesuffix(end) if end else ""
+    if not rest.strip() or end == "</s>" and "<s>" in rest:  # the token is what is meant, or HTML
+        return text
+    notes.append("changed: end tokens at the end of answers removed")
+    return rest
 
 
 def part_text(part, field: str) -> str:
@@ -112,13 +202,18 @@ def check_characters(text: str, field: str) -> None:
 
 
 def from_json(value, field: str, what: str):
-    """The value that a text holds as JSON; other values as they are. what: it must be, for the message."""
+    """The value that a text holds as JSON, None for a blank one; other values as they are.
+
+    what: it must be, for the message.
+    """
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        refuse(field, f"must be {what}, or JSON of it; {error}", value)
+        refuse(field, f"must be {what}, or JSON of it, as json.dumps writes it; {error}", value)
 
 
 def to_json(value, field: str) -> str:
@@ -130,6 +225,4 @@ def to_json(value, field: str) -> str:
 
 def as_bit(value) -> int | None:
     """0 or 1 for true, false, 0, 1 and their texts; None for anything else."""
-    if isinstance(value, str):
-        return {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower())
-    return int(value) if isinstance(value, int | float) and value in (0, 1) else None
+    return BITS.get(str(value).strip().lower())

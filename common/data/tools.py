@@ -1,11 +1,13 @@
 """Tools: the functions that a row lists, the calls of its answers, and what they gave, in OpenAI's form."""
 
+import ast
 import re
 
-from common.data.rows import as_text, check_characters, from_json, is_empty, refuse, to_json
+from common.data.rows import RowError, as_text, check_characters, from_json, is_empty, refuse, to_json
 
 TOOL = '{"name": ..., "description": ..., "parameters": {...}}'
 CALL = '{"name": ..., "arguments": {...}}'
+ARGUMENTS = ("arguments", "parameters", "args", "input")
 OUR_ID = "call{:05d}"  # 9 letters and digits: Mistral's templates take no other length
 
 
@@ -25,6 +27,8 @@ def take_tools(holders: list[tuple[str, dict]]) -> list[dict]:
 def read_tools(value, field: str) -> list[dict]:
     """A list of tools, from a list or one tool, each perhaps as JSON or without its wrapper."""
     value = from_json(value, field, "a list of tools")
+    if is_empty(value):
+        return []
     tools = []
     for item in value if isinstance(value, list) else [value]:
         item = from_json(item, field, TOOL)
@@ -48,7 +52,7 @@ def without_nulls(value):
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def take_calls(turn: dict, field: str, calls_before: int) -> list[dict]:
+def take_calls(turn: dict, field: str, calls_before: int, notes: list[str]) -> list[dict]:
     """The calls of an answer, taken out of its turn; [] without any.
 
     calls_before: of the chat, for the ids of calls that have none.
@@ -57,11 +61,39 @@ def take_calls(turn: dict, field: str, calls_before: int) -> list[dict]:
     for name in ("tool_calls", "function_call"):
         value = turn.pop(name, None)
         if not is_empty(value):
-            calls += read_calls(value, f"{place}.{name}", calls_before + len(calls))
+            calls += read_calls(value, f"{place}.{name}", calls_before + len(calls), notes)
+    content = turn["content"]
+    if not calls and isinstance(content, str):
+        turn["content"], written = blocks_at_end(content, "tool_call", field)
+        calls = read_calls([written_call(text, field) for text in written], field, calls_before, notes)
     return calls
 
 
-def read_calls(value, field: str, calls_before: int) -> list[dict]:
+def blocks_at_end(text: str, tag: str, field: str) -> tuple[str, list[str]]:
+    """(text before, what is in the <tag>...</tag> that end the text), as Hermes' sets write calls and results."""
+    opening, closing, found = f"<{tag}>", f"</{tag}>", []
+    while text.rstrip().endswith(closing):
+        before, start, block = text.rstrip().removesuffix(closing).rpartition(opening)
+        if not start:
+            refuse(field, f"{closing} without {opening}; write both, or neither", text)
+        found.insert(0, block.strip())
+        text = before.rstrip()
+    return text, found
+
+
+def written_call(text: str, field: str):
+    """The call in JSON, or as Python prints it, which some of Hermes' sets have."""
+    try:
+        return from_json(text, field, CALL)
+    except RowError:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+        raise
+
+
+def read_calls(value, field: str, calls_before: int, notes: list[str]) -> list[dict]:
     value = from_json(value, field, CALL)
     calls = []
     for item in value if isinstance(value, list) else [value]:
@@ -69,7 +101,14 @@ def read_calls(value, field: str, calls_before: int) -> list[dict]:
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not has_name(function):
             refuse(field, f"a call must be {CALL}", item)
-        arguments = function.get("arguments", function.get("parameters"))
+        name = next((name for name in ARGUMENTS if not is_empty(function.get(name))), "arguments")
+        arguments = function.get(name)
+        others = [part for part in (item.keys() | function.keys()) - {"id", "type", "function", "name", name}]
+        notes += [
+            f"unused: tool_calls[].{part}"
+            for part in sorted(others)
+            if not is_empty(function.get(part, item.get(part)))
+        ]
         arguments = {} if is_empty(arguments) else from_json(arguments, f"{field}.arguments", "an object")
         if not isinstance(arguments, dict):
             refuse(f"{field}.arguments", "must be an object, or JSON of one", arguments)
@@ -107,5 +146,6 @@ def read_result(turn: dict, field: str, chat: list[dict], notes: list[str]) -> d
     if isinstance(content, dict | list | bool) and not is_content:
         content = to_json(content, field)
     call = matching[0]
-    content = as_text(content, field, notes)
+    is_blank = isinstance(content, str) and not content.strip()  # a function that gives nothing
+    content = "" if is_blank else as_text(content, field, notes)
     return {"role": "tool", "content": content, "tool_call_id": call["id"], "name": call["function"]["name"]}

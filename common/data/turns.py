@@ -1,7 +1,19 @@
 """Turns: the turns found in a row are checked and brought into one form, by the same rules for every schema."""
 
+from collections.abc import Iterator
+
 from common.data import tools
-from common.data.rows import as_bit, as_text, from_json, is_empty, lower_keys, refuse
+from common.data.rows import (
+    REASONING,
+    WEIGHTS,
+    as_bit,
+    as_text,
+    from_json,
+    is_empty,
+    lower_keys,
+    refuse,
+    without_end_token,
+)
 
 ROLES = {name: name for name in ("system", "user", "assistant", "tool", "text")} | {"developer": "system"}
 ROLES |= dict.fromkeys(("human", "prompter"), "user")
@@ -14,8 +26,6 @@ REMEDIES = {
     "system": "a system turn may only come first; move it there, or put its text into the next user turn",
     "assistant": "the user speaks first; put a user turn before it, or remove it",
 }
-WEIGHTS = ("weight", "loss", "train", "training")
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 PLAIN = {"role", "content"}  # most turns have nothing else, and are read on a short way
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 # Names of a question and its answer in one object of a list, as in Firefly's and XTuner's conversations.
@@ -27,6 +37,9 @@ def turns_in(row: dict, name: str) -> list[tuple[str, dict]]:
     items = from_json(row.pop(name), name, "a list of turns")
     if not isinstance(items, list) or not items:
         refuse(name, "must be a list of turns that is not empty", items)
+    pairs = [tuple(item) for item in items if isinstance(item, list | tuple) and len(item) == 2]
+    if len(pairs) == len(items) and all(known_role(role) for role, _ in pairs):
+        items = [{"role": role, "content": content} for role, content in pairs]
     raw = []
     for i, item in enumerate(items):
         place = f"{name}[{i}]"
@@ -62,14 +75,18 @@ def first_of(item: dict, names: tuple[str, ...]) -> str:
 
 def role_of(turn: dict) -> str | None:
     """The role in our words; None for an unknown one."""
-    role = turn["role"].strip().lower() if isinstance(turn["role"], str) else None
-    return "assistant" if role in CALLS else ROLES.get(role)
+    return known_role(turn["role"])
+
+
+def known_role(role) -> str | None:
+    name = role.strip().lower() if isinstance(role, str) else None
+    return "assistant" if name in CALLS else ROLES.get(name)
 
 
 def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
     """The chat of the turns that a schema found. Raises RowError; adds to the notes."""
     chat = []
-    for field, given in raw:
+    for field, given in one_result_each(raw):
         turn = read_turn(field, given, chat, notes)
         if turn is None:
             continue
@@ -86,10 +103,25 @@ def check_turns(raw: list[tuple[str, dict]], notes: list[str]) -> list[dict]:
     return chat
 
 
+def one_result_each(raw: list[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
+    """The turns, with one for each <tool_response> in a tool turn."""
+    for field, given in raw:
+        content = given["content"]
+        is_written = isinstance(content, str) and content.lstrip().startswith("<tool_response>")
+        if not is_written or role_of(given) != "tool":
+            yield field, given
+            continue
+        before, results = tools.blocks_at_end(content, "tool_response", field)
+        if before:
+            refuse(field, "a <tool_response> that is not closed, or a text after it; write the result alone", content)
+        yield from ((field, given | {"content": result}) for result in results)
+
+
 def read_turn(field: str, given: dict, chat: list[dict], notes: list[str]) -> dict | None:
     """One turn in the form of a chat's; None for a system turn without a text."""
     content = given["content"]
-    if given["role"] in ("user", "assistant") and given.keys() == PLAIN and isinstance(content, str):
+    is_plain = given["role"] in ("user", "assistant") and given.keys() == PLAIN and isinstance(content, str)
+    if is_plain and not content.rstrip().endswith(">"):  # of an end token, or a call
         return {"role": given["role"], "content": as_text(content, field, notes)}
     role = role_of(given)
     place = field.rpartition(".")[0] or field
@@ -122,7 +154,9 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
         given |= {"content": None, "function_call": given["content"]}
         if is_empty(given["function_call"]):
             refuse(field, f"must be a call: {tools.CALL}", given["function_call"])
-    calls = tools.take_calls(given, field, sum(len(turn.get("tool_calls", ())) for turn in chat))
+    if isinstance(given["content"], str):
+        given["content"] = without_end_token(given["content"], notes)
+    calls = tools.take_calls(given, field, sum(len(turn.get("tool_calls", ())) for turn in chat), notes)
     for name in [name for name in REASONING if name in given]:
         value = given.pop(name)
         if not is_empty(value):
@@ -139,7 +173,9 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
 def take_weight(given: dict, place: str) -> int | None:
     """0 (not in the loss), 1 or None (nothing said), from the fields of other tools, too."""
     found = {}
-    for name in [name for name in WEIGHTS if name in given]:
+    for name in [name for name in (*WEIGHTS, "label") if name in given]:
+        if name == "label" and not isinstance(given[name], bool):  # else it says whether the answer is good
+            continue
         value = given.pop(name)
         if not is_empty(value):
             found[name] = as_bit(value)
@@ -153,7 +189,9 @@ def take_weight(given: dict, place: str) -> int | None:
 def give_weight(turns: list[dict], weight: int) -> None:
     """Give the answers of which nothing is said a weight."""
     for turn in turns:
-        if role_of(turn) in ("assistant", "text") and all(is_empty(turn.get(name)) for name in WEIGHTS):
+        is_labelled = isinstance(turn.get("label"), bool)
+        is_open = not is_labelled and all(is_empty(turn.get(name)) for name in WEIGHTS)
+        if role_of(turn) in ("assistant", "text") and is_open:
             turn["weight"] = weight
 
 
