@@ -39,7 +39,7 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
     columns: of `parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
     """
     if not isinstance(row, dict):
-        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, such as {MESSAGES}", row)
+        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, as {MESSAGES}", row)
     notes = []
     try:
         return read_row(row, columns or {}, completion, notes)
@@ -72,14 +72,9 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
     if any(key != name for key, name in names.items()):
         raw = [(named(field, names), turn) for field, turn in raw]
     add_weight(rest, raw)
-    is_text = raw[0][1]["role"] == "text"
-    refuse_homeless(rest, is_text)
-    listed = []
-    if not is_text:
-        add_system(rest, raw, notes)
-        others = [(field, turn) for field, turn in raw if turn.keys() != PLAIN]
-        asked = [(field, turn) for field, turn in others if role_of(turn) in ("system", "user")]
-        listed = take_tools([("", rest), *((field.rpartition(".")[0] + ".", turn) for field, turn in asked)])
+    refuse_homeless(rest, raw)
+    add_system(rest, raw, notes)
+    listed = tools_of(rest, raw)
     chat = check_turns(raw, notes)
     if listed:
         chat[0]["tools"] = listed
@@ -105,15 +100,22 @@ def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
     return 0 in found.values()
 
 
-def refuse_homeless(row: dict, is_text: bool) -> None:
+def refuse_homeless(row: dict, raw: list[tuple[str, dict]]) -> None:
     """Refuse a field that no turn has taken, where its meaning would be lost."""
     homeless = {"history": "put its turns before the others"}
     homeless |= dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
-    if is_text:
+    if raw[0][1]["role"] == "text":
         homeless |= dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
     for name, remedy in homeless.items():
         if name in row and not is_empty(row[name]) and row[name] not in FLAGS:
             refuse(name, f"it belongs to a turn, not beside these fields; {remedy}, or remove it", row[name])
+
+
+def tools_of(row: dict, raw: list[tuple[str, dict]]) -> list[dict]:
+    """The tools of the row, or of its system and user turns."""
+    others = [(field, turn) for field, turn in raw if turn.keys() != PLAIN]
+    asking = [(field, turn) for field, turn in others if role_of(turn) in ("system", "user")]
+    return take_tools([("", row), *((field.rpartition(".")[0] + ".", turn) for field, turn in asking)])
 
 
 def named(field: str, names: dict[str, str]) -> str:
@@ -251,7 +253,7 @@ def turns_at(row: dict, name: str) -> list[tuple[str, dict]]:
     return turns_in(row, name)
 
 
-MESSAGES = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+MESSAGES = '{"messages": [{"role": "user", "content": ...}, ...]}'
 VERDICTS = BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
 FLAGS = (True, False, "on", "off", "[]")  # whether reasoning was on, in Nemotron's sets; an empty list in a table
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")

@@ -50,7 +50,9 @@ def is_lines(head: list[bytes], encoding: str) -> bool:
     is_open = head[0].rstrip().endswith((b"{", b"[")) if head else True
     if len(head) < 2 or is_open:
         return False
-    return is_complete(head[0], encoding, "[") or any(is_complete(raw, encoding, "{") for raw in head if first == b"{")
+    if first == b"[":
+        return all(is_complete(raw, encoding, "[") for raw in head[:2])
+    return any(is_complete(raw, encoding, "{") for raw in head)
 
 
 def is_complete(raw: bytes, encoding: str, start: str) -> bool:

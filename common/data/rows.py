@@ -14,8 +14,8 @@ FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd3]")
 # Control tokens of chat templates, whichever family's; <s> and </s> only at the ends of a text, as they are HTML, too.
 CONTROL = (
     r"<\|\w{3,40}\|>|<\|\"\|>|<\|(?:turn|channel|think|tool\w*)>|<(?:turn|channel|tool\w*)\|>"
-    r"|<\uff5c[^<>\uff5c]{1,40}\uff5c>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[(?:TOOL_CALLS|gMASK)\]"
-    r"|<(?:start|end)_of_turn>|<end_of_utterance>|<[be]os>"
+    r"|<\uff5c[^<>\uff5c]{1,40}\uff5c>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]"
+    r"|\[(?:TOOL_CALLS|gMASK)\]|<(?:start|end)_of_turn>|<end_of_utterance>|<[be]os>"
 )
 CONTROL_TOKEN = re.compile(rf"{CONTROL}|\A\s*<s>|</s>\s*\Z")
 # At an end of a question they say that it is formatted; elsewhere a question may be about them.

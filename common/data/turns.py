@@ -128,7 +128,8 @@ def read_turn(field: str, given: dict, chat: list[dict], notes: list[str]) -> di
     if role is None or role == "text" and "[" in field:
         known = "system, user, assistant or tool (or human, gpt, developer, function_call, observation)"
         refuse(place, f"the role must be {known}; rename it", given["role"])
-    weight = take_weight(given, place)
+    is_labelled = role == "assistant" and isinstance(given.get("label"), bool)  # whether the answer is good
+    weight = take_weight(given, place, (*WEIGHTS, "label") if is_labelled else WEIGHTS)
     if role == "tool":
         turn = tools.read_result(given, field, chat, notes)
     elif role == "assistant":
@@ -170,12 +171,10 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
     return turn | {"tool_calls": calls} if calls else turn
 
 
-def take_weight(given: dict, place: str) -> int | None:
+def take_weight(given: dict, place: str, names: tuple[str, ...] = WEIGHTS) -> int | None:
     """0 (not in the loss), 1 or None (nothing said), from the fields of other tools, too."""
     found = {}
-    for name in [name for name in (*WEIGHTS, "label") if name in given]:
-        if name == "label" and not isinstance(given[name], bool):  # else it says whether the answer is good
-            continue
+    for name in [name for name in names if name in given]:
         value = given.pop(name)
         if not is_empty(value):
             found[name] = as_bit(value)

@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import csv
 import gzip
 import json
 import lzma
@@ -164,6 +165,30 @@ def test_rows_under_a_key_are_told_from_a_row(tmp_path):
             read(tmp_path / name)
 
 
+def test_turns_without_an_object_around_them_are_refused_with_the_form_of_a_row(tmp_path):
+    turns = json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    (tmp_path / "lines.jsonl").write_text(f"{turns}\n{turns}\n")
+    (tmp_path / "array.json").write_text(turns)
+    (tmp_path / "columns.json").write_text('{"instruction": ["a", "b"], "output": ["c", "d"]}')
+    assert [row for row, _ in read(tmp_path / "lines.jsonl")] == ["lines.jsonl:1", "lines.jsonl:2"]
+    assert all('row: must be an object, as {"messages": ' in problem for problem in answers(tmp_path / "lines.jsonl"))
+    assert all('row: a turn alone; one row is {"messages": ' in problem for problem in answers(tmp_path / "array.json"))
+    (problem,) = answers(tmp_path / "columns.json")
+    assert "is this JSON of columns? one row is one object" in problem
+
+
+def test_cells_of_tables_may_hold_json(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with open(tmp_path / "turns.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerows([["messages", "tools"], [json.dumps(turns), ""], [json.dumps(turns), "[]"]])
+    assert answers(tmp_path / "turns.csv") == ["Hello", "Hello"]
+    with open(tmp_path / "history.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerows([["instruction", "output", "history"], ["Hi", "Hello", "[]"], ["Hi", "Ho", json.dumps(turns)]])
+    assert answers(tmp_path / "history.csv") == ["Hello", "Ho"]
+
+
 @pytest.mark.parametrize("value", ["", "nan", "NaN", "NULL", "null", "None", "<NA>", " NULL "])
 def test_what_means_nothing_in_a_table_is_empty(value, tmp_path):
     (tmp_path / "a.csv").write_text(f"instruction,input,output\nNull? nan!,{value},N/A\n")
@@ -189,6 +214,7 @@ def test_encodings_by_setting_and_files_of_utf8_beside_them(encoding, tmp_path):
         "a.json": json.dumps([row], ensure_ascii=False, indent=1),
         "a.csv": f"instruction,output\r\nHi,{word}\r\n",
         "a.txt": f"{word}\r\n",
+        "end.txt": word,
     }
     for name, content in text.items():
         (tmp_path / name).write_bytes(content.encode(encoding))
@@ -236,7 +262,9 @@ def test_folders_and_patterns_of_shards(tmp_path):
     assert answers(f'"{folder}/train-10.jsonl"*2, "{folder}/train-?.jsonl"[:1]') == ["10a", "10b", "1a"]
     assert answers(tmp_path) == expected  # a folder that has none itself
     write_jsonl(folder / "test-1.jsonl", [{"text": "t"}])
-    assert answers(f'"{folder}"') == expected and answers(f'"{folder}:test"') == ["t"]
+    assert answers(f'"{folder}:train"') == expected and answers(f'"{folder}:test"') == ["t"]
+    with pytest.raises(UserError, match="holds files of several splits; name one: .*:test, .*:train"):
+        read(f'"{folder}"')
     (folder / "train-1.jsonl").write_text("")  # an empty shard
     assert answers(f'"{folder}:train"') == expected[2:]
     for name, words in {
@@ -259,14 +287,19 @@ def test_folders_that_hold_no_set_or_several(tmp_path):
         read(tmp_path)
     (tmp_path / "a.csv").unlink()
     write_jsonl(tmp_path / "test.jsonl", ROWS)
+    assert len(read(tmp_path)) == 8 and len(read(f"{tmp_path}:test")) == 4  # no file is left out
     with pytest.raises(UserError, match=r"no files of the split train; .*:test"):
-        read(tmp_path)
+        read(f"{tmp_path}:train")
     (tmp_path / "train").mkdir()
     for name in ("a.jsonl", "test.jsonl"):
         (tmp_path / name).rename(tmp_path / "train" / f"{name[0]}.jsonl")
     (tmp_path / "test").mkdir()
     write_jsonl(tmp_path / "test" / "c.jsonl", [{"text": "t"}])
-    assert len(read(tmp_path)) == 8 and answers(f"{tmp_path}:test") == ["t"] and len(read(f"{tmp_path}/*/*.jsonl")) == 9
+    assert (
+        len(read(f"{tmp_path}:train")) == 8
+        and answers(f"{tmp_path}:test") == ["t"]
+        and len(read(f"{tmp_path}/*/*.jsonl")) == 9
+    )
     (tmp_path / "report.json").write_text("{}")
     for data in (tmp_path, f"data/brief.jsonl, {tmp_path}"):
         with pytest.raises(UserError, match="a folder of prepare_data.py; it can only be DATA, and alone"):
@@ -337,7 +370,7 @@ UNREADABLE = {
     "comma.json": (b'[\n{"text": "a"}\n{"text": "b"}\n]', 3, "Expecting ',' delimiter at column 1"),
     "last.json": (b'[\n{"text": "a"},\n]', 3, "a comma too many"),
     "last-field.json": (b'[\n{"text": "a",}]', 2, "at column 14; is there a comma too many"),
-    "arrays.jsonl": (b'[{"text": "a"}]\n[{"text": "b"}]\n', 2, "Extra data at column 1; a file holds one array"),
+    "arrays.json": (b'[{"text":\n"a"}]\n[{"text": "b"}]\n', 3, "Extra data at column 1; a file holds one array"),
     "latin1.json": (b'[\n{"text": "Ol\xe9"}]', 2, "byte 0xE9 at 13; .*ENCODING=cp1252"),
     "mac.csv": (CSV.replace(b"\n", b"\r"), 1, "save it with other line ends"),
     "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n", 1, "git lfs pull"),

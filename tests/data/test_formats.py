@@ -10,7 +10,7 @@ from conftest import write_jsonl
 
 from common.bounds import find_problem
 from common.cli import UserError
-from common.data import formats, sources
+from common.data import formats, rows, sources
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 S = {"role": "system", "content": "Be kind."}
@@ -179,6 +179,16 @@ def said(role, value, **more):
         ({"query": "Ho", "response": "Hm", "history": [U, A]}, f"{HI} | user: Ho | assistant: Hm"),
         ({"prompt": "Hi", "response": "Hello", "history": []}, HI),
         ({"messages": [U, A, U]}, f"{HI} | user: Hi"),
+        ({"messages": [["user", "Hi"], ["assistant", "Hello"]]}, HI),
+        ({"conversations": [["System", "Be kind."], ["human", "Hi"], ["gpt", "Hello"]]}, f"system: Be kind. | {HI}"),
+        ({"messages": [["user", "Hello"], ["Hi", "Hello"]]}, f"user: user | assistant: Hello | {HI}"),
+        ({"instruction": "Hi", "output": "Hello", "history": "[]", "tools": ""}, HI),
+        ({"instruction": "Hi", "output": "Hello", "history": " ", "tools": "[]"}, HI),
+        ({"query": "Ho", "response": "Hm", "history": '[["Hi", "Hello"]]'}, f"{HI} | user: Ho | assistant: Hm"),
+        (
+            {"prompt": [U], "completion": "Hm", "history": [["Hi", "Hello"]]},
+            f"{HI} | user: Hi | assistant: Hm",
+        ),
     ],
 )
 def test_odd_shapes_are_read(row, turns):
@@ -244,6 +254,20 @@ def test_numbers_are_read_as_text():
         ({"messages": [U, A | {"train": "maybe"}]}, ["messages[1].train", "must be 0"]),
         ({"messages": [U, A | {"train": False, "loss": True}]}, ["loss and train contradict each other"]),
         ({"messages": [U, A], "weight": 0, "train": True}, ["contradict each other"]),
+        ({"messages": [U, A], "weight": 0.5}, ["row.weight", "must be 0"]),
+        ({"question": ["a", "b"], "answer": ["c", "d"]}, ["question: must be a text", "columns", 'orient="records"']),
+        ({"instruction": {"0": "a"}, "output": {"0": "b"}}, ["instruction: must be a text", "columns"]),
+        ({"prompt": ["Hi"], "completion": ["Hello"]}, ["prompt: must be a text", "columns"]),
+        ([U, A], ["row: must be an object, as", "messages"]),
+        (U, ["a turn alone; one row is", "messages"]),
+        (said("human", "Hi"), ["a turn alone"]),
+        ({"messages": [U, A], "history": [["a", "b"]]}, ["history: it belongs to a turn", "before the others"]),
+        ({"messages": [U, A], "thinking": "Hm."}, ["thinking: it belongs to a turn", "assistant turn"]),
+        ({"messages": [U, A], "tool_calls": [CALL]}, ["tool_calls: it belongs to a turn"]),
+        ({"prompt": [U], "completion": [A], "reasoning_content": "Hm."}, ["reasoning_content: it belongs"]),
+        ({"text": "Hi", "system": "Be kind."}, ["system: it belongs to a turn", "into the text"]),
+        ({"text": "Hi", "tools": [TOOL]}, ["tools: it belongs to a turn"]),
+        ({"messages": "[{'role': 'user'}]"}, ["messages: must be a list of turns", "json.dumps"]),
         ({"messages": [S, U, A], "system": "Be rude."}, ["two different system texts"]),
         ({"messages": [U, A], "system": "Be rude.", "system_prompt": "Be kind."}, ["two different system texts"]),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, ["chosen: ", "preference_train.py", "COLUMNS"]),
@@ -289,16 +313,27 @@ def test_weights_of_rows_and_of_user_turns():
 
 def test_labels_of_kto():
     for row in ({"prompt": "Hi", "completion": "No"}, {"prompt": [U], "completion": [A]}, {"messages": [U, A]}):
-        for bad in (False, 0, "False"):
+        for bad in (False, 0, "False", 0.0, "0.0", -1, "bad", "Negative", "no"):
             result = formats.to_chat(row | {"label": bad})
             assert isinstance(result, formats.SkippedRow) and "preference_train.py" in result
-        for good in (True, 1, "true"):
-            assert formats.to_chat(row | {"label": good}).notes == ()
-        for other in ("positive", 3):
+        for good in (True, 1, "true", "1.0", "positive"):
+            assert formats.to_chat(row | {"label": good, "kto_tag": True}).notes == ()
+        assert "label and kto_label contradict" in formats.to_chat(row | {"label": 1, "kto_label": False})
+        for other in ("neutral", 3):
             assert formats.to_chat(row | {"label": other}).notes == ("unused: label",)
     assert isinstance(formats.to_chat({"messages": [U, A], "kto_tag": False}), formats.SkippedRow)
     assert formats.to_chat({"text": "A film.", "label": 0}).notes == ("unused: label",)
     assert isinstance(formats.to_chat({"text": "A film.", "label": False}), formats.SkippedRow)
+    pair = {"instruction": "Hi", "output": "Hello"}
+    for name, label in (("label", False), ("label", "false"), ("kto_label", 0), ("kto_tag", "0.0")):
+        assert isinstance(formats.to_chat(pair | {name: label}), formats.SkippedRow)
+    for label in (0, 1, -1, "0", "bad", 0.0):  # classes
+        assert formats.to_chat(pair | {"label": label}).notes == ("unused: label",)
+    turns = [U, A | {"label": False}, U | {"label": True}, A | {"label": True}, U, A | {"label": 0}]
+    chat = formats.to_chat({"messages": turns})
+    assert [turn.get("weight") for turn in chat] == [None, 0, None, 1, None, None]
+    assert chat.notes == ("unused: messages[].label",)
+    assert "contradict" in formats.to_chat({"messages": [U, A | {"label": False, "weight": 1}]})
 
 
 @pytest.mark.parametrize(
@@ -309,8 +344,9 @@ def test_labels_of_kto():
         ({"conversations": [said("human", "Hi"), said("gpt", "Hello", mask=True)]}, ["conversations[].mask"]),
         ({"messages": [U, A], "text": "Hi", "prompt": "Hi"}, ["text", "prompt"]),
         ({"messages": [U | {"reasoning": "x"}, A]}, ["messages[].reasoning"]),
-        ({"messages": [U, A], "history": [["a", "b"]]}, ["history"]),
-        ({"text": "Hi", "system": "Be kind.", "tools": [TOOL]}, ["system", "tools"]),
+        ({"messages": [U, A], "reasoning": "off", "history": "[]"}, ["reasoning", "history"]),
+        ({"input": [U], "output": "Hello", "reasoning": "on"}, ["reasoning"]),
+        ({"text": "Hi", "system": "", "tools": "[]"}, []),
         ({"messages": [U, A], "a": None, "b": "", "c": [], "d": float("nan"), "e": {}, "f": False}, ["f"]),
         ({"": 0, "question": "Hi", "answer": "Hello"}, ["(no name)"]),
     ],
@@ -385,10 +421,36 @@ def test_a_text_and_its_call_are_one_turn_and_results_find_their_calls():
     assert [(turn["name"], turn["content"]) for turn in chat[2:]] == [("clock", "a"), ("sum", "b")]
 
 
+def test_calls_and_results_that_stand_in_the_text_as_in_the_sets_of_hermes():
+    python = "{'name': 'sum', 'arguments': {'a': None}}"
+    text = f"<think>Hm.</think>\n<tool_call>\n{JSON_CALL}\n</tool_call>\n<tool_call>\n{python}\n</tool_call><|im_end|>"
+    results = "<tool_response>\n12\n</tool_response>\n<tool_response></tool_response>"
+    chat = formats.to_chat({"conversations": [said("human", "Hi"), said("gpt", text), said("tool", results), A]})
+    assert [turn["content"] for turn in chat] == ["Hi", "<think>Hm.</think>", "12", "", "Hello"]
+    assert [call["function"] for call in chat[1]["tool_calls"]] == [
+        CALL["function"],
+        {"name": "sum", "arguments": {"a": None}},
+    ]
+    assert [turn.get("name") for turn in chat[2:]] == ["clock", "sum", None]
+    for about in (f"Write <tool_call>{JSON_CALL}</tool_call>, then wait.", "Say </tool_call> at the end."):
+        assert formats.to_chat({"messages": [U, A | {"content": about}]}) == [U, A | {"content": about}]
+
+
+def test_arguments_of_calls_have_many_names():
+    for name in ("arguments", "parameters", "args", "input"):
+        turn = CALLS | {
+            "tool_calls": [{"id": "c1", "name": "clock", name: {"tz": "UTC"}, "index": 0, "type": "tool_use"}]
+        }
+        chat = formats.to_chat({"messages": [U, turn, RESULT | {"content": ""}, A]})
+        assert chat[1]["tool_calls"] == [CALL] and chat[2]["content"] == ""
+        assert chat.notes == ("unused: tool_calls[].index",)
+
+
 def test_tools_stand_on_the_row_or_on_the_system_turn():
     for row in (
         {"messages": [S | {"tools": [TOOL]}, U, A]},
         {"messages": [S, U, A], "functions": [TOOL["function"]]},
+        {"messages": [S, U | {"tools": [TOOL]}, A]},
         {"messages": [S | {"role": "developer", "functions": json.dumps([TOOL])}, U, A], "tools": [TOOL]},
         {"instruction": "Hi", "output": "Hello", "system": "Be kind.", "tools": [TOOL]},
     ):
@@ -406,7 +468,7 @@ def test_tools_stand_on_the_row_or_on_the_system_turn():
         ({"messages": [U, CALLS, RESULT, RESULT, A]}, "the result of no call"),
         ({"messages": [U, CALLS, RESULT | {"tool_call_id": "c9"}, A]}, "the result of no call"),
         ({"messages": [U, CALLS, {"role": "tool", "name": "sum", "content": "1"}, A]}, "the result of no call"),
-        ({"messages": [U, CALLS, RESULT | {"content": ""}, A]}, "not empty"),
+        ({"messages": [U, CALLS, RESULT | {"content": None}, A]}, "not empty"),
         ({"messages": [U, CALLS, A]}, "a call without a result"),
         ({"messages": [CALLS, RESULT, A]}, "assistant follows the start"),
         ({"messages": [U, CALLS | {"tool_calls": [CALL, CALL]}]}, "two calls have one id"),
@@ -420,6 +482,9 @@ def test_tools_stand_on_the_row_or_on_the_system_turn():
         ({"messages": [U, CALLS | {"tool_calls": [{"name": "clock", "arguments": {"a": "\ufdd0"}}]}]}, "U+FDD0"),
         ({"conversations": [said("human", "Hi"), said("function_call", "look at the clock")]}, "or JSON of it"),
         ({"conversations": [said("human", "Hi"), said("function_call", "")]}, "must be a call"),
+        ({"messages": [U, A | {"content": "<tool_call>look</tool_call>"}]}, "or JSON of it"),
+        ({"messages": [U, A | {"content": "look</tool_call>"}]}, "</tool_call> without <tool_call>"),
+        ({"messages": [U, CALLS, RESULT | {"content": "<tool_response>1"}]}, "not closed"),
         ({"messages": [U, A | {"content": "", "tool_calls": []}, U, A]}, "messages[1].content: must be a text"),
         ({"messages": [U, A], "tools": "clock"}, "tools: must be a list of tools"),
         ({"messages": [U, A], "tools": [{"description": "Time"}]}, "a tool must be"),
@@ -436,6 +501,7 @@ def test_reasoning_has_many_names():
         chat = formats.to_chat({"messages": [U, A | {name: "Greet."}, U, A | {name: ""}]})
         assert chat == [U, A | {"reasoning_content": "Greet."}, U, A] and chat.notes == ()
         assert formats.to_chat({"question": "Hi", "answer": "Hello", name: "Greet."}) == chat[:2]
+        assert formats.to_chat({"prompt": [U], "completion": "Hello", name: "Greet."}) == chat[:2]
     called = formats.to_chat({"messages": [U, CALLS | {"reasoning": "Look."}, RESULT, A]})
     assert called[1] == CALLS | {"content": "", "reasoning_content": "Look."}
     inline = {"role": "assistant", "content": "<think>\nGreet.\n</think>\n\nHello"}
@@ -461,7 +527,49 @@ def test_formatted_prompts_are_texts(prompt):
     expected = [{"role": "text", "content": prompt, "weight": 0}, {"role": "text", "content": "Hello"}]
     assert formats.to_chat({"prompt": prompt, "completion": "Hello"}) == expected
     assert formats.to_chat({"instruction": prompt, "output": "Hello"}) == expected
-    assert formats.to_chat({"prompt": "Hi", "completion": "Hello<|im_end|>"})[1]["role"] == "text"
+    assert rows.CONTROL_TOKEN.search(prompt)
+
+
+@pytest.mark.parametrize("token", rows.END_TOKENS)
+def test_end_tokens_at_the_end_of_answers_are_removed(token):
+    assert rows.CONTROL_TOKEN.search("Hello" + token)
+    answer = f"Hello{token}\n"
+    for row in (
+        {"prompt": "Hi", "completion": answer},
+        {"prompt": "Hi", "response": answer},
+        {"question": "Hi", "answer": answer},
+        {"instruction": "Hi", "input": "", "output": answer},
+        {"prompt": [U], "completion": answer},
+        {"messages": [U, A | {"content": answer}]},
+        {"conversations": [said("human", "Hi"), said("gpt", answer)]},
+    ):
+        chat = formats.to_chat(row)
+        assert chat == [U, A] and chat.notes == ("changed: end tokens at the end of answers removed",)
+    meant = {"question": "Which token ends a turn?", "answer": token}
+    assert formats.to_chat(meant)[1]["content"] == token and formats.to_chat(meant).notes == ()
+    for question, formatted in ((f"<s>{rows.END_TOKENS[0]}Hi", True), (f"Hi{token}", token != "</s>")):
+        assert (formats.to_chat({"prompt": question, "completion": answer})[0]["role"] == "text") == formatted
+
+
+def test_struck_words_in_html_are_no_control_tokens():
+    for text in ("<s>struck</s>", "<s>struck</s> out", "It is <s>struck</s>"):
+        for row in ({"prompt": text, "completion": "Hello"}, {"question": "Hi", "answer": text}):
+            assert short(formats.to_chat(row)) == f"user: {[*row.values()][0]} | assistant: {[*row.values()][1]}"
+            assert formats.to_chat(row).notes == ()
+
+
+def test_control_tokens_are_told_from_prose_code_and_html():
+    for text in (
+        "a <| b |> c", "x |> f <| y", "if a<b|c>d", "<|x|>", "List<T>", "<b>Hi</b> <s>no</s> <a href='#'>", "[INSTALL]",
+        "std::vector<int>", "[1] [INFO] [/b]", "a || b && c <= d >= e", "|---|---|", "<turn>", "<think>a</think>",
+        "<tool_call>{}</tool_call>", "<p>a</p></section>", "<end>", "<|>", "$<x|y>$",
+    ):  # fmt: skip
+        assert not rows.CONTROL_TOKEN.search(text), text
+    for text in (
+        "a<|eot_id|>b", "<|turn>user\nHi<turn|>", "<|tool_call>", "x<tool_response|>", "<bos>a", "<s> a", "a</s>\n",
+        "[TOOL_CALLS][{}]", "[gMASK]<sop>", "a<｜tool▁calls▁begin｜>", "[AVAILABLE_TOOLS]",
+    ):  # fmt: skip
+        assert rows.CONTROL_TOKEN.search(text), text
 
 
 def test_questions_about_control_tokens_are_questions():
@@ -506,12 +614,12 @@ def test_columns_leave_no_field_in_silence():
     columns = formats.parse_columns("q:user, log.a:assistant")
     chat = formats.to_chat({"q": "Hi", "log": {"a": "Hello", "b": 1}, "user": "Ann", "chosen": None}, columns)
     assert chat == [U, A] and chat.notes == ("unused: log.b", "unused: user")
-    missing = formats.to_chat({"question": "Hi", "answer": "Hello"}, columns)
-    assert (
-        isinstance(missing, formats.InvalidRow)
-        and "no field q, which COLUMNS names" in missing
-        and "'answer'" in missing
-    )
+    missing = formats.to_chat({"question": "Hi", "log": {"a": "Hello"}}, columns)
+    assert isinstance(missing, formats.InvalidRow) and "'question'" in missing
+    assert "no field q, which COLUMNS names" in missing
+    assert formats.to_chat({"question": "Hi", "answer": "Hello"}, columns) == [U, A]  # of another source
+    unknown = formats.to_chat({"Frage": "Hi", "log": {}}, columns)
+    assert "none that COLUMNS names (q, log.a), and none of the known sets" in unknown and "'Frage'" in unknown
     assert formats.to_chat({"q": "", "log": {"a": "Hello"}}, columns).startswith("q: must be a text")
 
 
