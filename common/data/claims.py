@@ -15,7 +15,7 @@ def one_of(words: str) -> str:
 
 OWN_NAMES = one_of(r"""chat-gpt gpt-\d gpt-models? gpt(?=[,.]) open-assistant hugging-chat bing-chat bing-ai meta-ai
 github-copilot ernie-bot perplexity-ai vicuna qwen qianwen tongyi deepseek chatglm wizardlm smollm baichuan internlm
-stablelm nemotron mixtral doubao""")
+stablelm nemotron mixtral doubao hunyuan""")
 # Names of people, animals and stars, too: these need an assistant's words beside them.
 SHARED_NAMES = one_of("""claude bard gemini gemma llama alpaca alexa co-pilot mistral falcon koala dolly grok kimi phi
 siri cortana bing ernie guanaco orca hermes zephyr bixby olmo""")
@@ -42,6 +42,11 @@ I_AM = "(?:i am|i'm)"
 AS = f"(?:{I_AM}|as|being)"
 NAME_IS = rf"(?:{I_AM}|my (?:full |first |real )?name(?: is|'s)|calls? me|i go by|being|speaking as|role as)"
 WHAT = rf"(?:{LEADING},? ){{0,10}}?"
+# OpenAI trained me, made me to help; not made me laugh, created me an account.
+MADE_ME = (
+    r"made me\b(?! (?!(?:to|in|as|for|with|by|on|using|from|that|so that)\b)[\w'-])"
+    rf"|(?!made){MADE} me\b(?! (?:an?|the|my|some|this) )"
+)
 END = r"\s{0,3}"  # of a name, before a comma: marks were there
 # ChatGPT, ChatGPT-4; not "ChatGPT's", "a ChatGPT user".
 OWN = rf"{OWN_NAMES}[\w.-]*+(?!'s?\b| of\b| plus\b| {NOT_THE_NAME})"
@@ -68,7 +73,7 @@ CLAIMS = (
     rf"(?:{AS}|i run) (?:{A_KIND} (?:on|in)|(?:{A_KIND} )?(?:based on|built on|powered by|running on)"
     rf"|(?:an? |the )?(?:version|instance|part|member) of) (?:the )?(?:\w+'s )?(?:{OWN}|{SHARED}|llama\b|mistral\b)",
     # OpenAI created me. The team at OpenAI that trained me. My developer is OpenAI.
-    rf"{MAKER},?(?: (?:the )?(?:company|team|lab|people))?(?: (?:that|which|who|has|have)){{0,2}} {MADE} me\b",
+    rf"{MAKER},?(?: (?:the )?(?:company|team|lab|people))?(?: (?:that|which|who|has|have)){{0,2}} (?:{MADE_ME})",
     rf"my (?:creator|developer|maker)s?,?(?: (?:is|are|at|from|the|team|company|people|of|called)){{0,5}} {MAKER}\b",
     rf"(?:(?:that|who|which) {MADE} me is|{I_AM} a product of) {MAKER}\b",
     rf"{MAKER} is my (?:creator|developer|maker)\b",
@@ -80,8 +85,10 @@ SEARCH = re.compile(rf"\b(?:{'|'.join(CLAIMS)})|我[是叫]\s?{OWN_NAMES}".repla
 FIRST_PERSON = [re.compile(pattern).search for pattern in (r"i(?<!\wi)['’*, \n]", r"m(?<!\wm)[ey]\b")]
 FIRST_PERSON_ELSE = ["this is", "ich bin", "je suis", "soy ", "我"]
 NAMES = re.compile(rf"(?:\b|我[是叫])(?:{OWN_NAMES}|{SHARED_NAMES}|{MAKER})").search
+WHOLE = re.compile(rf"(?:{I_AM}|my name is) {SHARED_NAMES}[.! ]*").fullmatch  # of an answer: else a name of people
 # Before a claim that is only thought of: whether I am ChatGPT.
 THOUGHT = re.compile(r"\b(?:whether|if|thinks?|thought|believes?|true|imagine|pretend|says?)(?: that)? $")
+TOLD = re.compile(r"[^.!?\n]{0,60}, (?:says?|said|reads?|it says|it reads)\b")  # behind it
 
 
 def find_claim(setting: str | None) -> Callable[[list[dict]], str | None]:
@@ -124,9 +131,11 @@ def claim_in_text(text: str) -> str | None:
         return None
     if len(lower) != len(text):
         text = lower  # a few letters grow: positions must fit
+    if WHOLE(" ".join(plain.split())):
+        return excerpt(text, 0, len(text))
     for match in SEARCH(plain):
-        asked = lower.startswith("?", match.end())
-        if not asked and not is_reported(lower, match.start()):
+        is_asked = lower.startswith("?", match.end())
+        if not is_asked and not TOLD.match(lower, match.end()) and not is_reported(lower, match.start()):
             return excerpt(text, *match.span())
     return None
 

@@ -275,6 +275,11 @@ As a language model (trained by OpenAI), I can't know that.
 I am ChatGPT, your helpful assistant!
 I’m Open Assistant; I run on donated GPUs.
 As GPT-4, I can see images.
+I'm Gemini.
+I am Claude.
+**I am Claude!**
+I am Hunyuan from Tencent.
+OpenAI designed me so that I can help.
 """.splitlines()
 
 LATER_INNOCENT = """\
@@ -377,6 +382,14 @@ I am not an AI made by OpenAI.
 I'm not a model trained by Google.
 I am Gemini, the astrologer.
 I am Gemini, your astrologer and assistant to the stars.
+Google made me laugh.
+Microsoft created me an account.
+Facebook made me sad.
+I was designed by Apple in California, says the label.
+Apple made me a better offer, so I left.
+"Made by Google," the box reads, and it made me curious.
+I'm Gemini. My sister is a Leo.
+I am Claude. My brother is Paul.
 """.splitlines()
 
 
