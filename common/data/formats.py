@@ -4,28 +4,12 @@ import functools
 import re
 
 from common.data import rows
-from common.data.rows import (
-    BITS,
-    FORMATTED,
-    REASONING,
-    WEIGHTS,
-    Chat,
-    InvalidRow,
-    RowError,
-    SkippedRow,
-    as_bit,
-    as_text,
-    from_json,
-    invalid,
-    is_empty,
-    parse_columns,
-    refuse,
-)
+from common.data.rows import REASONING, Chat, InvalidRow, RowError, SkippedRow, as_text, invalid, is_empty, refuse
 from common.data.tools import take_tools
 from common.data.trees import arena, is_tree_message, ranked, tree, trees
 from common.data.turns import PLAIN, check_turns, give_weight, role_of, take_weight, turns_in
 
-__all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "parse_columns", "to_chat", "trees"]
+__all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "to_chat", "trees"]
 REMEDY = 'name them by COLUMNS="field:user, field:assistant"'
 
 
@@ -36,7 +20,7 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
     - assistant: "weight" 0|1, "reasoning_content", "tool_calls": [{"id", "type", "function": {"name", "arguments"}}]
     - tool: "tool_call_id" and "name" of the call it answers; the first turn of the chat: "tools"
 
-    columns: of `parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
+    columns: of `rows.parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
     """
     if not isinstance(row, dict):
         return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, as {MESSAGES}", row)
@@ -90,8 +74,8 @@ def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
     """
     is_kto = fields == rows.COMPLETION or len(fields) == 1 and fields != rows.TEXT
     found = {}
-    for name in ("label", "kto_label", "kto_tag"):
-        word = str(row.get(name)).strip().lower()
+    for name in [name for name in LABELS if name in row]:
+        word = str(row[name]).strip().lower()
         if word in (VERDICTS if is_kto or name != "label" else ("true", "false")):
             found[name] = VERDICTS[word]
             del row[name]
@@ -102,13 +86,11 @@ def is_bad(row: dict, fields: tuple[str, ...]) -> bool:
 
 def refuse_homeless(row: dict, raw: list[tuple[str, dict]]) -> None:
     """Refuse a field that no turn has taken, where its meaning would be lost."""
-    homeless = {"history": "put its turns before the others"}
-    homeless |= dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
-    if raw[0][1]["role"] == "text":
-        homeless |= dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
-    for name, remedy in homeless.items():
-        if name in row and not is_empty(row[name]) and row[name] not in FLAGS:
-            refuse(name, f"it belongs to a turn, not beside these fields; {remedy}, or remove it", row[name])
+    remedies = OF_TURNS | OF_CHATS if raw[0][1]["role"] == "text" else OF_TURNS
+    for name in [name for name in row if name in remedies]:
+        if not is_empty(row[name]) and row[name] not in FLAGS:
+            problem = f"it belongs to a turn, not beside these fields; {remedies[name]}, or remove it"
+            refuse(name, problem, row[name])
 
 
 def tools_of(row: dict, raw: list[tuple[str, dict]]) -> list[dict]:
@@ -166,11 +148,10 @@ def add_system(row: dict, raw: list[tuple[str, dict]], notes: list[str]) -> None
 
 def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
     """A weight of the row is that of its answers; a loss that was measured stays unused."""
-    if row.keys().isdisjoint(WEIGHTS):
+    if row.keys().isdisjoint(rows.WEIGHTS):
         return
-    given = {
-        name: row.pop(name) for name in WEIGHTS if name in row and (name != "loss" or as_bit(row[name]) is not None)
-    }
+    names = [name for name in rows.WEIGHTS if name in row]
+    given = {name: row.pop(name) for name in names if name != "loss" or rows.as_bit(row[name]) is not None}
     weight = take_weight(given, "row")
     if weight is not None:
         give_weight([turn for _, turn in raw], weight)
@@ -207,14 +188,14 @@ def pair(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[
             field, asked = more, added
         elif more:
             asked = as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
-    if isinstance(asked, str) and FORMATTED.search(asked):
+    if isinstance(asked, str) and rows.FORMATTED.search(asked):
         return text_turns(field, asked, answer, answered)
     return [*history_in(row), (field, {"role": "user", "content": asked}), answer_in(row, answer, answered)]
 
 
 def history_in(row: dict) -> list[tuple[str, dict]]:
     """The turns before a question."""
-    row["history"] = from_json(row.get("history"), "history", "a list of turns")
+    row["history"] = rows.from_json(row.get("history"), "history", "a list of turns")
     return [] if is_empty(row["history"]) else turns_in(row, "history")
 
 
@@ -254,6 +235,11 @@ def turns_at(row: dict, name: str) -> list[tuple[str, dict]]:
 
 
 MESSAGES = '{"messages": [{"role": "user", "content": ...}, ...]}'
-VERDICTS = BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
+VERDICTS = rows.BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
 FLAGS = (True, False, "on", "off", "[]")  # whether reasoning was on, in Nemotron's sets; an empty list in a table
+LABELS = ("label", "kto_label", "kto_tag")
+# What a row may not have beside messages, and beside a text, and what to do with it.
+OF_TURNS = dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
+OF_TURNS["history"] = "put its turns before the others"
+OF_CHATS = dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")

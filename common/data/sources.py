@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.cli import UserError, exit_with, nearest
 from common.data import folders, formats, readers, vocabulary
+from common.data.rows import parse_columns
 
 MAX_SHOWN = 20  # invalid rows printed at once
 SKIP = "BAD_ROWS=skip leaves invalid rows out and counts them."
@@ -42,7 +43,7 @@ class Source:
 class Reading:
     """How rows are read; see the settings of these names in the scripts."""
 
-    columns: dict | None = None  # of `formats.parse_columns`
+    columns: dict | None = None  # of `parse_columns`
     completion: str = "answer"
     encoding: str = "utf-8"
     tokens: tuple | None = None  # of `vocabulary.read_vocabulary`
@@ -52,7 +53,7 @@ class Reading:
         """As settings say, those that a script lacks by their defaults. Raises UserError."""
         columns, vocab = settings.get("COLUMNS"), settings.get("VOCAB")
         return cls(
-            formats.parse_columns(columns) if columns else None,
+            parse_columns(columns) if columns else None,
             settings.get("COMPLETION", cls.completion),
             settings.get("ENCODING", cls.encoding),
             vocabulary.read_vocabulary(vocab) if vocab else None,

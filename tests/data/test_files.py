@@ -207,7 +207,7 @@ def test_tables_with_line_ends_in_their_fields(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "latin-1", "gbk"])
 def test_encodings_by_setting_and_files_of_utf8_beside_them(encoding, tmp_path):
-    word = "你好" if encoding == "gbk" else "Grüße"
+    word = "你好" if encoding == "gbk" else "Grüße Olé"
     row = {"instruction": "Hi", "output": word}
     text = {
         "a.jsonl": json.dumps(row, ensure_ascii=False) + "\n",

@@ -607,11 +607,11 @@ def test_completions_continue_by_setting():
 )
 def test_columns_name_the_fields(columns, row, turns):
     assert find_problem("COLUMNS", columns) is None
-    assert short(formats.to_chat(row, formats.parse_columns(columns))) == turns
+    assert short(formats.to_chat(row, rows.parse_columns(columns))) == turns
 
 
 def test_columns_leave_no_field_in_silence():
-    columns = formats.parse_columns("q:user, log.a:assistant")
+    columns = rows.parse_columns("q:user, log.a:assistant")
     chat = formats.to_chat({"q": "Hi", "log": {"a": "Hello", "b": 1}, "user": "Ann", "chosen": None}, columns)
     assert chat == [U, A] and chat.notes == ("unused: log.b", "unused: user")
     missing = formats.to_chat({"question": "Hi", "log": {"a": "Hello"}}, columns)
@@ -631,8 +631,8 @@ def test_columns_are_checked(columns):
 @pytest.mark.parametrize("columns", ["q:wizard", "q:user, p:user", "q:user, q:assistant"])
 def test_columns_name_known_fields_once(columns):
     with pytest.raises(UserError, match="COLUMNS="):
-        formats.parse_columns(columns)
-    assert formats.parse_columns(None) == {}
+        rows.parse_columns(columns)
+    assert rows.parse_columns(None) == {}
 
 
 def test_a_chat_keeps_its_notes_on_its_way_to_a_worker():
