@@ -173,12 +173,12 @@ def as_text(value, field: str, notes: list[str]) -> str:
     return value
 
 
-def without_end_token(text: str, notes: list[str]) -> str:
+def without_end_tokens(text: str, notes: list[str]) -> str:
     """The text without the end token that other tools want after an answer: the template writes its own."""
-    stripped = text.rstrip()
-    end = next((token for token in END_TOKENS if stripped.endswith(token)), None)
-    rest = stripped.removesuffix(end) if end else ""
-    if not rest.strip() or end == "</s>" and "<s>" in rest:  # the token is what is meant, or HTML
+    stripped = rest = text.rstrip()
+    while rest.endswith(END_TOKENS) and not (rest.endswith("</s>") and "<s>" in rest):  # which is HTML
+        rest = rest[: rest.rindex("<")].rstrip()
+    if rest in ("", stripped):  # an answer that is a token means it
         return text
     notes.append("changed: end tokens at the end of answers removed")
     return rest

@@ -101,14 +101,11 @@ def read_calls(value, field: str, calls_before: int, notes: list[str]) -> list[d
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not has_name(function):
             refuse(field, f"a call must be {CALL}", item)
+        function = item | function
         name = next((name for name in ARGUMENTS if not is_empty(function.get(name))), "arguments")
         arguments = function.get(name)
-        others = [part for part in (item.keys() | function.keys()) - {"id", "type", "function", "name", name}]
-        notes += [
-            f"unused: tool_calls[].{part}"
-            for part in sorted(others)
-            if not is_empty(function.get(part, item.get(part)))
-        ]
+        others = sorted(function.keys() - {"id", "type", "function", "name", name})
+        notes += [f"unused: tool_calls[].{part}" for part in others if not is_empty(function[part])]
         arguments = {} if is_empty(arguments) else from_json(arguments, f"{field}.arguments", "an object")
         if not isinstance(arguments, dict):
             refuse(f"{field}.arguments", "must be an object, or JSON of one", arguments)

@@ -12,7 +12,7 @@ from common.data.rows import (
     is_empty,
     lower_keys,
     refuse,
-    without_end_token,
+    without_end_tokens,
 )
 
 ROLES = {name: name for name in ("system", "user", "assistant", "tool", "text")} | {"developer": "system"}
@@ -155,8 +155,8 @@ def read_answer(field: str, given: dict, chat: list[dict], notes: list[str]) -> 
         given |= {"content": None, "function_call": given["content"]}
         if is_empty(given["function_call"]):
             refuse(field, f"must be a call: {tools.CALL}", given["function_call"])
-    if isinstance(given["content"], str):
-        given["content"] = without_end_token(given["content"], notes)
+    if not is_empty(given["content"]):
+        given["content"] = without_end_tokens(as_text(given["content"], field, notes), notes)
     calls = tools.take_calls(given, field, sum(len(turn.get("tool_calls", ())) for turn in chat), notes)
     for name in [name for name in REASONING if name in given]:
         value = given.pop(name)

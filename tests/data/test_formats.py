@@ -444,6 +444,8 @@ def test_arguments_of_calls_have_many_names():
         chat = formats.to_chat({"messages": [U, turn, RESULT | {"content": ""}, A]})
         assert chat[1]["tool_calls"] == [CALL] and chat[2]["content"] == ""
         assert chat.notes == ("unused: tool_calls[].index",)
+    turn = CALLS | {"tool_calls": [{"id": "c1", "function": {"name": "clock"}, "arguments": {"tz": "UTC"}}]}
+    assert formats.to_chat({"messages": [U, turn]})[1]["tool_calls"] == [CALL]
 
 
 def test_tools_stand_on_the_row_or_on_the_system_turn():
@@ -533,7 +535,7 @@ def test_formatted_prompts_are_texts(prompt):
 @pytest.mark.parametrize("token", rows.END_TOKENS)
 def test_end_tokens_at_the_end_of_answers_are_removed(token):
     assert rows.CONTROL_TOKEN.search("Hello" + token)
-    answer = f"Hello{token}\n"
+    answer = f"Hello{token}\n{token}\n"
     for row in (
         {"prompt": "Hi", "completion": answer},
         {"prompt": "Hi", "response": answer},
@@ -541,6 +543,7 @@ def test_end_tokens_at_the_end_of_answers_are_removed(token):
         {"instruction": "Hi", "input": "", "output": answer},
         {"prompt": [U], "completion": answer},
         {"messages": [U, A | {"content": answer}]},
+        {"messages": [U, A | {"content": [{"type": "text", "text": answer}]}]},
         {"conversations": [said("human", "Hi"), said("gpt", answer)]},
     ):
         chat = formats.to_chat(row)
