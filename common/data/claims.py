@@ -135,7 +135,7 @@ def claim_in_text(text: str) -> str | None:
         return excerpt(text, 0, len(text))
     for match in SEARCH(plain):
         is_asked = lower.startswith("?", match.end())
-        if not is_asked and not TOLD.match(lower, match.end()) and not is_reported(lower, match.start()):
+        if not is_asked and not is_reported(lower, match.start()) and not TOLD.match(lower, match.end()):
             return excerpt(text, *match.span())
     return None
 

@@ -458,9 +458,9 @@ def test_the_excerpt_is_the_sentence_shortened():
 )
 def test_a_long_text_takes_no_longer_than_its_length(words):
     text = "I am " + words * (1_000_000 // len(words)) + " ChatGPT, Claude, OpenAI"
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: others may be busy
     in_answer(text)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_our_own_chats_claim_nothing():
