@@ -8,6 +8,8 @@ from typing import NoReturn
 
 # NUL, halves of surrogate pairs, and the noncharacters by which encoder.py marks answers.
 FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdd3]")
+# Control tokens of chat templates, whichever family's.
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c[^<>\uff5c]+\uff5c>")
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a content's parts that are text
 
 
