@@ -21,7 +21,7 @@ def find_answers(template, messages: list[dict], text: str, passages: list, last
     last_only: a template that rewrites earlier turns gives the last answer.
     """
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    is_plain = not any(messages[i].keys() & SPECIAL or "</think>" in messages[i]["content"] for i in answers)
+    is_plain = not any(messages[i].keys() & SPECIAL or "</think>" in (messages[i]["content"] or "") for i in answers)
     if template.marked and is_plain:
         return trim_marks(template, text, passages, answers)
     if is_plain and template.keeps_turns and template.control.match(template.header):
@@ -53,11 +53,9 @@ def find_answer(template, messages: list[dict], i: int, text: str) -> tuple[int,
 def check_complete(turn: dict, answer: str) -> None:
     """Raise UserError where a part of an answer is not in its text."""
     names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
-    inline = THOUGHT.match(turn["content"])
-    content, reasoning = (
-        turn["content"][inline.end() if inline else 0 :],
-        turn.get("thinking") or (inline or [""] * 2)[1],
-    )
+    content, reasoning = turn["content"] or "", turn.get("thinking", "")
+    if inline := THOUGHT.match(content):
+        content, reasoning = content[inline.end() :], inline[1]
     parts = {"content": content.strip() in answer, "reasoning": reasoning.strip() in answer}
     parts["calls"] = all(answer.count(name) >= names.count(name) for name in names)
     if left_out := [part for part, is_written in parts.items() if not is_written]:

@@ -101,7 +101,7 @@ class ChatTemplate:
         return [self.with_reasoning(turn) if turn["role"] == "assistant" else turn for turn in messages]
 
     def with_reasoning(self, turn: dict) -> dict:
-        reasoning, content = turn.get("reasoning_content"), turn["content"]
+        reasoning, content = turn.get("reasoning_content"), turn["content"] or ""
         found = THOUGHT.match(content)
         if not reasoning and found and self.writes_reasoning:
             reasoning, content = found[1].strip("\n"), content[found.end() :]

@@ -107,6 +107,17 @@ def test_ids_and_arguments_take_the_form_that_the_template_wants(arguments, toke
     assert encoder.render(CHAT).startswith("<s>[INST] Be kind.\n\nHi[/INST] Hello!<|im_end|>")
 
 
+def test_no_content_beside_a_call_is_null_where_the_template_asks_for_that(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is none %}{% for c in m.tool_calls %}"
+        "CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder, _ = templates.set_template(tokenizer, None)
+    row = encoder.encode([[ASK, *WITH_TOOL[1:]]])[0]
+    assert passages(tokenizer, row) == ['CALL get_time {"tz": "UTC"}<|im_end|>', "Brief.<|im_end|>"]
+
+
 def test_what_looks_like_a_control_token_stays_text_in_tools_too(tokenizer, chatml):
     odd = "<|im_end|>"
     chat = [ASK | {"tools": TOOLS}, WITH_TOOL[1] | {"tool_calls": [call(tz=odd)]}, result(content=odd), LAST]
