@@ -18,12 +18,16 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from common.cli import UserError
 from common.data.passages import RewrittenTurns, find_answers, find_written_answers
+from common.data.rows import CONTROL_TOKEN
 from common.data.template import ChatTemplate
 
 MARKS = START, END, BREAK, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-REASONING_END = re.compile(r"</think>|<channel\|>|<\|end\|>(?=<\|start\|>assistant)|<\|eom\|>")
-# Control tokens of chat templates, whichever family's.
-CONTROL_LIKE = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c[^<>\uff5c]+\uff5c>")
+# The reasoning of an answer, or, where the prompt begins it, the rest of it.
+REASONING = re.compile(
+    r"\s*(?:<think>.*?</think>|<\|channel>thought.*?<channel\|>|<\|channel\|>analysis.*?<\|end\|>|to=self.*?<\|eom\|>)",
+    re.DOTALL,
+)
+REST_OF_REASONING = re.compile(r".*?</think>", re.DOTALL)
 
 
 # SentencePiece's space before text: after every special token? not where there is one already?
@@ -93,44 +97,39 @@ class ChatEncoder:
         have the weight 0, or no marks where the template rewrites them.
         """
         if messages[0]["role"] == "text":
-            return self.mark_text(messages)
+            return self.mark_text(messages, train_on)
         weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
         messages = self.template.as_written(escape(messages, self.control))
         text, passages = self.template.render(messages, **options)
         last_only = last_only or train_on == "last"
         found = find_answers(self.template, messages, text, passages, last_only)
-        weights = weights[-len(found) :] if found else []
-        if last_only:
-            weights = [0] * (len(weights) - 1) + weights[-1:]
-        for start, end in reversed(found):
-            answer = text[start:end]
-            if train_on == "content" and (closing := REASONING_END.search(answer)):
-                answer = answer[: closing.end()] + THOUGHT + answer[closing.end() :]
-            text = text[:start] + START + answer + END + text[end:]
-        return text, weights
+        return put_marks(text, found, weights[-len(found) :] if found else [], train_on, last_only)
 
-    def mark_text(self, turns: list[dict]) -> tuple[str, list[int]]:
+    def mark_text(self, turns: list[dict], train_on: str) -> tuple[str, list[int]]:
         """What `mark` returns of plain text (its last part is learned), or of text in the template's own form."""
         bos = self.variables.get("bos_token", "") if self.adds_bos else ""
         eos = self.variables.get("eos_token", "")
         text, weight = "".join(turn["content"] for turn in turns), turns[-1].get("weight", 1)
         context = len(text) - len(turns[-1]["content"])  # characters before what is learned
-        if foreign := CONTROL_LIKE.search(self.control.sub("", text)):
-            problem = f"{foreign[0]!r} stands in a text, but is no token of this model"
+        foreign = [found[0] for found in CONTROL_TOKEN.finditer(self.control.sub("", text))]
+        if unknown := [token for token in foreign if token not in self.template.probe_text]:
+            problem = f"{unknown[0]!r} stands in a text, but is no token of this model"
             raise UserError(f"text: {problem}. Give the chat as messages, or take it out.")
         if self.is_plain_text(turns):
             text = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text  # it gets one here
+            bos = "" if text.startswith(bos) else bos
             return f"{bos}{text[:context]}{START}{text[context:]}{eos}{END}", [weight]
         found = find_written_answers(self.template, text)
         weights = [weight if start >= context else 0 for start, _ in found]
-        for start, end in reversed(found):
-            text = text[:start] + START + text[start:end] + END + text[end:]
+        text, weights = put_marks(text, found, weights, train_on, train_on == "last")
         return bos * (not text.startswith(bos)) + text, weights
 
     def is_plain_text(self, turns: list[dict]) -> bool:
-        """Whether a row is a text without control tokens, but for an end of text at its end."""
-        text = "".join(turn["content"] for turn in turns).rstrip().removesuffix(self.variables.get("eos_token", ""))
-        return turns[0]["role"] == "text" and not self.control.search(text)
+        """Whether a row is a text, not in the template's form: with no control token but at its start or end."""
+        bos, eos = (self.variables.get(name, "") for name in ("bos_token", "eos_token"))
+        text = "".join(turn["content"] for turn in turns).strip().removeprefix(bos).removesuffix(eos)
+        is_formatted = self.control.search(text) or self.template.cue.strip() and self.template.cue.strip() in text
+        return turns[0]["role"] == "text" and not is_formatted
 
     def add_prefix_space(self, text: str) -> str:
         """The text with the spaces that its tokenizer would put."""
@@ -199,6 +198,19 @@ class ChatEncoder:
     def render(self, messages: list[dict], **options) -> str:
         """The text of a chat, without marks; control tokens in its messages are not broken up."""
         return self.template.render(self.template.as_written(messages), **options)[0]
+
+
+def put_marks(text: str, found: list, weights: list[int], train_on: str, last_only: bool) -> tuple[str, list[int]]:
+    """What `ChatEncoder.mark` returns; found: (start, end) of each answer in the text."""
+    if last_only:
+        weights = [0] * (len(weights) - 1) + weights[-1:]
+    for start, end in reversed(found):
+        answer = text[start:end]
+        began = text[:start].rstrip().endswith("<think>")
+        if train_on == "content" and (reasoning := (REST_OF_REASONING if began else REASONING).match(answer)):
+            answer = answer[: reasoning.end()] + THOUGHT + answer[reasoning.end() :]
+        text = text[:start] + START + answer + END + text[end:]
+    return text, weights
 
 
 def escape(value, control: re.Pattern):

@@ -6,11 +6,12 @@ import re
 from common.cli import UserError
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # reasoning at the start of an answer
+SPECIAL = {"tool_calls", "reasoning_content"}  # what a template may write in another form, or leave out
 OTHER = "CHAT_TEMPLATE=chatml works with every model"
 
 
 class RewrittenTurns(UserError):
-    """A template writes an earlier answer in another way than when it was the last one."""
+    """A template writes an answer in another way than when it was asked for, at least where the chat goes on."""
 
 
 def find_answers(template, messages: list[dict], text: str, passages: list, last_only=False) -> list[tuple[int, int]]:
@@ -20,7 +21,7 @@ def find_answers(template, messages: list[dict], text: str, passages: list, last
     last_only: a template that rewrites earlier turns gives the last answer.
     """
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    is_plain = not any("tool_calls" in messages[i] or "reasoning_content" in messages[i] for i in answers)
+    is_plain = not any(messages[i].keys() & SPECIAL or "</think>" in (messages[i]["content"] or "") for i in answers)
     if template.marked and is_plain:
         return trim_marks(template, text, passages, answers)
     if is_plain and template.keeps_turns and template.control.match(template.header):
@@ -52,8 +53,10 @@ def find_answer(template, messages: list[dict], i: int, text: str) -> tuple[int,
 def check_complete(turn: dict, answer: str) -> None:
     """Raise UserError where a part of an answer is not in its text."""
     names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
-    content = THOUGHT.sub("", turn["content"], count=1).strip()
-    parts = {"content": content in answer, "reasoning": turn.get("thinking", "").strip() in answer}
+    content, reasoning = turn["content"] or "", turn.get("thinking", "")
+    if inline := THOUGHT.match(content):
+        content, reasoning = content[inline.end() :], inline[1]
+    parts = {"content": content.strip() in answer, "reasoning": reasoning.strip() in answer}
     parts["calls"] = all(answer.count(name) >= names.count(name) for name in names)
     if left_out := [part for part, is_written in parts.items() if not is_written]:
         problem = f"this one leaves out the {' and '.join(left_out)} of an answer"
@@ -70,7 +73,7 @@ def refuse_prompt(template, turn: dict, prompt: str, answered: str):
         remedies.append(f"so may TEMPLATE_OPTIONS=enable_thinking={is_reasoned}")
     if template.needs_reasoning and not is_reasoned:
         remedies.append("or give every answer its reasoning")
-    raise UserError(f"CHAT_TEMPLATE: {problem}. {', '.join(remedies)}.")
+    raise RewrittenTurns(f"CHAT_TEMPLATE: {problem}. {', '.join(remedies)}.")
 
 
 def end_of(template, answer: str, is_call: bool = False) -> int | None:
@@ -93,14 +96,18 @@ def find_written_answers(template, text: str) -> list[tuple[int, int]]:
     found = []
     for cue in re.finditer(re.escape(template.cue), text) if template.cue else ():
         end = text.find(template.end_token, cue.end())
-        if end < 0 and text[cue.end() :].strip():
+        answer = text[cue.end() : end if end >= 0 else len(text)]
+        if (
+            any(token in template.turn_tokens for token in template.control.findall(answer))
+            or end < 0
+            and answer.strip()
+        ):
             problem = f"an answer in a text with control tokens lacks its end token {template.end_token}"
             raise UserError(f"text: {problem}. Put it after the answer, or give the chat as messages.")
         if end >= 0:
             found.append((cue.end(), end + len(template.end_token)))
     if not found:
-        token = template.control.search(text)[0]
-        problem = f"{token!r} is a control token, but no answer in the form of CHAT_TEMPLATE follows"
+        problem = "it has control tokens, but no answer in the form of CHAT_TEMPLATE"
         raise UserError(f"text: {problem}. Give the chat as messages, or take it out.")
     return found
 

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +54,7 @@ def encode_all(chats: Iterator, arguments: tuple, reasons: Reasons, processes: i
     for rows, of_batch in results:
         reasons.update(of_batch)
         for times, place, row in rows:
-            key = hash(row.ids.tobytes())
+            key = hash(row.ids.tobytes() + row.learned.tobytes())
             if key not in seen:
                 seen[key] = times
                 yield times, row
@@ -73,14 +74,15 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
             reasons.add("dropped: matches DROP_PATTERN")
             reasons.add_example(f"{place}: {claim}")
             continue
-        while chat[-1]["role"] in ("user", "tool"):
-            reasons.add(f"changed: cut at a {'question' if chat[-1]['role'] == 'user' else 'result'} without an answer")
-            chat = chat[:-1]
+        if chat[-1]["role"] in ("user", "tool"):
+            last = "question" if chat[-1]["role"] == "user" else "result"
+            reasons.add(f"changed: cut at a {last} without an answer")
+            chat = chat[: max(i for i, turn in enumerate(chat) if turn["role"] not in ("user", "tool")) + 1]
         try:
             marked.append((times, place, chat, encoder.mark_rows(chat, settings["TRAIN_ON"])))
         except UserError as error:
             refused.append(f"{place}: {error}")
-            reasons.add(f"dropped: invalid, {error}", place)
+            reasons.add("dropped: invalid, " + re.sub(r" \([^)]*\)|['\"].*", "", str(error)).strip(" :"), place)
     if refused and settings["BAD_ROWS"] == "stop":
         raise UserError("\n".join([*refused[: sources.MAX_SHOWN], sources.SKIP]))
     flat = itertools.chain.from_iterable(of_chat for *_, of_chat in marked)
@@ -88,6 +90,8 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
     for times, place, chat, of_chat in marked:
         parts = list(itertools.islice(encoded, len(of_chat)))
         row = fit(parts, place, encoder.is_plain_text(chat), settings, reasons)
+        if row is not None and len(parts) > 1:
+            reasons.add("changed: a row for each answer, as the template rewrites earlier turns")
         if row is not None and (keep_unlearned or row.learned.any()):
             rows.append((times, place, row))
         elif row is not None:
@@ -98,8 +102,6 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
 def fit(parts: list[Encoded], place: str, is_text: bool, settings: dict, reasons: Reasons) -> Encoded | None:
     """A chat's sequences cut to MAX_LENGTH as TOO_LONG says; None where it is dropped."""
     max_length = settings["MAX_LENGTH"]
-    if len(parts) > 1:
-        reasons.add("changed: a row for each answer, as the template rewrites earlier turns")
     short = [row for row in parts if len(row.ids) <= max_length]
     if len(short) == len(parts):
         return join(parts)
@@ -115,9 +117,9 @@ def fit(parts: list[Encoded], place: str, is_text: bool, settings: dict, reasons
     if settings["TOO_LONG"] == "cut" and len(parts) > 1 and short:
         reasons.add("changed: answers left out to fit MAX_LENGTH")
         return join(short)
-    if settings["TOO_LONG"] == "cut" and len(parts) == 1 and len(fitting):
+    end = fitting[-1] if len(fitting) and len(parts) == 1 else 0
+    if settings["TOO_LONG"] == "cut" and end and (row.learned[:end].any() or not row.learned.any()):
         reasons.add("changed: cut at a turn to fit MAX_LENGTH")
-        end = fitting[-1]
         return Encoded(row.ids[:end], row.learned[:end], fitting, fitting[-1:])
     reasons.add("dropped: longer than MAX_LENGTH")
     return None

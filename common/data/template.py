@@ -22,8 +22,9 @@ class ChatTemplate:
 
     end_token: ends an answer; None where the template writes none. header: what a prompt for an answer adds to a
     chat, "" if nothing. cue: what stands before an answer to a question. lead: what is marked as the answer, but stands
-    in its prompt. fits: whether an answer is found. keeps_turns: whether it is written the same however the chat goes
-    on. needs_reasoning: whether only answers with their reasoning are written as they are asked for.
+    in its prompt. turn_tokens: those that begin and end other turns. probe_text: what it writes of a chat.
+    fits: whether an answer is found. keeps_turns: whether it is written the same however the chat goes on.
+    needs_reasoning: whether only answers with their reasoning are written as they are asked for.
     """
 
     def __init__(self, source: str, variables: dict, control: re.Pattern):
@@ -39,7 +40,7 @@ class ChatTemplate:
     def learn_form(self, probe: list[dict]) -> int:
         """Find header, lead and end token by a chat; whether one answer (1), and all of several (2), are found."""
         self.end_token, self.header, self.cue, self.lead = None, "", "", ""
-        self.keeps_turns = False
+        self.keeps_turns, self.probe_text, self.turn_tokens = False, "", set()
         chat = self.as_written(probe)
         try:
             before, prompt = (self.render(chat[:1], add_generation_prompt=ask)[0] for ask in (False, True))
@@ -57,6 +58,9 @@ class ChatTemplate:
         same = os.path.commonprefix([text[:passage_end], longer])
         ends = list(self.control.finditer(same, content)) or list(self.control.finditer(text, content, passage_end))
         self.end_token = ends[-1][0] if ends else None
+        self.probe_text = longer
+        answer = text[len(prompt) : content] if text.startswith(prompt) else ""
+        self.turn_tokens = set(self.control.findall(prompt)) - set(self.control.findall(answer)) - {self.end_token}
         return sum(self.finds_answers(chat * turns) for turns in (1, 3)) if ends else 0
 
     def finds_answers(self, chat: list[dict]) -> bool:
@@ -97,7 +101,7 @@ class ChatTemplate:
         return [self.with_reasoning(turn) if turn["role"] == "assistant" else turn for turn in messages]
 
     def with_reasoning(self, turn: dict) -> dict:
-        reasoning, content = turn.get("reasoning_content"), turn["content"]
+        reasoning, content = turn.get("reasoning_content"), turn["content"] or ""
         found = THOUGHT.match(content)
         if not reasoning and found and self.writes_reasoning:
             reasoning, content = found[1].strip("\n"), content[found.end() :]

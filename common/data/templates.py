@@ -5,6 +5,7 @@ import functools
 import re
 from pathlib import Path
 
+from jinja2 import Environment, TemplateSyntaxError, meta
 from tokenizers import AddedToken
 
 from common.bounds import TEMPLATES
@@ -56,8 +57,8 @@ def set_template(
         refuse(encoder, label, had_eos)
     if tokenizer.chat_template != own:
         tokenizer.eos_token = encoder.end_token  # so that every program stops there
-    if not had_eos:
-        add_missing_tokens(tokenizer, encoder.end_token)
+    add_missing_tokens(tokenizer, encoder.end_token)
+    if tokenizer.special_tokens_map != encoder.variables:
         encoder = ChatEncoder(tokenizer)  # which knows them
     tokens, name = inspect(tokenizer, tokenizer.chat_template)
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
@@ -68,6 +69,9 @@ def set_template(
         note += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"
+    if "strftime_now" in tokenizer.chat_template and "date_string = " not in tokenizer.chat_template.splitlines()[0]:
+        note += "\nnote: CHAT_TEMPLATE writes the date, in training that of today"
+        note += ' (TEMPLATE_OPTIONS="date_string=..." fixes it)' if "date_string" in tokenizer.chat_template else ""
     return encoder, note
 
 
@@ -117,7 +121,7 @@ def parse_options(text: str) -> dict[str, object]:
         if not equals or not name.isidentifier():
             raise UserError(f"TEMPLATE_OPTIONS={text}: {item!r} is not name=value. Example: enable_thinking=False.")
         try:
-            options[name] = ast.literal_eval(value)
+            options[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
         except (ValueError, SyntaxError):
             options[name] = value
     return options
@@ -125,10 +129,18 @@ def parse_options(text: str) -> dict[str, object]:
 
 def with_options(template: str, options: dict[str, object]) -> str:
     """The template with other defaults of its variables; UserError for a variable that it does not use."""
+    if not options:
+        return template
+    try:
+        source = MARKS.sub("", template)
+        known = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
+    except TemplateSyntaxError as error:
+        raise UserError(f"CHAT_TEMPLATE: line {error.lineno}: {error}. Mend the template.") from error
     for name in options:
-        if not re.search(rf"\b{name}\b", template):
-            raise UserError(f"TEMPLATE_OPTIONS: the chat template has no variable {name}. Leave it out.")
-        template = re.sub(re.escape(OPTION.format(name=name, value="@")).replace("@", ".*"), "", template)  # of a run
+        option = re.escape(OPTION.format(name=name, value="@")).replace("@", ".*")
+        if name not in known and not re.search(option, template):
+            raise UserError(f"TEMPLATE_OPTIONS: unknown variable {name}. The template has: {', '.join(sorted(known))}.")
+        template = re.sub(option, "", template)  # of a run
     values = {name: WORDS.get(value, repr(value)) for name, value in options.items()}
     return "".join(OPTION.format(name=name, value=value) for name, value in values.items()) + template
 
@@ -147,9 +159,9 @@ def fix_defaults(tokenizer) -> str:
 
 def takes_system(tokenizer) -> bool:
     """Whether a template writes system messages; not one that refuses or forgets them, or all else."""
-    question = [PROBE[0]]
-    text = render(tokenizer, [SYSTEM, *question], tokenizer.chat_template)
-    return SYSTEM["content"] in text or not render(tokenizer, question, tokenizer.chat_template)
+    text = render(tokenizer, SYSTEM_PROBE[:4], tokenizer.chat_template)  # some put it into the last question
+    is_written = SYSTEM["content"] in text.partition(PROBE[1]["content"])[0]
+    return is_written or not render(tokenizer, SYSTEM_PROBE[1:4], tokenizer.chat_template)
 
 
 def add_missing_tokens(tokenizer, end_token: str | None) -> bool:
@@ -166,7 +178,7 @@ def inspect(tokenizer, template: str) -> tuple[set[str], str]:
     text = render(tokenizer, PROBE, template)
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in text}
     before = render(tokenizer, [{"role": "user", "content": "\0"}], template).partition("\0")[0]
-    lines = (re.sub(r"<[^>]*>", "", line).strip() for line in before.splitlines())
+    lines = (re.sub(r"<[^>]*>", " ", line).strip() for line in before.splitlines())
     naming = (line for line in lines if re.search(r"\b(?:named|called|You are|I am) [A-Z]\w+", line))
     return tokens, next(naming, "")
 
@@ -213,7 +225,8 @@ def choose(tokenizer, choice: str | None, own: str, options: dict, train_on: str
 
 def is_same(tokenizer, own: str, ours: str) -> bool:
     """Whether two templates write the same, but for a first line that names another assistant."""
-    chats = [SYSTEM_PROBE] if inspect(tokenizer, own)[1] else [SYSTEM_PROBE, PROBE]
+    spaced = [turn | {"content": f" {turn['content']} "} for turn in SYSTEM_PROBE]
+    chats = [spaced] if inspect(tokenizer, own)[1] else [spaced, PROBE]
     mine, theirs = (
         [render(tokenizer, SYSTEM_PROBE[:2], template, add_generation_prompt=True)]
         + [render(tokenizer, chat, template) for chat in chats]

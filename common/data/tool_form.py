@@ -1,5 +1,6 @@
 """The form in which a chat template takes tools, calls and results, found by trying."""
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class ToolForm(NamedTuple):
     writes: frozenset[str]  # which of "tools", "calls" and "results"
     takes_text: bool  # arguments as JSON text, else as an object
     short_ids: bool  # calls need ids of nine letters and digits
+    takes_null: bool = False  # no content is None beside a call, not ""
 
 
 def find_tool_form(render: Callable) -> ToolForm:
@@ -28,18 +30,17 @@ def find_tool_form(render: Callable) -> ToolForm:
     question = QUESTION | {"tools": [TOOL]}
     prompt = try_to(render, [question], add_generation_prompt=True)
     writes = {"tools"} if "lookup" in prompt else set()
-    for takes_text in (False, True):
-        for call_id in ("call_1", "call00001"):
-            arguments = '{"k": "vw"}' if takes_text else {"k": "vw"}
-            call = {"id": call_id, "type": "function", "function": {"name": "lookup", "arguments": arguments}}
-            asked = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            result = {"role": "tool", "content": "rz7", "name": "lookup", "tool_call_id": call_id}
-            text = try_to(render, asked).removeprefix(prompt)
-            answered = try_to(render, [*asked, result, {"role": "assistant", "content": "bz"}])
-            # {'k': ...}: an object written as Python does it, which is no JSON.
-            if answered and "lookup" in text and "vw" in text and "{'k'" not in text:
-                writes |= {"calls", "results"} if "rz7" in answered else {"calls"}
-                return ToolForm(frozenset(writes), takes_text, call_id == "call00001")
+    for content, takes_text, call_id in itertools.product(("", None), (False, True), ("call_1", "call00001")):
+        arguments = '{"k": "vw"}' if takes_text else {"k": "vw"}
+        call = {"id": call_id, "type": "function", "function": {"name": "lookup", "arguments": arguments}}
+        asked = [question, {"role": "assistant", "content": content, "tool_calls": [call]}]
+        result = {"role": "tool", "content": "rz7", "name": "lookup", "tool_call_id": call_id}
+        text = try_to(render, asked).removeprefix(prompt)
+        answered = try_to(render, [*asked, result, {"role": "assistant", "content": "bz"}])
+        # {'k': ...}: an object written as Python does it, which is no JSON.
+        if answered and "lookup" in text and "vw" in text and "{'k'" not in text:
+            writes |= {"calls", "results"} if "rz7" in answered else {"calls"}
+            return ToolForm(frozenset(writes), takes_text, call_id == "call00001", content is None)
     return ToolForm(frozenset(writes), False, False)
 
 
@@ -64,6 +65,7 @@ def write_tools(messages: list[dict], form: ToolForm) -> list[dict]:
     for turn in messages:
         if "tool_calls" in turn:
             turn = turn | {"tool_calls": [write_call(call, form, ids) for call in turn["tool_calls"]]}
+            turn["content"] = turn["content"] or (None if form.takes_null else "")
         elif turn["role"] == "tool":
             turn = turn | {"tool_call_id": ids.get(turn["tool_call_id"], turn["tool_call_id"])}
         turns.append(turn)

@@ -92,6 +92,73 @@ def test_every_row_is_trained_on_held_out_or_counted_by_its_reason(tokenizer, en
     assert "19 rows = 10 trained + 3 held out + 6 dropped" in report and "dropped 2: matches DROP_PATTERN" in report
 
 
+def test_long_texts_are_cut_into_rows_and_no_token_is_lost(tokenizer, encoder, tmp_path):
+    words = " ".join(f"w{i}" for i in range(300))
+    rows = [{"text": words}, {"text": "short"}, {"text": words}, qa("Hi", "Hello")]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    train, _, about = make(SETTINGS | {"DATA": f"{file}*2"}, encoder)
+    check_account(about)
+    assert about["dropped"] == {"duplicate": 1} and about["changed"] == {"a text cut into rows of MAX_LENGTH": 2}
+    whole = encoder.encode([[{"role": "text", "content": words}]])[0].ids
+    pieces = -(-len(whole) // 128)
+    assert about["trained"] == 3 and about["sequences"] == len(train) == 2 * (pieces + 2)
+    assert about["tokens"] == sum(map(len, train["input_ids"])) and max(map(len, train["input_ids"])) == 128
+    rows = sorted(train["input_ids"], key=len)
+    found = {tuple(row) for row in rows}
+    assert all(tuple(whole[at : at + 128].tolist()) in found for at in range(0, len(whole), 128))
+    assert all(row["labels"] == row["input_ids"] for row in train if len(row["input_ids"]) == 128)
+    with pytest.raises(UserError, match="a.jsonl:1: .* tokens, more than MAX_LENGTH=128"):
+        make(SETTINGS | {"DATA": str(file), "TOO_LONG": "error"}, encoder)
+    _, held_out, about = make(SETTINGS | {"DATA": str(file), "EVAL_SIZE": 2}, encoder)
+    check_account(about)  # a text is held out with all its rows
+    assert about["held_out_tokens"] == sum(map(len, held_out["input_ids"]))
+
+
+def test_a_row_for_each_answer_where_the_template_rewrites_earlier_turns(tokenizer, tmp_path):
+    own = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last or m.role == 'user' else 'x' }}"
+    tokenizer.chat_template = (
+        own + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder, _ = templates.set_template(tokenizer, None)
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[1:]}, qa("Hi", "Hello")])
+    train, _, about = make(SETTINGS | {"DATA": str(file)}, encoder)
+    check_account(about)
+    assert about["changed"] == {"a row for each answer, as the template rewrites earlier turns": 1}
+    learned = [[i for i in row["labels"] if i >= 0] for row in train]
+    answers = ["Brief.<|im_end|>", "Hello!<|im_end|>", "Hello<|im_end|>"]
+    assert sorted(map(tokenizer.decode, learned)) == sorted(answers) and about["trained"] == 2
+    train, _, about = make(SETTINGS | {"DATA": str(file), "MAX_LENGTH": 24}, encoder)
+    assert about["changed"] == {
+        "a row for each answer, as the template rewrites earlier turns": 1,
+        "answers left out to fit MAX_LENGTH": 1,
+    }
+
+
+def test_chats_that_the_template_refuses_stop_with_their_place_or_are_left_out(tokenizer, tmp_path):
+    strict = "{% if messages | length > 6 %}{{ raise_exception('too many turns') }}{% endif %}"
+    text = (ROOT / "common" / "data" / "chat_templates" / "chatml.jinja").read_text()
+    tokenizer.chat_template = strict + text.replace("chatml", "")
+    encoder, _ = templates.set_template(tokenizer, None)
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [qa("Hi", "Hello"), {"messages": CHAT + CHAT[1:]}, {"messages": CHAT[1:] * 2}]
+    )
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*too many turns.*\n.*a.jsonl:3: .*\nBAD_ROWS=skip"):
+        make(SETTINGS | {"DATA": str(file)}, encoder)
+    _, _, about = make(SETTINGS | {"DATA": str(file), "BAD_ROWS": "skip"}, encoder)
+    check_account(about)
+    ((reason, count),) = about["dropped"].items()
+    assert count == 2 and reason.startswith("invalid, CHAT_TEMPLATE refuses a chat") and reason.endswith("a.jsonl:2")
+
+
+def test_what_drop_pattern_matches_is_shown_and_unused_fields_are_named(encoder, tmp_path):
+    rows = [qa("Who?", "I am ChatGPT, at your service."), qa("Hi", "Hello") | {"score": 3, "id": "x"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    _, _, about = make(SETTINGS | {"DATA": str(file)}, encoder)
+    report = account.describe(about)
+    assert "a.jsonl:1: I am ChatGPT, at your service." in report
+    assert "fields that are not used: id (in 1 rows), score (in 1 rows)" in report
+
+
 def test_what_is_too_long_can_be_dropped_or_refused(encoder, tmp_path):
     file = write_jsonl(
         tmp_path / "chats.jsonl", [qa("Hi", "Hello"), {"messages": CHAT + qa("x " * 400, "y")["messages"]}]

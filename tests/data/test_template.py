@@ -107,6 +107,17 @@ def test_ids_and_arguments_take_the_form_that_the_template_wants(arguments, toke
     assert encoder.render(CHAT).startswith("<s>[INST] Be kind.\n\nHi[/INST] Hello!<|im_end|>")
 
 
+def test_no_content_beside_a_call_is_null_where_the_template_asks_for_that(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is none %}{% for c in m.tool_calls %}"
+        "CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder, _ = templates.set_template(tokenizer, None)
+    row = encoder.encode([[ASK, *WITH_TOOL[1:]]])[0]
+    assert passages(tokenizer, row) == ['CALL get_time {"tz": "UTC"}<|im_end|>', "Brief.<|im_end|>"]
+
+
 def test_what_looks_like_a_control_token_stays_text_in_tools_too(tokenizer, chatml):
     odd = "<|im_end|>"
     chat = [ASK | {"tools": TOOLS}, WITH_TOOL[1] | {"tool_calls": [call(tz=odd)]}, result(content=odd), LAST]
@@ -147,7 +158,9 @@ def test_text_that_is_formatted_already_is_encoded_as_such(tokenizer, chatml):
     at = text.rindex("Brief.")
     pair = [{"role": "text", "content": text[:at], "weight": 0}, {"role": "text", "content": text[at:]}]
     assert passages(tokenizer, chatml.encode([pair])[0]) == ["Brief.<|im_end|>"]
+    assert passages(tokenizer, chatml.encode([[{"role": "text", "content": text}]], "last")[0]) == ["Brief.<|im_end|>"]
     for content, words in {
+        text.replace("Hello!<|im_end|>", "Hello!"): "lacks its end token",
         "<|im_start|>user\nHi<|im_end|>\n": "no answer in the form of CHAT_TEMPLATE",
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!": "lacks its end token <.im_end.>",
         "<start_of_turn>user\nHi<end_of_turn>": "'<start_of_turn>' stands in a text, but is no token",
@@ -155,6 +168,72 @@ def test_text_that_is_formatted_already_is_encoded_as_such(tokenizer, chatml):
     }.items():
         with pytest.raises(UserError, match=words):
             chatml.encode([[{"role": "text", "content": content}]])
+
+
+def test_text_in_a_form_of_plain_words_is_recognised_too(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder, _ = templates.set_template(tokenizer, None)
+    chat = [ASK, ANSWER, MORE, LAST]
+    row = encoder.encode([[{"role": "text", "content": encoder.render(chat)}]])[0]
+    assert row.ids.tolist() == encoder.encode([chat])[0].ids.tolist()
+    assert passages(tokenizer, row) == [" Hello!<|im_end|>", " Brief.<|im_end|>"]
+    for story in ("<s>Once.", "Once.<|im_end|>", "<s>Once.<|im_end|>\n"):
+        (text,) = passages(tokenizer, encoder.encode([[{"role": "text", "content": story}]])[0])
+        assert text.replace("<s>", "") == "Once.<|im_end|>"
+
+
+def test_reasoning_that_a_template_cuts_away_is_not_lost_in_silence(tokenizer):
+    text = (templates.FOLDER / "chatml.jinja").read_text()
+    cut = "(message['content'] or '').split('</think>') | last"
+    tokenizer.chat_template = text.replace("message['content'] or ''", cut).replace("reasoning_content", "other")
+    encoder, _ = templates.set_template(tokenizer, None)
+    for turn in (ANSWER | {"content": "<think>x9</think>Hello!"}, ANSWER | {"reasoning_content": "x9"}):
+        with pytest.raises(UserError, match="leaves out the reasoning"):
+            encoder.encode([[ASK, turn]])
+
+
+def test_an_answer_that_only_mentions_the_tag_is_learned_whole(tokenizer, chatml):
+    row = chatml.encode([[ASK, ANSWER | {"content": "It ends with </think> there."}]], "content")[0]
+    assert passages(tokenizer, row) == ["It ends with </think> there.<|im_end|>"]
+
+
+def test_a_system_message_written_into_the_last_question_is_moved_to_the_first(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+        "[INST]{% if loop.last and sys %}{{ sys }} {% endif %}"
+        "{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder, note = templates.set_template(tokenizer, None)
+    assert "no system messages" in note and encoder.render(CHAT).startswith("[INST]Be kind.\n\nHi[/INST]Hello!")
+    assert len(passages(tokenizer, encoder.encode([CHAT])[0])) == 2
+
+
+def test_an_answer_that_is_not_learned_need_not_be_written_as_it_is_asked_for(tokenizer):
+    asks = "<|im_start|>assistant\n<think>\n{% if false"
+    tokenizer.chat_template = (
+        THINKS.replace("WHEN", "m.reasoning_content")
+        .replace("PROMPT", "false")
+        .replace("<|im_start|>assistant\n{% if false", asks)
+    )
+    encoder, _ = templates.set_template(tokenizer, None)
+    chat = [ASK, ANSWER | {"weight": 0}, MORE, LAST | {"reasoning_content": "Short."}]
+    assert passages(tokenizer, encoder.encode([chat])[0]) == ["Short.\n</think>\nBrief.<|im_end|>"]
+
+
+def test_a_template_that_writes_the_date_is_told(tokenizer):
+    tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}\n" + THINKS.replace(
+        "WHEN", "false"
+    ).replace("PROMPT", "false")
+    own = tokenizer.chat_template
+    assert "writes the date" in templates.set_template(tokenizer, None)[1]
+    tokenizer.chat_template = own
+    encoder, note = templates.set_template(tokenizer, None, "date_string=1 Jan 2030")
+    assert "writes the date" not in note and encoder.render(CHAT).startswith("1 Jan 2030\n")
 
 
 def test_a_continuation_is_plain_text_whose_end_is_learned(tokenizer, chatml):
@@ -177,7 +256,7 @@ def test_options_become_defaults_of_the_template_for_every_program(tokenizer):
     encoder, _ = templates.set_template(tokenizer, None)
     assert passages(tokenizer, encoder.encode([[ASK, ANSWER]])[0]) == ["<think>\n\n</think>\nHello!<|im_end|>"]
     tokenizer.chat_template = thinks
-    encoder, _ = templates.set_template(tokenizer, None, "enable_thinking=False")
+    encoder, _ = templates.set_template(tokenizer, None, "enable_thinking=false")
     assert passages(tokenizer, encoder.encode([[ASK, ANSWER]])[0]) == ["Hello!<|im_end|>"]
     for how in ({}, {"enable_thinking": True}):  # as llama.cpp asks
         prompt = tokenizer.apply_chat_template([ASK], add_generation_prompt=True, tokenize=False, **how)
@@ -185,7 +264,10 @@ def test_options_become_defaults_of_the_template_for_every_program(tokenizer):
     templates.choose_for_chat(tokenizer, None, "enable_thinking=True")  # a run's own may be changed for a chat
     assert tokenizer.chat_template.count("set enable_thinking") == 1
     assert not tokenizer.apply_chat_template([ASK], add_generation_prompt=True, tokenize=False).endswith("</think>\n")
-    for options, words in {"thinking=1": "no variable thinking", "enable_thinking": "not name=value"}.items():
+    for options, words in {
+        "thinking=1": "unknown variable thinking. The template has",
+        "enable_thinking": "not name=value",
+    }.items():
         with pytest.raises(UserError, match=words):
             templates.set_template(tokenizer, None, options)
 
