@@ -77,7 +77,7 @@ def run_side(side: str) -> dict:
     settings = dict(
         DATA=DATA, EVAL_DATA=None, MAX_SAMPLES=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0
     )
-    settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None)
+    settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None, BAD_ROWS="stop")
     with tempfile.TemporaryDirectory() as folder:
         train_set, _, _ = prepare.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
     attention = choose_attention(load.load_config(source), None, packed=True) if side == "ours" else "sdpa"
