@@ -16,8 +16,8 @@ from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jso
 from transformers import AutoTokenizer
 
 from common.chat import turns
-from common.chat.commands import run_command
 from common.chat.conversation import Conversation
+from common.chat.terminal import run_command
 from common.cli import UserError
 from common.model import generation, load, location, responses
 

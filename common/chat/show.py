@@ -5,7 +5,9 @@ import json
 import sys
 from collections.abc import Iterable
 
-CR = "\r"
+from common.chat.turns import answer_line, explain_empty
+
+STOPS = {"end": "ended", "length": "stopped at MAX_NEW_TOKENS", "context": "the context is full", "stopped": "stopped"}
 
 
 def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
@@ -14,11 +16,12 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
     parts: (field, text) of responses.follow. reasoning: "shown", "counted" or "" for not at all. Calls are not printed.
     """
     shown, space, tokens, field = "", "", 0, "content"
-    counts = reasoning == "counted" and sys.stdout.isatty()  # over its own line
+    counts = reasoning == "counted" and sys.stdout.isatty()
+    start = "\r" if counts else ""  # the count is written over itself
 
     def end_of_reasoning():
         if field == "reasoning_content" and reasoning:
-            count = f"{counts * CR}(thinking ... {tokens} tokens)"
+            count = f"{start}(thinking ... {tokens} tokens)"
             print("\n(answer)" if reasoning == "shown" else count, flush=True)
 
     with contextlib.suppress(KeyboardInterrupt):
@@ -33,12 +36,30 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
                     space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
                     print(text.removesuffix(space), end="", flush=True)
                 elif counts:
-                    print(f"{CR}(thinking ... {tokens} tokens)", end="", flush=True)
+                    print(f"{start}(thinking ... {tokens} tokens)", end="", flush=True)
             elif now == "content" and (text := text if shown else text.lstrip()):
                 shown += text
                 print(text, end="", flush=True)
     end_of_reasoning()
     return shown
+
+
+def show_end(answer, shown: str, limit: int | None) -> None:
+    """Print what follows the content that was shown: a malformed call, calls, and with a limit numbers.
+
+    answer: a generation.Answer. limit: tokens of the context; without one, calls are a line of JSON.
+    """
+    content, calls, shown = answer.message["content"], answer.message.get("tool_calls", []), shown.strip()
+    if content or not calls:
+        print(content.removeprefix(shown) if content.startswith(shown) else "", flush=True)
+    if why := explain_empty(answer.message):
+        print(f"({why})", file=sys.stdout if limit else sys.stderr)
+    if calls and not limit:
+        print(answer_line(answer.message))
+    elif limit:
+        print(*(f"-> {show_call(call)}\n" for call in calls), sep="", end="")
+        speed = f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} tokens/s"
+        print(f"[{speed}, context {answer.prompt_tokens + answer.tokens} of {limit}, {STOPS[answer.stop]}]")
 
 
 def show_call(call: dict) -> str:
@@ -48,8 +69,10 @@ def show_call(call: dict) -> str:
 
 
 def show_tool(tool: dict) -> str:
-    function = tool["function"]
-    names = ", ".join(function.get("parameters", {}).get("properties", {}))
+    function, names = tool["function"], ""
+    match function.get("parameters"):
+        case {"properties": {**properties}}:
+            names = ", ".join(properties)
     return f"{function['name']}({names})  {function.get('description', '')}".rstrip()
 
 

@@ -15,7 +15,9 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 
 from common.data.tools import OUR_ID
 
+ENDS = ("open_pattern", "close_pattern")
 CALL = {"function": {"name": "{name}", "arguments": "{content}"}}
+JSON = {"content": "json"}
 TEXT = {"content": "text", "content_args": {"strip": False}}
 
 
@@ -25,59 +27,54 @@ def tags(pattern: str) -> dict:
     return {"content": "xml-inline", "content_args": {"tag_pattern": pattern, "value_parser": as_text}}
 
 
-# What a template's source contains -> how it writes a call; the first that fits counts. An opening is none without
-# its close: what is cut off stays text.
+# What a template's source contains -> how it writes a call: (opens, closes, content); the first that fits counts. An
+# opening is none without its close: what is cut off stays text.
 CALLS = {
-    "<atem:invoke": {
-        "open_pattern": r'<atem:invoke name="(?P<name>[^"]+)">(?=.*?</atem:invoke>)',
-        "close_pattern": r"</atem:invoke>",
-        **tags(r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'),
-    },
-    "<function=": {  # Qwen 3.5, Nemotron 3
-        "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-        **tags(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"),
-    },
-    "<arg_key>": {  # GLM 4
-        "open_pattern": r"<tool_call>\s*(?P<name>[^\s<]+)\s*(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-        **tags(r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
-    },
-    "<|tool_call>call:": {  # Gemma 4
-        "open_pattern": r"<\|tool_call>call:(?P<name>[\w.-]+)(?=.*?<tool_call\|>)",
-        "close_pattern": r"<tool_call\|>",
-        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
-    },
-    "<|channel|>": {  # gpt-oss, in the form of its template and that of its answers
-        "open_pattern": r"to=functions\.(?P<name>[^\s<]+)(?:(?!<\|message\|>).)*<\|message\|>",
-        "close_pattern": r"<\|call\|>|<\|end\|>",
-    },
-    "<|tool_call_start|>": {  # LFM 2: [f(x=1), g()]
-        "open_pattern": r"<\|tool_call_start\|>(?=.*?<\|tool_call_end\|>)",
-        "close_pattern": r"<\|tool_call_end\|>",
-        "content": "text",
-    },
-    "<｜tool▁call▁begin｜>": {  # DeepSeek
-        "open_pattern": r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\n<]+)"
+    "<atem:invoke": (
+        r'<atem:invoke name="(?P<name>[^"]+)">(?=.*?</atem:invoke>)',
+        r"</atem:invoke>",
+        tags(r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'),
+    ),
+    "<function=": (  # Qwen 3.5, Nemotron 3
+        r"<tool_call>\s*<function=(?P<name>[^>\n]+)>(?=.*?</tool_call>)",
+        r"</tool_call>",
+        tags(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"),
+    ),
+    "<arg_key>": (  # GLM 4
+        r"<tool_call>\s*(?P<name>[^\s<]+)\s*(?=.*?</tool_call>)",
+        r"</tool_call>",
+        tags(r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
+    ),
+    "<|tool_call>call:": (  # Gemma 4
+        r"<\|tool_call>call:(?P<name>[\w.-]+)(?=.*?<tool_call\|>)",
+        r"<tool_call\|>",
+        JSON | {"content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]}},
+    ),
+    "<|channel|>": (  # gpt-oss, in the form of its template and that of its answers
+        r"to=functions\.(?P<name>[^\s<]+)(?:(?!<\|message\|>).)*<\|message\|>",
+        r"<\|call\|>|<\|end\|>",
+        JSON,
+    ),
+    "<｜tool▁call▁begin｜>": (  # DeepSeek
+        r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\n<]+)"
         r"(?:<｜tool▁sep｜>|\n```json\n)(?=.*?<｜tool▁call▁end｜>)",
-        "close_pattern": r"(?:\n```)?<｜tool▁call▁end｜>",
-    },
-    "[TOOL_CALLS]": {  # Mistral: [{"name": ...}], later name[ARGS]{...}
-        "open_pattern": r"\[TOOL_CALLS\]",
-        "close_pattern": r"(?=\[TOOL_CALLS\])",
-        "content": "text",
-    },
-    "<|tool_call|>": {  # Granite, Phi 4
-        "open_pattern": r"<\|tool_call\|>(?=\s*\[)",
-        "close_pattern": r"<\|/tool_call\|>",
-    },
-    "<tool_call>": {  # Hermes, Qwen 2.5 and 3, our chatml
-        "open_pattern": r"<tool_call>(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-    },
-    '"parameters": ': {  # Llama 3: the object alone
-        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)".*"(?:arguments|parameters)"\s*:)',
-    },
+        r"(?:\n```)?<｜tool▁call▁end｜>",
+        JSON,
+    ),
+    # LFM 2: [f(x=1), g()]
+    "<|tool_call_start|>": (r"<\|tool_call_start\|>(?=.*?<\|tool_call_end\|>)", r"<\|tool_call_end\|>", TEXT),
+    # Mistral: [{"name": ...}], later name[ARGS]{...}
+    "[TOOL_CALLS]": (r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])", TEXT),
+    # Granite, Phi 4
+    "<|tool_call|>": (r"<\|tool_call\|>(?=\s*\[)", r"<\|/tool_call\|>", JSON),
+    # Hermes, Qwen 2.5 and 3, our chatml
+    "<tool_call>": (r"<tool_call>(?=.*?</tool_call>)", r"</tool_call>", JSON),
+    # Llama 3: the object alone, which is a call by its arguments
+    '"parameters": ': (
+        r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)".*"(?:arguments|parameters)"\s*:)',
+        r"(?!)",
+        JSON,
+    ),
 }
 # Else reasoning is what an answer begins with: (opens, closes); the first is how templates without any are trained.
 THOUGHTS = [("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]")]
@@ -104,12 +101,12 @@ def response_template(template: str, with_calls: bool, with_content: bool = True
     fields = {}
     for name, joint in JOINED_BY.items():
         ends = parts.get(name, ()) if with_content or name != "content" else ()
-        fields[name] = dict(zip(("open_pattern", "close_pattern"), ends, strict=False))
-        fields[name] |= TEXT | {"repeats": True, "join": joint}
+        fields[name] = dict(zip(ENDS, ends, strict=False)) | TEXT | {"repeats": True, "join": joint}
     syntax = next((syntax for marker, syntax in CALLS.items() if marker in template), None)
     if syntax and with_calls:
-        named = {"transform": CALL} if "?P<name>" in syntax["open_pattern"] else {}
-        fields["tool_calls"] = {"content": "json", "repeats": True} | named | syntax
+        *ends, content = syntax
+        named = {"transform": CALL} if "?P<name>" in ends[0] else {}
+        fields["tool_calls"] = dict(zip(ENDS, ends, strict=True)) | content | named | {"repeats": True}
     return load_response_template({"start_anchor": "\0", "fields": fields})  # no anchor: the prefix is ours
 
 
