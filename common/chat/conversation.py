@@ -74,7 +74,7 @@ class Conversation:
             if turn["content"] or "tool_calls" in turn:
                 answered[name] = [*chats[name], turn]
         if len(answered) == len(chats):
-            self.histories |= answered
+            self.histories = self.histories | answered
         return len(answered) == len(chats)
 
     def answer_call(self, text: str) -> bool:
@@ -103,10 +103,11 @@ class Conversation:
 
     def undo(self) -> str:
         """Take the last prompt and all that followed back; returns the prompt."""
-        for history in self.histories.values():
+        before = {}
+        for name, history in self.histories.items():
             asked = [i for i, message in enumerate(history) if message["role"] == "user"]
             if not asked:
                 raise UserError("there is no prompt yet.")
-            prompt = history[asked[-1]]["content"]
-            del history[asked[-1] :]
+            prompt, before[name] = history[asked[-1]]["content"], history[: asked[-1]]
+        self.histories = before
         return prompt

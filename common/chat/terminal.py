@@ -8,7 +8,7 @@ from common import hardware
 from common.bounds import check_setting
 from common.chat.conversation import CHANGEABLE, Conversation
 from common.chat.show import show_tool, show_turn
-from common.chat.turns import read_tools, split_tools
+from common.chat.turns import read_tools
 from common.cli import UserError, nearest
 from common.data import sources
 from common.settings import parse_value
@@ -78,9 +78,7 @@ def run_command(conversation: Conversation, line: str) -> None:
             conversation.reset(conversation.opening)
             print("(forgotten)")
         case "/system":
-            system = [{"role": "system", "content": argument}] if argument else []
-            for history in conversation.histories.values():
-                history[:] = system + [message for message in history if message["role"] != "system"]
+            set_system(conversation, argument)
         case "/tools":
             if argument:
                 conversation.offer([] if argument == "none" else read_tools(argument, "/tools"))
@@ -93,11 +91,9 @@ def run_command(conversation: Conversation, line: str) -> None:
         case "/set":
             change_setting(conversation.settings, argument)
         case "/show":
-            print(", ".join(f"{name}={value}" for name, value in conversation.settings.items() if value is not None))
-            for name, history in conversation.histories.items():
-                print(f"[{name}]", *map(show_turn, history), sep="\n")
+            show(conversation)
         case "/retry":
-            before = {name: list(history) for name, history in conversation.histories.items()}
+            before = conversation.histories
             if not conversation.ask(conversation.undo()):
                 conversation.histories = before  # the earlier answer stays
         case "/undo":
@@ -110,6 +106,18 @@ def run_command(conversation: Conversation, line: str) -> None:
             show_stats(conversation.answers)
         case _:
             raise UserError(f"unknown command {command}.{nearest(command, COMMANDS)} /help lists all commands.")
+
+
+def set_system(conversation: Conversation, text: str) -> None:
+    system = [{"role": "system", "content": text}] if text else []
+    for history in conversation.histories.values():
+        history[:] = system + [message for message in history if message["role"] != "system"]
+
+
+def show(conversation: Conversation) -> None:
+    print(", ".join(f"{name}={value}" for name, value in conversation.settings.items() if value is not None))
+    for name, history in conversation.histories.items():
+        print(f"[{name}]", *map(show_turn, history), sep="\n")
 
 
 def show_stats(answers: list) -> None:
@@ -149,9 +157,9 @@ def load(conversation: Conversation, file: str) -> None:
     chats = list(sources.sound_chats(f'"{file}"', "/load")) if Path(file).expanduser().is_file() else []
     if not chats:
         raise UserError(f"/load {file}: file not found, or no chat in it.")
-    chat, tools = split_tools(chats[-1])
+    chat = chats[-1]
     if chat[0]["role"] == "text":
         raise UserError(f"/load {file}: its last row is a text, not a chat. Load a file of chats.")
-    conversation.offer(tools)
+    conversation.offer(chat[0].pop("tools", []))
     conversation.reset(chat)
     print(f"(loaded: {len(chat)} messages, the last: {show_turn(chat[-1])[:60]!r})")

@@ -10,17 +10,12 @@ from common.data.rows import RowError
 REMEDY = 'Write [{"type": "function", "function": {"name": "get_time", "description": ..., "parameters": {...}}}].'
 
 
-def split_tools(chat: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(turns, tools) of a chat, whose first turn carries the tools."""
-    first = {key: value for key, value in chat[0].items() if key != "tools"}
-    return [first, *chat[1:]], chat[0].get("tools", [])
-
-
 def begin(turns: list[dict], opening: list[dict], offered: list[dict]) -> list[dict]:
     """A chat with the system message and the tools that it lacks."""
-    turns, own = split_tools(turns)
-    first, *rest = turns if turns[0]["role"] == "system" else [*opening, *turns]
-    return [first | ({"tools": own or offered} if own or offered else {}), *rest]
+    offered = turns[0].get("tools", offered)
+    asked = {name: value for name, value in turns[0].items() if name != "tools"}
+    first, *rest = [*([] if asked["role"] == "system" else opening), asked, *turns[1:]]
+    return [first | ({"tools": offered} if offered else {}), *rest]
 
 
 def read_tools(file: str, setting: str) -> list[dict]:
