@@ -1,6 +1,7 @@
 """What the terminal shows of answers, calls and tools."""
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -15,33 +16,34 @@ def show_answer(parts: Iterable[tuple[str, str]], reasoning: str) -> str:
 
     parts: (field, text) of responses.follow. reasoning: "shown", "counted" or "" for not at all. Calls are not printed.
     """
-    shown, space, tokens, field = "", "", 0, "content"
-    counts = reasoning == "counted" and sys.stdout.isatty()
-    start = "\r" if counts else ""  # the count is written over itself
-
-    def end_of_reasoning():
-        if field == "reasoning_content" and reasoning:
-            count = f"{start}(thinking ... {tokens} tokens)"
-            print("\n(answer)" if reasoning == "shown" else count, flush=True)
-
+    shown = ""
     with contextlib.suppress(KeyboardInterrupt):
-        for now, text in parts:
-            if now != field:
-                end_of_reasoning()
-                field = now
-            if now == "reasoning_content":
-                tokens += 1
-                if reasoning == "shown":
-                    text = space + text if tokens > 1 else "(thinking)\n" + text.lstrip()
-                    space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
-                    print(text.removesuffix(space), end="", flush=True)
-                elif counts:
-                    print(f"{start}(thinking ... {tokens} tokens)", end="", flush=True)
-            elif now == "content" and (text := text if shown else text.lstrip()):
-                shown += text
-                print(text, end="", flush=True)
-    end_of_reasoning()
+        for field, group in itertools.groupby(parts, key=lambda part: part[0]):
+            texts = (text for _, text in group)
+            if field == "reasoning_content" and reasoning:
+                show_reasoning(texts, reasoning == "shown")
+            elif field == "content":
+                for text in texts:
+                    text = text if shown else text.lstrip()
+                    shown += text
+                    print(text, end="", flush=True)
     return shown
+
+
+def show_reasoning(texts: Iterable[str], is_shown: bool) -> None:
+    """Print reasoning while it comes, or how long it is."""
+    counts = not is_shown and sys.stdout.isatty()  # over its own line
+    tokens, space = 0, "(thinking)\n"
+    try:
+        for tokens, text in enumerate(texts, 1):
+            if is_shown:
+                text = space + (text if tokens > 1 else text.lstrip())
+                space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
+                print(text.removesuffix(space), end="", flush=True)
+            elif counts:
+                print(f"\r(thinking ... {tokens} tokens)", end="", flush=True)
+    finally:
+        print("\n(answer)" if is_shown else counts * "\r" + f"(thinking ... {tokens} tokens)", flush=True)
 
 
 def show_end(answer, shown: str, limit: int | None) -> None:
