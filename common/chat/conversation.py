@@ -28,8 +28,8 @@ class Conversation:
         for name, generator in self.generators.items():
             missing = {"tools", "calls", "results"} - generator.encoder.template.tool_form.writes
             if tools and missing:
-                problem = f"the chat template of {name} does not write the {' and '.join(sorted(missing))}"
-                raise UserError(f"TOOLS: {problem} of a chat with tools. CHAT_TEMPLATE=chatml does, and llama3.")
+                problem = f"the chat template of {name} does not write {', '.join(sorted(missing))}"
+                raise UserError(f"TOOLS: {problem}. CHAT_TEMPLATE=chatml does, and llama3.")
         self.tools = list(tools)
 
     def reset(self, messages: list[dict]) -> None:
