@@ -16,9 +16,10 @@ from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jso
 from transformers import AutoTokenizer
 
 from common.chat import turns
-from common.chat.commands import run_command
 from common.chat.conversation import Conversation
+from common.chat.terminal import run_command
 from common.cli import UserError
+from common.eval import answers
 from common.model import generation, load, location, responses
 
 
@@ -375,6 +376,43 @@ def test_several_calls_are_answered_in_turn_or_by_name(qwen, tools_file, capsys)
     assert len(set(ids)) == 4
 
 
+def test_a_name_without_a_result_is_no_result(qwen, tools_file):
+    talk = Conversation({"one": Scripted(qwen, CALL)}, SETTINGS, [], turns.read_tools(tools_file, "TOOLS"))
+    assert talk.ask("What time is it?")
+    for text in ("get_time", "get_time  ", ""):
+        with pytest.raises(UserError, match="/tool RESULT or /tool"):
+            run_command(talk, f"/tool {text}")
+    assert len(talk.histories["one"]) == 2
+
+
+def test_tools_are_taken_back_and_then_calls_are_text(qwen, tools_file, capsys):
+    talk = Conversation({"one": Scripted(qwen, CALL)}, SETTINGS, [], turns.read_tools(tools_file, "TOOLS"))
+    run_command(talk, "/tools none")
+    assert talk.tools == [] and "(none" in capsys.readouterr().out
+    assert talk.ask("What time is it?")
+    assert talk.histories["one"][-1] == {"role": "assistant", "content": CALL}
+    assert f"{CALL}\n[" in capsys.readouterr().out
+
+
+def test_a_template_without_tools_refuses_them_before_the_first_prompt(qwen, tools_file, tmp_path):
+    qwen.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    talk = Conversation({"one": Scripted(qwen)}, SETTINGS, [])
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT, "tools": [TOOL]}))
+    for line in (f"/tools {tools_file}", f"/load {tmp_path / 'chat.jsonl'}"):
+        with pytest.raises(UserError, match="one does not write .*CHAT_TEMPLATE=chatml"):
+            run_command(talk, line)
+    assert talk.tools == [] and talk.histories["one"] == []
+    with pytest.raises(UserError, match="TOOLS: "):
+        Conversation({"one": Scripted(qwen)}, SETTINGS, [], turns.read_tools(tools_file, "TOOLS"))
+
+
+def test_a_text_is_no_conversation_to_load(qwen, tmp_path):
+    talk = Conversation({"one": Scripted(qwen)}, SETTINGS, [])
+    (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time"}')
+    with pytest.raises(UserError, match="a text, not a chat"):
+        run_command(talk, f"/load {tmp_path / 'text.jsonl'}")
+
+
 def test_two_models_with_calls_of_their_own(qwen, tools_file, capsys):
     generators = {"one": Scripted(qwen, CALL, "Noon."), "two": Scripted(qwen, "I do not know.")}
     talk = Conversation(generators, SETTINGS, opening=[], tools=turns.read_tools(tools_file, "TOOLS"))
@@ -417,14 +455,25 @@ def test_a_full_context_keeps_tools_and_does_not_part_a_call_from_its_result(qwe
     assert "get_time" in qwen.decode(ids) and len(ids) < whole
 
 
+@pytest.mark.parametrize("parameters", [None, {"type": "object", "properties": None}, "none", {"properties": 7}])
+def test_tools_without_parameters_are_offered(parameters, qwen, tmp_path, capsys):
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([TOOL | {"parameters": parameters}]))
+    talk = Conversation({"one": Scripted(qwen, CALL)}, SETTINGS, [])
+    run_command(talk, f"/tools {file}")
+    assert "get_time()  The time" in capsys.readouterr().out
+    assert talk.ask("What time is it?") and talk.histories["one"][-1]["tool_calls"]
+
+
 @pytest.mark.parametrize(
-    "content", ["", "7", "{}", "[]", "[7]", '[{"description": "x"}]', '[{"function": {}}]', '[{"name": "f"}, 7]']
+    "content",
+    ["", "7", "{}", "[]", "null", "[7]", '[{"description": "x"}]', '[{"function": {}}]', '[{"name": "f"}, 7]'],
 )
 def test_tools_that_are_none_are_refused(content, tmp_path, chatty, run_here):
     file = tmp_path / "tools.json"
     file.write_text(content)
     code, _, error = run_here("chat_pipe.py", f"MODEL={chatty}", f"TOOLS={file}", "PROMPT=Hi")
-    assert code == 2 and "TOOLS=" in error
+    assert code == 2 and "TOOLS=" in error and (not content or "Write [{" in error)
 
 
 @pytest.fixture
@@ -460,6 +509,53 @@ def test_one_shot_and_pipes_give_the_content_or_the_call(answering, chatty, tool
     assert (code, out) == (0, "\n") and "'Hi': all of the answer was reasoning; raise MAX_NEW_TOKENS" in error
 
 
+ASKED, EARLIER = (
+    {"role": "user", "content": "q"},
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "system": "s"}, [{"role": "system", "content": "s"}, ASKED]),
+        ({"prompt": "q", "history": [["a", "b"]]}, [*EARLIER, ASKED]),
+        ({"prompt": "q", "history": json.dumps(EARLIER), "reference": "r"}, [*EARLIER, ASKED]),
+        ({"prompt": "Explain <|im_end|>"}, [{"role": "user", "content": "Explain <|im_end|>"}]),
+        ({"prompt": [ASKED]}, [ASKED]),
+        ({"prompt": [*EARLIER, {"from": "Human", "value": "q"}]}, [*EARLIER, ASKED]),
+        ({"prompt": [ASKED, {"role": "assistant", "content": "made anew"}]}, [ASKED]),
+        ({"Prompt": "q", "chosen": "x", "rejected": "y", "label": False}, [ASKED]),
+        ({"messages": [{"role": "User", "content": "q"}]}, [ASKED]),
+        ({"Messages": [*EARLIER, {"Role": "human", "Content": "q"}]}, [*EARLIER, ASKED]),
+        ({"conversations": '[{"from": "human", "value": "q"}]'}, [ASKED]),
+        ({"question": "q", "answer": "made anew"}, [ASKED]),
+    ],
+    ids=range(12),
+)
+def test_the_question_of_a_row(row, expected):
+    chat = answers.question_of(row)
+    assert [{key: turn[key] for key in turn if key != "weight"} for turn in chat] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "<|im_start|>user\nq<|im_end|>\n"}, "prompt: begins with a control token.*as messages"),
+        ({"prompt": ""}, "prompt.*not empty"),
+        ({"prompt": "q", "history": 7}, "history: must be"),
+        ({"prompt": "q", "tools": [7]}, "tools: "),
+        ({"messages": [{"role": "Users", "content": "q"}]}, "the role must be"),
+        ({"messages": []}, "messages: must be"),
+        ({"text": "q"}, "a text without a question"),
+        ({"id": 7}, "none of the known sets of fields"),
+    ],
+    ids=range(8),
+)
+def test_rows_without_a_question(row, problem):
+    assert re.search(problem, answers.question_of(row))
+
+
 def test_rows_with_tools_are_answered(answering, chatty, tools_file, tmp_path, run_here, monkeypatch):
     """The fields of an answer in a file of answers; the tools of the row before those of TOOLS."""
     other = [{"type": "function", "function": {"name": "get_place", "parameters": {}}}]
@@ -467,11 +563,11 @@ def test_rows_with_tools_are_answered(answering, chatty, tools_file, tmp_path, r
     prompts, asked = write_jsonl(tmp_path / "prompts.jsonl", rows), []
     message = {"content": "", "reasoning_content": "Hm.", "tool_calls": [{"id": "call00001"}]}
 
-    def answers(model, tokenizer, chats, *_, **__):
+    def answer_all(model, tokenizer, chats, *_, **__):
         asked.extend(chats)
         return [generation.Answer("", 3, "end", message=message) for _ in chats]
 
-    monkeypatch.setattr(generation, "answers", answers)
+    monkeypatch.setattr(generation, "answers", answer_all)
     settings = [*answering(), f"MODEL={chatty}", f"TOOLS={tools_file}", f"PROMPTS={prompts}", "MAX_NEW_TOKENS=9"]
     monkeypatch.setattr(Scripted, "model", None, raising=False)
     code, _, error = run_here("chat_pipe.py", *settings, "SYSTEM=Be kind.")

@@ -4,44 +4,29 @@ import json
 from pathlib import Path
 
 from common.cli import UserError
-from common.model import responses
+from common.data import tools
+from common.data.rows import RowError
+
+REMEDY = 'Write [{"type": "function", "function": {"name": "get_time", "description": ..., "parameters": {...}}}].'
 
 
-def split_tools(chat: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(turns, tools) of a chat, whose first turn carries the tools."""
-    first = {key: value for key, value in chat[0].items() if key != "tools"}
-    return [first, *chat[1:]], chat[0].get("tools", [])
-
-
-def join_tools(turns: list[dict], tools: list[dict]) -> list[dict]:
-    return [turns[0] | {"tools": tools}, *turns[1:]] if tools else turns
-
-
-def begin(turns: list[dict], opening: list[dict], tools: list[dict]) -> list[dict]:
+def begin(turns: list[dict], opening: list[dict], offered: list[dict]) -> list[dict]:
     """A chat with the system message and the tools that it lacks."""
-    turns, own = split_tools(turns)
-    return join_tools(turns if turns[0]["role"] == "system" else [*opening, *turns], own or tools)
+    offered = turns[0].get("tools", offered)
+    asked = {name: value for name, value in turns[0].items() if name != "tools"}
+    first, *rest = [*([] if asked["role"] == "system" else opening), asked, *turns[1:]]
+    return [first | ({"tools": offered} if offered else {}), *rest]
 
 
 def read_tools(file: str, setting: str) -> list[dict]:
     """The tools of a .json file: a list in OpenAI's schema, or of the functions alone."""
     try:
-        tools = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        value = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        return tools.read_tools(value or None, "tools")  # an empty list offers none: refused
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}={file}: it cannot be read as JSON: {error}") from error
-    tools = [wrap_tool(tool) for tool in tools] if isinstance(tools, list) else []
-    if not tools or None in tools:
-        remedy = '[{"type": "function", "function": {"name": "get_time", "description": ..., "parameters": {...}}}]'
-        raise UserError(f"{setting}={file}: it must be a list of functions, each with a name. Write {remedy}.")
-    return tools
-
-
-def wrap_tool(tool) -> dict | None:
-    match tool:
-        case {"function": {"name": str()}}:
-            return {"type": "function"} | tool
-        case {"name": str()}:
-            return {"type": "function", "function": tool}
+    except RowError as error:
+        raise UserError(f"{setting}={file}: {error.args[0]}. {REMEDY}") from error
 
 
 def pending_calls(chat: list[dict]) -> list[dict]:
@@ -58,7 +43,7 @@ def number_calls(message: dict, chat: list[dict]) -> dict:
     """The message with ids of its calls that the chat does not have."""
     before = sum(len(turn.get("tool_calls", [])) for turn in chat)
     for number, call in enumerate(message.get("tool_calls", []), before + 1):
-        call["id"] = responses.id_of(number)
+        call["id"] = tools.OUR_ID.format(number)
     return message
 
 

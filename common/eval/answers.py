@@ -9,10 +9,14 @@ from transformers import set_seed
 
 from common.cli import UserError
 from common.data import formats, readers
+from common.data.rows import RowError, from_json, is_empty, is_missing, lower_keys, refuse
+from common.data.turns import role_of, turns_in
 from common.model import generation, location
 
 GENERATED_BY = """QUANTIZATION DTYPE CHAT_TEMPLATE TEMPLATE_OPTIONS SYSTEM TOOLS CONTEXT MAX_NEW_TOKENS TEMPERATURE
 TOP_P GENERATION_BATCH_SIZE SEED""".split()
+ANSWER = {"role": "assistant", "content": "to be answered", "weight": 0}
+WITH_PROMPT = ("system", "system_prompt", "history", "tools", "functions")  # fields that belong to a prompt
 PARTS = ("reasoning_content", "tool_calls")  # of an answer, where it has some
 ADDED = frozenset({"answer", "tokens", "stop", "by", *PARTS})  # fields that a row gets
 Prompts = list[tuple[dict, list[dict]]]  # rows, each with the chat up to the question to be answered
@@ -33,19 +37,36 @@ def read_prompts(file: str, setting: str = "PROMPTS", reserved: frozenset = froz
 
 def question_of(row) -> list[dict] | str:
     """The chat up to the last question of a row; or what is wrong with the row."""
-    answer = "to be answered"  # chats must end with an answer to be valid
-    match row:
-        case {"prompt": str(prompt)} if prompt.strip():
-            tools = {"tools": row["tools"]} if "tools" in row else {}
-            row = {"prompt": prompt, "completion": answer} | tools
-        case {"messages": [*turns, {"role": "user" | "tool"} as last]}:
-            row = row | {"messages": [*turns, last, {"role": "assistant", "content": answer}]}
-    chat = formats.to_chat(row)
+    try:
+        chat = formats.to_chat(with_answer(row) if isinstance(row, dict) else row)
+    except RowError as error:
+        return error.args[0]
     if isinstance(chat, str):
         return chat
     if chat[0]["role"] == "text":
-        return "row: a text without a question"
+        return 'row: a text without a question; write it as {"prompt": ...}'
     return chat[:-1] if chat[-1]["role"] == "assistant" else chat
+
+
+def with_answer(row: dict) -> dict:
+    """The row with an answer to its last question, without which formats takes it for no chat. Raises RowError."""
+    fields = lower_keys(row, "row")
+    prompt = fields.get("prompt")
+    if is_missing(prompt):
+        schema = formats.schema_of(fields, {}, row)
+        if len(schema) > 1 or schema[0] not in formats.LISTS:
+            return row
+        *_, (_, last) = turns_in(dict(fields), schema[0])
+        turns = from_json(fields[schema[0]], schema[0], "a list of turns")
+        return row if role_of(last) == "assistant" else fields | {schema[0]: [*turns, ANSWER]}
+    # Of rows with a prompt the rest is the user's own, an answer to compare with, for example.
+    fields = {name: fields[name] for name in WITH_PROMPT if not is_empty(fields.get(name))}
+    if isinstance(prompt, str) and formats.FORMATTED.match(prompt):
+        refuse("prompt", "begins with a control token, as formatted text does; write it as messages", prompt)
+    if not formats.has_roles(prompt):  # as a turn it is a question, even one about control tokens
+        prompt = {"role": "user", "content": prompt}
+    history = [turn for _, turn in turns_in(fields, "history")] if "history" in fields else []
+    return fields | {"prompt": [*history, *(prompt if isinstance(prompt, list) else [prompt])], "completion": [ANSWER]}
 
 
 def write_answers(generator: generation.Generator, prompts: Prompts, file: Path, settings: dict) -> None:

@@ -13,7 +13,11 @@ from collections.abc import Iterable, Iterator
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
+from common.data.tools import OUR_ID
+
+ENDS = ("open_pattern", "close_pattern")
 CALL = {"function": {"name": "{name}", "arguments": "{content}"}}
+JSON = {"content": "json"}
 TEXT = {"content": "text", "content_args": {"strip": False}}
 
 
@@ -23,100 +27,86 @@ def tags(pattern: str) -> dict:
     return {"content": "xml-inline", "content_args": {"tag_pattern": pattern, "value_parser": as_text}}
 
 
-# What a template's source contains -> how it writes a call; the first that fits counts. An opening is none without
-# its close: what is cut off stays text.
+# What a template's source contains -> how it writes a call: (opens, closes, content); the first that fits counts. An
+# opening is none without its close: what is cut off stays text.
 CALLS = {
-    "<atem:invoke": {
-        "open_pattern": r'<atem:invoke name="(?P<name>[^"]+)">(?=.*?</atem:invoke>)',
-        "close_pattern": r"</atem:invoke>",
-        **tags(r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'),
-    },
-    "<function=": {  # Qwen 3.5, Nemotron 3
-        "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-        **tags(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"),
-    },
-    "<arg_key>": {  # GLM 4
-        "open_pattern": r"<tool_call>\s*(?P<name>[^\s<]+)\s*(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-        **tags(r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
-    },
-    "<|tool_call>call:": {  # Gemma 4
-        "open_pattern": r"<\|tool_call>call:(?P<name>[\w.-]+)(?=.*?<tool_call\|>)",
-        "close_pattern": r"<tool_call\|>",
-        "content": "json",
-        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
-    },
-    "<|channel|>": {  # gpt-oss, in the form of its template and that of its answers
-        "open_pattern": r"to=functions\.(?P<name>[^\s<]+)(?:(?!<\|message\|>).)*<\|message\|>",
-        "close_pattern": r"<\|call\|>|<\|end\|>",
-        "content": "json",
-    },
-    "<|tool_call_start|>": {  # LFM 2: [f(x=1), g()]
-        "open_pattern": r"<\|tool_call_start\|>(?=.*?<\|tool_call_end\|>)",
-        "close_pattern": r"<\|tool_call_end\|>",
-        "content": "text",
-    },
-    "<｜tool▁call▁begin｜>": {  # DeepSeek
-        "open_pattern": r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\n<]+)"
-        r"(?:<｜tool▁sep｜>|\n```json\n)(?=.*?<｜tool▁call▁end｜>)",
-        "close_pattern": r"(?:\n```)?<｜tool▁call▁end｜>",
-        "content": "json",
-    },
-    "[TOOL_CALLS]": {  # Mistral: [{"name": ...}], later name[ARGS]{...}
-        "open_pattern": r"\[TOOL_CALLS\]",
-        "close_pattern": r"(?=\[TOOL_CALLS\])",
-        "content": "text",
-    },
-    "<|tool_call|>": {  # Granite, Phi 4
-        "open_pattern": r"<\|tool_call\|>(?=\s*\[)",
-        "close_pattern": r"<\|/tool_call\|>",
-        "content": "json",
-    },
-    "<tool_call>": {  # Hermes, Qwen 2.5 and 3, our chatml
-        "open_pattern": r"<tool_call>(?=.*?</tool_call>)",
-        "close_pattern": r"</tool_call>",
-        "content": "json",
-    },
-    '"parameters": ': {  # Llama 3: the object alone
-        "open_pattern": r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)")',
-        "content": "json",
-    },
-}
-# Where every part of an answer has a header: (reasoning opens, closes, content opens, closes)
-CHANNELS = {
-    "<|channel|>": (
-        r"<\|channel\|>analysis<\|message\|>", r"<\|end\|>",
-        r"<\|channel\|>(?:final|commentary)<\|message\|>", r"<\|end\|>|<\|return\|>",
-    ),
     "<atem:invoke": (
-        r" to=self<\|message\|>", r"<\|eom\|>", r" to=user<\|message\|>", r"<\|eot\|>|<\|eom\|>",
+        r'<atem:invoke name="(?P<name>[^"]+)">(?=.*?</atem:invoke>)',
+        r"</atem:invoke>",
+        tags(r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'),
     ),
-}  # fmt: skip
+    "<function=": (  # Qwen 3.5, Nemotron 3
+        r"<tool_call>\s*<function=(?P<name>[^>\n]+)>(?=.*?</tool_call>)",
+        r"</tool_call>",
+        tags(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"),
+    ),
+    "<arg_key>": (  # GLM 4
+        r"<tool_call>\s*(?P<name>[^\s<]+)\s*(?=.*?</tool_call>)",
+        r"</tool_call>",
+        tags(r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
+    ),
+    "<|tool_call>call:": (  # Gemma 4
+        r"<\|tool_call>call:(?P<name>[\w.-]+)(?=.*?<tool_call\|>)",
+        r"<tool_call\|>",
+        JSON | {"content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]}},
+    ),
+    "<|channel|>": (  # gpt-oss, in the form of its template and that of its answers
+        r"to=functions\.(?P<name>[^\s<]+)(?:(?!<\|message\|>).)*<\|message\|>",
+        r"<\|call\|>|<\|end\|>",
+        JSON,
+    ),
+    "<｜tool▁call▁begin｜>": (  # DeepSeek
+        r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^\n<]+)"
+        r"(?:<｜tool▁sep｜>|\n```json\n)(?=.*?<｜tool▁call▁end｜>)",
+        r"(?:\n```)?<｜tool▁call▁end｜>",
+        JSON,
+    ),
+    # LFM 2: [f(x=1), g()]
+    "<|tool_call_start|>": (r"<\|tool_call_start\|>(?=.*?<\|tool_call_end\|>)", r"<\|tool_call_end\|>", TEXT),
+    # Mistral: [{"name": ...}], later name[ARGS]{...}
+    "[TOOL_CALLS]": (r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])", TEXT),
+    # Granite, Phi 4
+    "<|tool_call|>": (r"<\|tool_call\|>(?=\s*\[)", r"<\|/tool_call\|>", JSON),
+    # Hermes, Qwen 2.5 and 3, our chatml
+    "<tool_call>": (r"<tool_call>(?=.*?</tool_call>)", r"</tool_call>", JSON),
+    # Llama 3: the object alone, which is a call by its arguments
+    '"parameters": ': (
+        r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)".*"(?:arguments|parameters)"\s*:)',
+        r"(?!)",
+        JSON,
+    ),
+}
 # Else reasoning is what an answer begins with: (opens, closes); the first is how templates without any are trained.
 THOUGHTS = [("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]")]
+OPENING, CLOSE = ("|".join(map(re.escape, marks)) for marks in zip(*THOUGHTS, strict=True))
+# What a template contains -> (opens, closes) of reasoning and of content; for some, all parts have a header.
+PARTS = {
+    "<|channel|>": {
+        "reasoning_content": (r"<\|channel\|>analysis<\|message\|>", r"<\|end\|>"),
+        "content": (r"<\|channel\|>(?:final|commentary)<\|message\|>", r"<\|end\|>|<\|return\|>"),
+    },
+    "<atem:invoke": {
+        "reasoning_content": (r" to=self<\|message\|>", r"<\|eom\|>"),
+        "content": (r" to=user<\|message\|>", r"<\|eot\|>|<\|eom\|>"),
+    },
+    "": {"reasoning_content": (rf"\A\s*(?:{OPENING})", rf"(?:{CLOSE})\s*")},
+}
+JOINED_BY = {"reasoning_content": "\n", "content": ""}
 
 
 @functools.lru_cache(maxsize=16)
-def response_template(template: str, with_calls: bool = True):
-    """How the answers of a chat template are read; without its calls, they are content."""
-    channels = next((patterns for marker, patterns in CHANNELS.items() if marker in template), None)
-    opening, close = ("|".join(map(re.escape, marks)) for marks in zip(*THOUGHTS, strict=True))
-    fields = {
-        "reasoning_content": {"open_pattern": rf"\A\s*(?:{opening})", "close_pattern": rf"(?:{close})\s*"},
-        "content": {},
-    }
-    if channels:
-        patterns = dict(zip(("open_pattern", "close_pattern"), channels[:2], strict=True))
-        fields["reasoning_content"] = patterns
-        if with_calls:
-            fields["content"] = dict(zip(("open_pattern", "close_pattern"), channels[2:], strict=True))
-    fields["reasoning_content"] |= TEXT | {"repeats": True, "join": "\n"}
-    fields["content"] |= TEXT | {"repeats": True, "join": ""}
+def response_template(template: str, with_calls: bool, with_content: bool = True):
+    """How the answers of a chat template are read; without its calls or headers of content, they are content."""
+    parts = next(parts for marker, parts in PARTS.items() if marker in template)
+    fields = {}
+    for name, joint in JOINED_BY.items():
+        ends = parts.get(name, ()) if with_content or name != "content" else ()
+        fields[name] = dict(zip(ENDS, ends, strict=False)) | TEXT | {"repeats": True, "join": joint}
     syntax = next((syntax for marker, syntax in CALLS.items() if marker in template), None)
     if syntax and with_calls:
-        named = {"transform": CALL} if "?P<name>" in syntax["open_pattern"] else {}
-        fields["tool_calls"] = syntax | named | {"repeats": True}
+        *ends, content = syntax
+        named = {"transform": CALL} if "?P<name>" in ends[0] else {}
+        fields["tool_calls"] = dict(zip(ENDS, ends, strict=True)) | content | named | {"repeats": True}
     return load_response_template({"start_anchor": "\0", "fields": fields})  # no anchor: the prefix is ours
 
 
@@ -142,23 +132,24 @@ def control_tokens(tokenizer) -> re.Pattern:
 def parse(text: str, prompt: str, tokenizer, tools: Iterable[dict] = ()) -> dict:
     """The message of an answer: role, content, and reasoning_content and tool_calls where it has some.
 
-    text: with its special tokens, without the end token. prompt: its end suffices. tools: they give types to
-    arguments. A malformed call is content.
+    text: with its special tokens, without the end token. prompt: its end suffices. tools: those offered, which give
+    types to arguments. A malformed call is content, and so is any where no tools were offered.
     """
-    template, clean = tokenizer.chat_template, control_tokens(tokenizer)
+    template, clean, tools = tokenizer.chat_template, control_tokens(tokenizer), list(tools)
     prefix = prefix_of(template, prompt, text)
-    calls = []
     try:
-        found = read(text, response_template(template), prefix, list(tools))
+        found = read(text, response_template(template, bool(tools)), prefix, tools)
         values = [call for value in found.get("tool_calls", ()) for call in calls_in(value)]
         calls = [to_call(value, number) for number, value in enumerate(values, 1)]
     except (ValueError, SyntaxError, RecursionError):
-        found = {}
+        found, calls = {}, []
     if not calls and not found.get("content"):
-        found = read(text, response_template(template, with_calls=False), prefix, [])
-    message = {"role": "assistant", "content": clean.sub("", found.get("content", "")).strip()}
-    if reasoning := clean.sub("", found.get("reasoning_content", "")).strip():
-        message["reasoning_content"] = reasoning
+        found = read(text, response_template(template, False, with_content=False), prefix, [])
+    message = {"role": "assistant"}
+    for name in JOINED_BY:
+        message[name] = clean.sub("", found.get(name, "")).strip()
+    if not message["reasoning_content"]:
+        del message["reasoning_content"]
     return message | ({"tool_calls": calls} if calls else {})
 
 
@@ -168,7 +159,7 @@ def read(text: str, template, prefix: str, tools: list[dict]) -> dict:
     return parser.finalize()[0]
 
 
-def follow(pieces: Iterable[str], prompt: str, tokenizer) -> Iterator[tuple[str, str]]:
+def follow(pieces: Iterable[str], prompt: str, tokenizer, tools: Iterable[dict] = ()) -> Iterator[tuple[str, str]]:
     """(field, text) for each piece of an answer, the text "" while it is not known what it belongs to.
 
     After a malformed call nothing more is told; `parse` has it as content.
@@ -176,35 +167,30 @@ def follow(pieces: Iterable[str], prompt: str, tokenizer) -> Iterator[tuple[str,
     template, clean = tokenizer.chat_template, control_tokens(tokenizer)
     prefix = prefix_of(template, prompt)
     field = "reasoning_content" if prefix else "content"
-    parser, pieces = ResponseParser(response_template(template), prefix=prefix), iter(pieces)
+    parser, pieces = ResponseParser(response_template(template, bool(tools)), prefix=prefix), iter(pieces)
     for piece in pieces:
         try:
-            events = parser.feed(piece)
+            chunks = [event for event in parser.feed(piece) if event["type"] == "region_chunk"]
         except (ValueError, RecursionError):
             break
-        texts = []
-        for event in events:
-            if event["type"] == "region_chunk":
-                texts.append((event["field"], clean.sub("", event["text"])))
-        field = texts[-1][0] if texts else field
-        yield from texts or [(field, "")]
+        for chunk in chunks or [{"field": field, "text": ""}]:
+            field = chunk["field"]
+            yield field, clean.sub("", chunk["text"])
     for _ in pieces:
         yield "tool_calls", ""
 
 
 def calls_in(value) -> list:
-    """The calls of one region: of JSON, of LFM's Python, or of Mistral's two forms."""
-    if isinstance(value, list):
-        return value
+    """The calls of one region: of JSON, of Mistral's name[ARGS]{...}, or of LFM's Python."""
     if not isinstance(value, str):
-        return [value]
+        return value if isinstance(value, list) else [value]
     text = value.strip()
-    if text.startswith("[{") or text == "[]":
+    if text.startswith("[{"):
         return json.loads(text)
     if "[ARGS]" in text:
         name, arguments = text.split("[ARGS]", 1)
-        return [{"name": name.partition("[CALL_ID]")[0], "arguments": json.loads(arguments)}]
-    calls = getattr(JsonWords().visit(ast.parse(text, mode="eval")).body, "elts", [])
+        return [{"name": name.partition("[CALL_ID]")[0], "arguments": arguments}]
+    calls = getattr(JsonWords().visit(ast.parse(text, mode="eval")).body, "elts", [None])
     if not all(isinstance(call, ast.Call) and not call.args for call in calls):
         raise ValueError(f"not a list of calls: {text}")
     return [
@@ -224,16 +210,10 @@ class JsonWords(ast.NodeTransformer):
 def to_call(value, number: int) -> dict:
     """A call in OpenAI's schema; ValueError where it lacks a name or its arguments are no object."""
     call = value.get("function", value) if isinstance(value, dict) else {}
-    arguments = call.get("arguments", call.get("parameters"))
+    arguments = call.get("arguments", call.get("parameters", {} if set(call) == {"name"} else None))
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
-    bare = arguments is None and set(call) == {"name"}
-    if not isinstance(call.get("name"), str) or not (bare or isinstance(arguments, dict)):
+    if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         raise ValueError(f"not a call: {value}")
-    function = {"name": call["name"].strip(), "arguments": arguments or {}}
-    return {"id": id_of(number), "type": "function", "function": function}
-
-
-def id_of(number: int) -> str:
-    """The id of a call: 9 letters and digits, as Mistral's templates want them."""
-    return f"call{number:05}"
+    function = {"name": call["name"].strip(), "arguments": arguments}
+    return {"id": OUR_ID.format(number), "type": "function", "function": function}

@@ -58,13 +58,13 @@ class Tokenizer:
         self.added_tokens_decoder = {i: AddedToken(token, special=True) for i, token in enumerate(special)}
 
 
-def parse(template, text, prompt="", tools=(), size=3) -> tuple[str, str, list[tuple[str, dict]]]:
+def parse(template, text, prompt="", tools=TOOLS, size=3) -> tuple[str, str, list[tuple[str, dict]]]:
     """(content, reasoning, calls) of an answer; what is shown of it piece by piece is no more than that."""
     tokenizer = Tokenizer(template)
     message = responses.parse(text, prompt, tokenizer, tools)
     pieces = (text[i : i + size] for i in range(0, len(text), size))
     shown = {"content": "", "reasoning_content": "", "tool_calls": ""}
-    for field, part in responses.follow(pieces, prompt, tokenizer):
+    for field, part in responses.follow(pieces, prompt, tokenizer, tools):
         shown[field] += part
     assert message["content"].startswith(shown["content"].strip())
     assert message.get("reasoning_content", "") == shown["reasoning_content"].strip()
@@ -154,11 +154,27 @@ def test_the_forms_in_which_models_answer(template, text, expected, size):
         ("<|tool_call_start|>", "<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>"),
         ("[TOOL_CALLS]", "[TOOL_CALLS] f"),
         ('"parameters": ', '{"name": "Bob", "age": 3}'),  # asked for JSON
+        ('"parameters": ', '{"name": "Bob"}'),
+        ('"parameters": ', '{"name": "Bob", "arguments": "none"}'),
+        ('"parameters": ', '{"name": "Bob", "children": [{"arguments": {}}]}'),
     ],
-    ids=range(12),
+    ids=range(15),
 )
 def test_a_malformed_call_is_content(template, text, size):
     assert parse(template, text, size=min(size, len(text))) == (text, "", [])
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        ('"parameters": ', '{"name": "f", "parameters": {"x": 1}}', None),
+        ("<tool_call>", 'So: <tool_call>{"name": "f", "arguments": {}}</tool_call>', None),
+        ("[TOOL_CALLS]", 'So: [TOOL_CALLS][{"name": "f", "arguments": {}}]', None),
+        ("<|channel|>", "<|channel|>final<|message|>Yes.", "Yes."),
+    ],
+)
+def test_without_tools_there_are_no_calls(template, text, expected):
+    assert parse(template, text, tools=()) == (expected or text, "", [])
 
 
 @pytest.mark.parametrize(
