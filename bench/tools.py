@@ -2,8 +2,7 @@
 
     python bench/tools.py ANSWERS="before.jsonl, after.jsonl"
 
-Reads what chat_pipe.py wrote to PROMPTS=data/tool_questions.jsonl, whose rows name the tool (`expects`) and a regular
-expression of its argument (`pattern`).
+Answers to data/tool_questions.jsonl, whose rows name the tool (`expects`) and fit its argument (`pattern`).
 """
 
 import sys
@@ -15,8 +14,7 @@ from common.bounds import split_list
 from common.cli import run_main
 from common.settings import apply_overrides
 
-ANSWERS = "after.jsonl"  # files of answers, comma-separated
-
+ANSWERS = "after.jsonl"  # files, comma-separated
 if __name__ == "__main__":
     apply_overrides(globals())
 
@@ -31,8 +29,8 @@ def main():
         rows = [row for _, row in readers.read_rows(file, "ANSWERS")]
         called = [(row, [call["function"] for call in row["tool_calls"]]) for row in rows if "tool_calls" in row]
         named = [(row, calls[0]) for row, calls in called if [call["name"] for call in calls] == [row["expects"]]]
-        values = [(row, "\n".join(map(str, call["arguments"].values()))) for row, call in named]
-        right = [row for row, value in values if re.search(row["pattern"], value, re.IGNORECASE)]
+        values = [(row["pattern"], "\n".join(map(str, call["arguments"].values()))) for row, call in named]
+        right = [pair for pair in values if re.search(*pair, re.IGNORECASE)]
         print(file)
         for name, hits in {"valid call": called, "right tool": named, "right argument": right}.items():
             statistics.put_share({"scores": {}, "intervals": {}}, name, len(hits), len(rows))
