@@ -1,4 +1,4 @@
-"""How many answers have a valid call, a call of the right tool, and one with the right argument.
+"""How many answers have a call that can be read, one of the right tool, and one with the right argument.
 
     python bench/tools.py ANSWERS="before.jsonl, after.jsonl"
 
@@ -32,7 +32,7 @@ def main():
         values = [(row["pattern"], "\n".join(map(str, call["arguments"].values()))) for row, call in named]
         right = [pair for pair in values if re.search(*pair, re.IGNORECASE)]
         print(file)
-        for name, hits in {"valid call": called, "right tool": named, "right argument": right}.items():
+        for name, hits in {"call": called, "right tool": named, "right argument": right}.items():
             statistics.put_share({"scores": {}, "intervals": {}}, name, len(hits), len(rows))
 
 
