@@ -87,9 +87,9 @@ def main():
             chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
             _, ids = generators[MODEL].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
             list(generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
-            message = generators[MODEL].last.message
-            print(turns.answer_line(message), flush=True)
-            if why := turns.explain_empty(message):
+            answer = generators[MODEL].last
+            print(turns.answer_line(answer.message), flush=True)
+            if why := turns.explain_empty(answer):
                 print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
 
 

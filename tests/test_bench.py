@@ -100,3 +100,15 @@ def test_the_bit_ladder_prints_a_row_and_does_nothing_twice(
     _, again, _ = run_here("bench/bit_ladder.py", *wish)
     assert [line for line in again.splitlines() if line[:1] == "|"] == first.splitlines()[-3:]
     assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def test_tools_counts_valid_calls_right_names_and_right_arguments(tmp_path, run_here):
+    def answer(*calls: dict) -> dict:
+        calls = [{"id": "call00001", "type": "function", "function": call} for call in calls]
+        return {"expects": "get_time", "pattern": "Oslo", "answer": "", **({"tool_calls": calls} if calls else {})}
+
+    right = {"name": "get_time", "arguments": {"zone": "oslo"}}
+    wrong = [right | {"arguments": {"zone": "Rome"}}, right | {"arguments": {}}, right | {"name": "look_up"}]
+    rows = [answer(), answer(right), *map(answer, wrong), answer(right, right)]
+    code, out, _ = run_here("bench/tools.py", f"ANSWERS={write_jsonl(tmp_path / 'answers.jsonl', rows)}")
+    assert code == 0 and re.findall(r"\d+ of 6", out) == ["5 of 6", "3 of 6", "1 of 6"]

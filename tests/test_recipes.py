@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, save_tiny, write_jsonl
 from test_distributed import BIN, environment  # noqa: F401
+from test_formats import arena, oasst
 from test_judge import fake  # noqa: F401  a fixture
-from test_sources import arena, oasst
 
 ARCHITECTURES = {
     "stabilityai/stablelm-2-1_6b": "stablelm",
@@ -188,3 +188,17 @@ def test_llama_3_under_slurm(run, tmp_path):
     assert "2 processes (ddp)" in run(train)
     run(predict)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_tools(run, run_here, tokenizer_folder, tokenizer, tmp_path):
+    before, train, after, count, ask, export = commands("recipes.md", "Teach it to call tools")
+    base = save_tiny("llama", tmp_path / "base", tokenizer_folder, max_position_embeddings=4096)
+    tokenizer.save_pretrained(base)  # with a template
+    files = {name: f"ANSWERS={tmp_path / name}.jsonl" for name in ("before", "after")}
+    run(before, f"MODEL={base}", files["before"], "MAX_NEW_TOKENS=2")
+    run(train, f"MODEL={base}", "MAX_LENGTH=2048", "EVAL_SIZE=0")
+    run(after, files["after"], "MAX_NEW_TOKENS=2")
+    code, out, _ = run_here(*shlex.split(count)[1:-1], f"ANSWERS={tmp_path}/before.jsonl, {tmp_path}/after.jsonl")
+    assert code == 0 and out.count("0 of 30") == 6
+    run(ask)
+    run(export, "PROOF_TOKENS=50")

@@ -35,7 +35,7 @@ def show_reasoning(texts: Iterable[str], is_shown: bool) -> None:
     counts = not is_shown and sys.stdout.isatty()  # over its own line
     tokens, space = 0, "(thinking)\n"
     try:
-        for tokens, text in enumerate(texts, 1):
+        for tokens, text in enumerate(filter(None, texts), 1):
             if is_shown:
                 text = space + (text if tokens > 1 else text.lstrip())
                 space = text[len(text.rstrip()) :]  # held back: perhaps it is the last
@@ -54,7 +54,7 @@ def show_end(answer, shown: str, limit: int | None) -> None:
     content, calls, shown = answer.message["content"], answer.message.get("tool_calls", []), shown.strip()
     if content or not calls:
         print(content.removeprefix(shown) if content.startswith(shown) else "", flush=True)
-    if why := explain_empty(answer.message):
+    if why := explain_empty(answer):
         print(f"({why})", file=sys.stdout if limit else sys.stderr)
     if calls and not limit:
         print(answer_line(answer.message))

@@ -115,7 +115,7 @@ def set_system(conversation: Conversation, text: str) -> None:
 
 
 def show(conversation: Conversation) -> None:
-    print(", ".join(f"{name}={value}" for name, value in conversation.settings.items() if value is not None))
+    print(", ".join(f"{name}={value}" for name, value in conversation.settings.items() if value not in (None, "")))
     for name, history in conversation.histories.items():
         print(f"[{name}]", *map(show_turn, history), sep="\n")
 

@@ -22,11 +22,14 @@ def read_tools(file: str, setting: str) -> list[dict]:
     """The tools of a .json file: a list in OpenAI's schema, or of the functions alone."""
     try:
         value = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-        return tools.read_tools(value or None, "tools")  # an empty list offers none: refused
+        offered = tools.read_tools(value, "tools")
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}={file}: it cannot be read as JSON: {error}") from error
     except RowError as error:
         raise UserError(f"{setting}={file}: {error.args[0]}. {REMEDY}") from error
+    if not offered:
+        raise UserError(f"{setting}={file}: no tool in it. {REMEDY}")
+    return offered
 
 
 def pending_calls(chat: list[dict]) -> list[dict]:
@@ -47,11 +50,13 @@ def number_calls(message: dict, chat: list[dict]) -> dict:
     return message
 
 
-def explain_empty(message: dict) -> str:
-    """Why an answer shows nothing, "" where it does."""
+def explain_empty(answer) -> str:
+    """Why a generation.Answer shows nothing, "" where it does."""
+    message = answer.message
     if message["content"] or "tool_calls" in message or "reasoning_content" not in message:
         return ""
-    return "all of the answer was reasoning; raise MAX_NEW_TOKENS, so that it comes to its end"
+    remedy = "; raise MAX_NEW_TOKENS, so that it comes to its end" if answer.stop == "length" else ""
+    return f"all of the answer was reasoning{remedy}"
 
 
 def answer_line(message: dict) -> str:

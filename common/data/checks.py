@@ -17,6 +17,7 @@ from common.data.prepare import IGNORE_INDEX
 ROWS = 1000  # rows checked, evenly spaced over the set
 SHOWN = 2  # rows printed
 WIDTH = 1200  # characters of a printed row, the rest is left out
+CONTEXT = 200  # characters at both ends of a passage that is not learned, such as a list of tools
 
 
 def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
@@ -50,6 +51,8 @@ def show(row: dict, tokenizer) -> None:
     shown = Text()
     for in_loss, ids in runs_of(row):
         text = decode(ids, tokenizer)
+        if not in_loss and len(text) > 3 * CONTEXT:
+            text = f"{text[:CONTEXT]} ... {text[-CONTEXT:]}"
         text = text if colour or not in_loss else f"[[{text}]]"
         shown.append(text, style="bold green" if in_loss else "dim")
     console.print("--- an example; the model learns what is", "green" if colour else "in [[ ]]")

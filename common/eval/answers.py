@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from common.cli import UserError
 from common.data import formats, readers
-from common.data.rows import RowError, from_json, is_empty, is_missing, lower_keys, refuse
+from common.data.rows import FORMATTED, RowError, from_json, is_empty, is_missing, lower_keys, refuse
 from common.data.turns import role_of, turns_in
 from common.model import generation, location
 
@@ -53,7 +53,7 @@ def with_answer(row: dict) -> dict:
     fields = lower_keys(row, "row")
     prompt = fields.get("prompt")
     if is_missing(prompt):
-        schema = formats.schema_of(fields, {}, row)
+        schema = formats.schema_of(fields, {}, {}, row)
         if len(schema) > 1 or schema[0] not in formats.LISTS:
             return row
         *_, (_, last) = turns_in(dict(fields), schema[0])
@@ -61,7 +61,7 @@ def with_answer(row: dict) -> dict:
         return row if role_of(last) == "assistant" else fields | {schema[0]: [*turns, ANSWER]}
     # Of rows with a prompt the rest is the user's own, an answer to compare with, for example.
     fields = {name: fields[name] for name in WITH_PROMPT if not is_empty(fields.get(name))}
-    if isinstance(prompt, str) and formats.FORMATTED.match(prompt):
+    if isinstance(prompt, str) and FORMATTED.match(prompt):
         refuse("prompt", "begins with a control token, as formatted text does; write it as messages", prompt)
     if not formats.has_roles(prompt):  # as a turn it is a question, even one about control tokens
         prompt = {"role": "user", "content": prompt}

@@ -369,6 +369,10 @@ def test_the_doctor_shows_what_is_learned(tokenizer, encoder, capsys):
         and "assistant\n[[Hello!<|im_end|>]]" in out
         and "1 rows checked, no problems" in out
     )
+    examine(
+        [row_of(encoder, [CHAT[0] | {"content": "Be kind. " * 500}, *CHAT[1:]])], tokenizer, encoder, MAX_LENGTH=9999
+    )
+    assert "assistant\n[[Hello!<|im_end|>]]" in capsys.readouterr().out  # after a long list of tools, too
 
 
 def test_the_doctor_finds_each_problem(tokenizer, encoder, monkeypatch, capsys):
