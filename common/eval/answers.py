@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from common.cli import UserError
 from common.data import formats, readers
-from common.data.rows import FORMATTED, RowError, from_json, is_empty, is_missing, lower_keys, refuse
+from common.data.rows import FORMATTED, LISTS, RowError, from_json, is_empty, is_missing, lower_keys, refuse
 from common.data.turns import role_of, turns_in
 from common.model import generation, location
 
@@ -54,7 +54,7 @@ def with_answer(row: dict) -> dict:
     prompt = fields.get("prompt")
     if is_missing(prompt):
         schema = formats.schema_of(fields, {}, {}, row)
-        if len(schema) > 1 or schema[0] not in formats.LISTS:
+        if len(schema) > 1 or schema[0] not in LISTS:
             return row
         *_, (_, last) = turns_in(dict(fields), schema[0])
         turns = from_json(fields[schema[0]], schema[0], "a list of turns")
