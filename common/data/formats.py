@@ -6,11 +6,20 @@ import re
 from common.data import rows
 from common.data.rows import REASONING, Chat, InvalidRow, RowError, SkippedRow, as_text, invalid, is_empty, refuse
 from common.data.tools import take_tools
-from common.data.trees import arena, is_tree_message, ranked, tree, trees
+from common.data.trees import arena, ranked, tree, trees
 from common.data.turns import PLAIN, check_turns, give_weight, role_of, take_weight, turns_in
 
-__all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "is_tree_message", "to_chat", "trees"]
+__all__ = ["Chat", "InvalidRow", "SkippedRow", "invalid", "to_chat", "trees"]
 REMEDY = 'name them by COLUMNS="field:user, field:assistant"'
+MESSAGES = '{"messages": [{"role": "user", "content": ...}, ...]}'
+VERDICTS = rows.BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
+FLAGS = (True, False, "on", "off", "[]")  # whether reasoning was on, in Nemotron's sets; an empty list in a table
+LABELS = ("label", "kto_label", "kto_tag")
+# What a row may not have beside messages, and beside a text, and what to do with it.
+OF_TURNS = dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
+OF_TURNS["history"] = "put its turns before the others"
+OF_CHATS = dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
+PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 
 
 def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answer") -> Chat | InvalidRow | SkippedRow:
@@ -232,14 +241,3 @@ def turns_at(row: dict, name: str) -> list[tuple[str, dict]]:
         return []
     row[name] = [value] if isinstance(value, dict) else value
     return turns_in(row, name)
-
-
-MESSAGES = '{"messages": [{"role": "user", "content": ...}, ...]}'
-VERDICTS = rows.BITS | {"good": 1, "positive": 1, "yes": 1, "bad": 0, "negative": 0, "no": 0, "-1": 0, "-1.0": 0}
-FLAGS = (True, False, "on", "off", "[]")  # whether reasoning was on, in Nemotron's sets; an empty list in a table
-LABELS = ("label", "kto_label", "kto_tag")
-# What a row may not have beside messages, and beside a text, and what to do with it.
-OF_TURNS = dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
-OF_TURNS["history"] = "put its turns before the others"
-OF_CHATS = dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
-PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
