@@ -126,10 +126,12 @@ class ChatEncoder:
 
     def is_plain_text(self, turns: list[dict]) -> bool:
         """Whether a row is a text, not in the template's form: with no control token but at its start or end."""
+        if turns[0]["role"] != "text":
+            return False
         bos, eos = (self.variables.get(name, "") for name in ("bos_token", "eos_token"))
         text = "".join(turn["content"] for turn in turns).strip().removeprefix(bos).removesuffix(eos)
-        is_formatted = self.control.search(text) or self.template.cue.strip() and self.template.cue.strip() in text
-        return turns[0]["role"] == "text" and not is_formatted
+        cue = self.template.cue.strip()
+        return not self.control.search(text) and not (cue and cue in text)
 
     def add_prefix_space(self, text: str) -> str:
         """The text with the spaces that its tokenizer would put."""
@@ -206,11 +208,17 @@ def put_marks(text: str, found: list, weights: list[int], train_on: str, last_on
         weights = [0] * (len(weights) - 1) + weights[-1:]
     for start, end in reversed(found):
         answer = text[start:end]
-        began = text[:start].rstrip().endswith("<think>")
-        if train_on == "content" and (reasoning := (REST_OF_REASONING if began else REASONING).match(answer)):
-            answer = answer[: reasoning.end()] + THOUGHT + answer[reasoning.end() :]
+        if train_on == "content":
+            answer = mark_thought(answer, text[:start])
         text = text[:start] + START + answer + END + text[end:]
     return text, weights
+
+
+def mark_thought(answer: str, before: str) -> str:
+    """The answer with THOUGHT after its reasoning, if it has any; before: the text before it."""
+    pattern = REST_OF_REASONING if before.rstrip().endswith("<think>") else REASONING
+    reasoning = pattern.match(answer)
+    return answer[: reasoning.end()] + THOUGHT + answer[reasoning.end() :] if reasoning else answer
 
 
 def escape(value, control: re.Pattern):

@@ -28,7 +28,7 @@ def read_chats(parts: list[sources.Source], reasons: Reasons, reading=sources.PL
             if isinstance(chat, list):
                 for note in chat.notes:
                     reasons.add(note)
-                yield source.times, place, chat
+                yield source.times, place, list(chat)  # a plain list is pickled faster
             elif isinstance(chat, formats.SkippedRow):
                 reasons.add(f"dropped: {chat}")
             elif bad_rows == "stop":

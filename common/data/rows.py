@@ -154,6 +154,9 @@ def as_text(value, field: str, notes: list[str]) -> str:
 
     A list of texts or an object that is a field of the row itself is refused: files of columns have them.
     """
+    if isinstance(value, str) and value.strip():  # as most are
+        check_characters(value, field)
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value):
         notes.append("changed: numbers read as text")
         return str(value)

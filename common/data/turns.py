@@ -107,8 +107,8 @@ def one_result_each(raw: list[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
     """The turns, with one for each <tool_response> in a tool turn."""
     for field, given in raw:
         content = given["content"]
-        is_written = isinstance(content, str) and content.lstrip().startswith("<tool_response>")
-        if not is_written or role_of(given) != "tool":
+        is_result = given["role"] not in ("user", "assistant") and role_of(given) == "tool"
+        if not (is_result and isinstance(content, str) and content.lstrip().startswith("<tool_response>")):
             yield field, given
             continue
         before, results = tools.blocks_at_end(content, "tool_response", field)
@@ -121,7 +121,7 @@ def read_turn(field: str, given: dict, chat: list[dict], notes: list[str]) -> di
     """One turn in the form of a chat's; None for a system turn without a text."""
     content = given["content"]
     is_plain = given["role"] in ("user", "assistant") and given.keys() == PLAIN and isinstance(content, str)
-    if is_plain and not content.rstrip().endswith(">"):  # of an end token, or a call
+    if is_plain and ">" not in content[-8:]:  # of an end token, or a call
         return {"role": given["role"], "content": as_text(content, field, notes)}
     role = role_of(given)
     place = field.rpartition(".")[0] or field

@@ -188,8 +188,9 @@ def test_text_in_a_form_of_plain_words_is_recognised_too(tokenizer):
 
 def test_reasoning_that_a_template_cuts_away_is_not_lost_in_silence(tokenizer):
     text = (templates.FOLDER / "chatml.jinja").read_text()
-    cut = "(message['content'] or '').split('</think>') | last"
-    tokenizer.chat_template = text.replace("message['content'] or ''", cut).replace("reasoning_content", "other")
+    cut = "message['content'].split('</think>')[-1] + '<|im_end|>' -}}\n{%- endif"
+    tokenizer.chat_template = text.replace("message['content'] + '<|im_end|>' -}}\n{%- endif", cut, 1)
+    tokenizer.chat_template = tokenizer.chat_template.replace("reasoning_content", "other")
     encoder, _ = templates.set_template(tokenizer, None)
     for turn in (ANSWER | {"content": "<think>x9</think>Hello!"}, ANSWER | {"reasoning_content": "x9"}):
         with pytest.raises(UserError, match="leaves out the reasoning"):

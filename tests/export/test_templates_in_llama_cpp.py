@@ -40,7 +40,6 @@ def prompt_of(server, chat: list[dict]) -> str:
         ("gemma", None, ""),  # system messages go into the first question
         ("llama3_1", None, ""),  # llama.cpp sets date_string
         ("qwen3_5_nothink", None, ""),  # and enable_thinking
-        ("qwen3", None, "enable_thinking=False"),
         ("qwen3", "chatml", ""),
         ("llama3", "llama3", ""),
         ("gptoss", None, ""),
