@@ -97,11 +97,8 @@ def find_written_answers(template, text: str) -> list[tuple[int, int]]:
     for cue in re.finditer(re.escape(template.cue), text) if template.cue else ():
         end = text.find(template.end_token, cue.end())
         answer = text[cue.end() : end if end >= 0 else len(text)]
-        if (
-            any(token in template.turn_tokens for token in template.control.findall(answer))
-            or end < 0
-            and answer.strip()
-        ):
+        runs_on = not template.turn_tokens.isdisjoint(template.control.findall(answer))
+        if runs_on or (end < 0 and answer.strip()):
             problem = f"an answer in a text with control tokens lacks its end token {template.end_token}"
             raise UserError(f"text: {problem}. Put it after the answer, or give the chat as messages.")
         if end >= 0:

@@ -25,7 +25,6 @@ SYSTEM_PROBE = [SYSTEM, *PROBE, *PROBE]
 MARKS = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 # Put before a template, so that every program that reads it does the same, whatever it sets itself.
 OPTION = "{{%- set {name} = {value} -%}}\n"
-WORDS = {True: "true", False: "false", None: "none"}
 SYSTEM_INTO_QUESTION = """{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}
 {%- set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + \
 messages[2:] -%}
@@ -43,7 +42,8 @@ def set_template(
     own = own_template(tokenizer)
     known_tokens, own_name = inspect(tokenizer, own)
     known_tokens |= {tokenizer.bos_token, tokenizer.eos_token}
-    tokenizer.chat_template, needed, label = choose(tokenizer, choice, own, parse_options(options), train_on)
+    values = parse_options(options)
+    tokenizer.chat_template, needed, label = choose(tokenizer, choice, own, values, train_on)
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
     had_eos = add_missing_tokens(tokenizer, None)
@@ -69,7 +69,7 @@ def set_template(
         note += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
         note += f" (without the model's own first line {own_name!r})"
-    if "strftime_now" in tokenizer.chat_template and "date_string = " not in tokenizer.chat_template.splitlines()[0]:
+    if "strftime_now" in tokenizer.chat_template and "date_string" not in values:
         note += "\nnote: CHAT_TEMPLATE writes the date, in training that of today"
         note += ' (TEMPLATE_OPTIONS="date_string=..." fixes it)' if "date_string" in tokenizer.chat_template else ""
     return encoder, note
@@ -141,8 +141,11 @@ def with_options(template: str, options: dict[str, object]) -> str:
         if name not in known and not re.search(option, template):
             raise UserError(f"TEMPLATE_OPTIONS: unknown variable {name}. The template has: {', '.join(sorted(known))}.")
         template = re.sub(option, "", template)  # of a run
-    values = {name: WORDS.get(value, repr(value)) for name, value in options.items()}
-    return "".join(OPTION.format(name=name, value=value) for name, value in values.items()) + template
+    lines = []
+    for name, value in options.items():
+        is_word = value is None or isinstance(value, bool)  # true, false and none in Jinja
+        lines.append(OPTION.format(name=name, value=repr(value).lower() if is_word else repr(value)))
+    return "".join(lines) + template
 
 
 def fix_defaults(tokenizer) -> str:
