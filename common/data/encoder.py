@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from common.cli import UserError
 from common.data.passages import RewrittenTurns, find_answers, find_written_answers
 from common.data.rows import CONTROL_TOKEN
-from common.data.template import ChatTemplate
+from common.data.template import ChatTemplate, control_pattern
 
 MARKS = START, END, BREAK, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 # The reasoning of an answer, or, where the prompt begins it, the rest of it.
@@ -67,9 +67,8 @@ class ChatEncoder:
 
     def __init__(self, tokenizer):
         self.variables = tokenizer.special_tokens_map
-        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        special.sort(key=lambda token: len(token.content), reverse=True)
-        self.control = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
+        self.control = control_pattern(tokenizer)
+        special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.rstrip_tokens = {token.content for token in special if token.rstrip}
         self.adds_bos = adds_bos(tokenizer)
         self.new_token_ids: list[int] = []  # that the base has hardly seen; from set_template

@@ -17,6 +17,12 @@ PROBE = [QUESTION, {"role": "assistant", "content": "bz"}]
 REASONED = [PROBE[0], PROBE[1] | {"reasoning_content": "rx"}]
 
 
+def control_pattern(tokenizer) -> re.Pattern:
+    """Matches the special tokens of a tokenizer, the longest first."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)")
+
+
 class ChatTemplate:
     """The template `source` of a tokenizer whose control tokens `control` matches.
 

@@ -12,7 +12,7 @@ from common.bounds import TEMPLATES
 from common.cli import UserError
 from common.data.encoder import ChatEncoder, adds_bos
 from common.data.passages import OTHER
-from common.data.template import GENERATION, PROBE, TEMPLATE_ERRORS, ChatTemplate
+from common.data.template import GENERATION, PROBE, TEMPLATE_ERRORS, ChatTemplate, control_pattern
 
 FOLDER = Path(__file__).parent / "chat_templates"
 # Tokens that our marked templates need; the others write text around the model's own end token.
@@ -32,9 +32,7 @@ messages[2:] -%}
 """
 
 
-def set_template(
-    tokenizer, choice: str | None, options: str = "", train_on: str = "assistant"
-) -> tuple[ChatEncoder, str]:
+def set_template(tokenizer, choice: str | None, options="", train_on="assistant") -> tuple[ChatEncoder, str]:
     """Give the tokenizer a template, and tokens that it needs: (encoder, what was done).
 
     The others are settings: CHAT_TEMPLATE, TEMPLATE_OPTIONS, TRAIN_ON.
@@ -64,15 +62,21 @@ def set_template(
     encoder.new_token_ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens - known_tokens)))
     if missing:
         note += f", with new tokens {' '.join(missing)}"
+    return encoder, note + remarks(tokenizer.chat_template, name, own_name, "date_string" in values)
+
+
+def remarks(template: str, name: str, own_name: str, has_date: bool) -> str:
+    """What else to say of a template: the lines that name assistants, its own and the model's, and the date."""
+    text = ""
     if name:
-        note += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
-        note += "a system message; CHAT_TEMPLATE=chatml has no such line."
+        text += f"\nWARNING: CHAT_TEMPLATE puts {name!r}, which names another assistant, before every chat without "
+        text += "a system message; CHAT_TEMPLATE=chatml has no such line."
     elif own_name:
-        note += f" (without the model's own first line {own_name!r})"
-    if "strftime_now" in tokenizer.chat_template and "date_string" not in values:
-        note += "\nnote: CHAT_TEMPLATE writes the date, in training that of today"
-        note += ' (TEMPLATE_OPTIONS="date_string=..." fixes it)' if "date_string" in tokenizer.chat_template else ""
-    return encoder, note
+        text += f" (without the model's own first line {own_name!r})"
+    if "strftime_now" in template and not has_date:
+        text += "\nnote: CHAT_TEMPLATE writes the date, in training that of today"
+        text += ' (TEMPLATE_OPTIONS="date_string=..." fixes it)' if "date_string" in template else ""
+    return text
 
 
 def choose_for_chat(tokenizer, choice: str | None, options: str = "") -> None:
@@ -102,8 +106,8 @@ def refuse(encoder: ChatEncoder, label: str, had_eos: bool):
         raise UserError(f"CHAT_TEMPLATE={label}: it does not write messages that are plain texts. {OTHER}.")
     if encoder.end_token is None:
         marks = "Put {% generation %} before each answer and {% endgeneration %} after its end token"
-        problem = f"answers have no end token. {marks}, or the model never learns to stop; {OTHER}."
-        raise UserError(f"CHAT_TEMPLATE={label}: {problem}")
+        problem = f"answers have no end token. {marks}, or the model never learns to stop"
+        raise UserError(f"CHAT_TEMPLATE={label}: {problem}; {OTHER}.")
     encoder.mark(PROBE)
 
 
@@ -239,9 +243,7 @@ def is_same(tokenizer, own: str, ours: str) -> bool:
 
 
 def form_of(tokenizer, template: str) -> ChatTemplate:
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)")
-    return ChatTemplate(template, tokenizer.special_tokens_map, control)
+    return ChatTemplate(template, tokenizer.special_tokens_map, control_pattern(tokenizer))
 
 
 def trl_copy(tokenizer, own: str) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
+from common.data.template import control_pattern
 from common.data.tools import OUR_ID
 
 ENDS = ("open_pattern", "close_pattern")
@@ -123,10 +124,7 @@ def prefix_of(template: str, prompt: str, text: str = "") -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=4)
-def control_tokens(tokenizer) -> re.Pattern:
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+control_tokens = functools.lru_cache(maxsize=4)(control_pattern)
 
 
 def parse(text: str, prompt: str, tokenizer, tools: Iterable[dict] = ()) -> dict:
