@@ -88,7 +88,7 @@ def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) 
         head = [f"{setting}={data}: {count} invalid row{'s' * (count > 1)}{note}"] if count > 1 or note else []
         shown = [row for _, rows, _ in found for row in rows][:MAX_SHOWN]
         tail = [f"... and {count - MAX_SHOWN} more"] * (count > MAX_SHOWN)
-        remedy = [SKIP] if bad_rows == "stop" else []
+        remedy = {"stop": [SKIP], "skip": ["No row of it is left, even by BAD_ROWS=skip."]}.get(bad_rows, [])
         raise UserError((" " if count == 1 else "\n").join([*head, *shown, *tail, *remedy]))
 
 
