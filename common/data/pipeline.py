@@ -50,18 +50,22 @@ def encode_all(chats: Iterator, arguments: tuple, reasons: Reasons, processes: i
     else:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked as long as this runs
         results = (encode_batch(*arguments, batch) for batch in batches)
-    seen = {}  # repetitions by hash: one false duplicate in a billion for 200,000 chats
+    # Hashes: one false duplicate in a billion for 200,000 chats. trained: of the chats of DATA, whatever their weights.
+    seen, trained = set(), set()
     for rows, of_batch in results:
         reasons.update(of_batch)
         for times, place, row in rows:
-            key = hash(row.ids.tobytes() + row.learned.tobytes())
-            if key not in seen:
-                seen[key] = times
-                yield times, row
-            elif times or not seen[key]:
-                reasons.add("dropped: duplicate")
-            else:
+            ids = hash(row.ids.tobytes())
+            key = ids, hash(row.learned.tobytes())
+            if not times and ids in trained:
                 raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; remove it from one of them.")
+            if key in seen:
+                reasons.add("dropped: duplicate")
+                continue
+            seen.add(key)
+            if times:
+                trained.add(ids)
+            yield times, row
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -9,11 +9,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
 from common.data.passages import OTHER, THOUGHT, find_answers
-from common.data.tool_form import QUESTION, ToolForm, find_tool_form, write_tools
+from common.data.tool_form import QUESTION, ToolForm, find_tool_form, try_to, write_tools
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)  # what rendering a faulty template raises
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks an answer in a template
 PROBE = [QUESTION, {"role": "assistant", "content": "bz"}]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the fields that templates read
 REASONED = [PROBE[0], PROBE[1] | {"reasoning_content": "rx"}]
 
 
@@ -78,11 +79,7 @@ class ChatTemplate:
     @cached_property
     def writes_reasoning(self) -> bool:
         """Whether it has a form for an answer's reasoning."""
-        chat = [PROBE[0], PROBE[1] | dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "rx")]
-        try:
-            return "rx" in self.render(chat)[0]
-        except UserError:
-            return False
+        return "rx" in try_to(self.render, [PROBE[0], PROBE[1] | dict.fromkeys(REASONING, "rx")])
 
     def render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         """The text of a chat and the (start, end) of its marked passages."""
@@ -114,8 +111,7 @@ class ChatTemplate:
         if not reasoning:
             return turn
         if self.writes_reasoning:
-            names = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning)
-            return turn | {"content": content} | names
+            return turn | {"content": content} | dict.fromkeys(REASONING, reasoning)
         rest = {name: value for name, value in turn.items() if name != "reasoning_content"}
         return rest | {"content": f"<think>\n{reasoning}\n</think>" + (content and f"\n\n{content}")}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common.cli import UserError
+from common.data.tools import OUR_ID
 
 QUESTION = {"role": "user", "content": "aq"}
 TOOL = {
@@ -76,5 +77,5 @@ def write_call(call: dict, form: ToolForm, ids: dict[str, str]) -> dict:
     function = call["function"]
     if form.takes_text:
         function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    ids[call["id"]] = f"call{len(ids):05}" if form.short_ids else call["id"]
+    ids[call["id"]] = OUR_ID.format(len(ids)) if form.short_ids else call["id"]
     return call | {"function": function, "id": ids[call["id"]]}

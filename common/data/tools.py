@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 
 from common.data.rows import RowError, as_text, check_characters, from_json, is_empty, refuse, to_json
 
@@ -30,15 +31,21 @@ def read_tools(value, field: str) -> list[dict]:
     if is_empty(value):
         return []
     tools = []
-    for item in value if isinstance(value, list) else [value]:
-        item = from_json(item, field, TOOL)
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not has_name(function):
-            refuse(field, f"a tool must be {TOOL}", item)
+    for _, function in functions_in(value, field, "a tool", TOOL):
         function = without_nulls({name: part for name, part in function.items() if name != "type"})
         check_characters(to_json(function, field), field)
         tools.append({"type": "function", "function": function})
     return tools
+
+
+def functions_in(value, field: str, what: str, form: str) -> Iterator[tuple[dict, dict]]:
+    """(item, its function) of one item or a list, each perhaps as JSON. Raises RowError for one without a name."""
+    for item in value if isinstance(value, list) else [value]:
+        item = from_json(item, field, form)
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not has_name(function):
+            refuse(field, f"{what} must be {form}", item)
+        yield item, function
 
 
 def has_name(function: dict) -> bool:
@@ -96,11 +103,7 @@ def written_call(text: str, field: str):
 def read_calls(value, field: str, calls_before: int, notes: list[str]) -> list[dict]:
     value = from_json(value, field, CALL)
     calls = []
-    for item in value if isinstance(value, list) else [value]:
-        item = from_json(item, field, CALL)
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not has_name(function):
-            refuse(field, f"a call must be {CALL}", item)
+    for item, function in functions_in(value, field, "a call", CALL):
         function = item | function
         name = next((name for name in ARGUMENTS if not is_empty(function.get(name))), "arguments")
         arguments = function.get(name)

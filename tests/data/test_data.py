@@ -223,6 +223,17 @@ def test_evaluation_data_of_its_own_must_not_be_trained_on(encoder, tmp_path):
         make(SETTINGS | {"DATA": str(a), "EVAL_DATA": str(long)}, encoder)
 
 
+def test_answers_of_another_weight_are_no_duplicates_but_the_same_chat_to_evaluate_on(encoder, tmp_path):
+    learned, context = qa("Hi", "Hello"), qa("Hi", "Hello", weight=0)
+    file = write_jsonl(tmp_path / "a.jsonl", [context, learned, learned])
+    train, _, about = make(SETTINGS | {"DATA": str(file)}, encoder)
+    assert len(train) == 2 and about["tokens_in_loss"] > 0 and about["dropped"] == {"duplicate": 1}
+    held_out = write_jsonl(tmp_path / "b.jsonl", [context])
+    data = write_jsonl(tmp_path / "c.jsonl", [learned])
+    with pytest.raises(UserError, match="b.jsonl:1 is in DATA, too"):
+        make(SETTINGS | {"DATA": str(data), "EVAL_DATA": str(held_out)}, encoder)
+
+
 def test_rows_of_hub_sets_that_are_invalid_stop_or_are_counted(encoder, monkeypatch):
     rows = [qa(f"What is {i}?", "x") for i in range(3)] + [{"messages": []}, qa("", "x"), qa("Hi", "")]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows)
