@@ -12,6 +12,7 @@ from common.data import folders, formats, readers, vocabulary
 from common.data.rows import parse_columns
 
 MAX_SHOWN = 20  # invalid rows printed at once
+CHECKED = 20_000  # rows of a source that are checked at once; preparing, which takes longer, checks the others
 SKIP = "BAD_ROWS=skip leaves invalid rows out and counts them."
 # Short names of hub sets: (id, split)
 NAMED = {
@@ -64,7 +65,10 @@ PLAIN = Reading()
 
 
 def check_files(settings: dict, *names: str) -> None:
-    """Read the local files that settings name; exit code 2 where a row is invalid, or with BAD_ROWS=skip all are."""
+    """Read the local files that settings name; exit code 2 where a row is invalid, or with BAD_ROWS=skip all are.
+
+    Of a large file only the beginning: see CHECKED.
+    """
     setting = data = None
     try:
         reading = Reading.of(settings)
@@ -93,16 +97,17 @@ def check_rows(data: str, setting: str, reading: Reading, bad_rows: str | None) 
 
 
 def invalid_rows(source: Source, reading: Reading, bad_rows: str | None) -> tuple[list[str], int]:
-    """(the first invalid rows, their number); none with BAD_ROWS=skip, unless there are no others."""
+    """(the first invalid rows, their number) of CHECKED rows; none with BAD_ROWS=skip, unless there are no others."""
     shown, count, others = [], 0, 0
-    for place, chat in read_chats(source, reading):
+    for place, chat in itertools.islice(read_chats(source, reading), CHECKED):
         if not isinstance(chat, formats.InvalidRow):
             others += 1
             continue
         count += 1
         if count <= MAX_SHOWN:
             shown.append(f"{place}: {chat}")
-    return ([], 0) if bad_rows == "skip" and others else (shown, count)
+    may_have_others = others or count == CHECKED
+    return ([], 0) if bad_rows == "skip" and may_have_others else (shown, count)
 
 
 def parse(data: str, setting: str = "DATA") -> list[Source]:

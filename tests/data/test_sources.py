@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, run_script, write_jsonl
 
 from common.cli import UserError
-from common.data import formats, sources, vocabulary
+from common.data import formats, pipeline, sources, vocabulary
+from common.data.account import Reasons
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 S = {"role": "system", "content": "Be kind."}
@@ -225,3 +226,13 @@ def test_invalid_rows_come_up_to_twenty_at_once_in_every_script(tmp_path):
     ):
         result = run_script(script, f"{setting}={file}")
         assert result.returncode == 2 and result.stderr.count(f"{file}:") == 21 and "10 more" in result.stderr
+
+
+def test_a_large_file_is_checked_at_its_beginning_and_the_rest_when_it_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHECKED", 3)
+    file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [U, A]}] * 3 + [{"messages": []}])
+    sources.check_rows(str(file), "DATA", sources.PLAIN, "stop")
+    with pytest.raises(UserError, match=r"chats\.jsonl:4: .*BAD_ROWS=skip"):
+        list(pipeline.read_chats(sources.parse(str(file)), Reasons()))
+    bad_first = write_jsonl(tmp_path / "bad.jsonl", [{"messages": []}] * 3 + [{"messages": [U, A]}])
+    sources.check_rows(str(bad_first), "DATA", sources.PLAIN, "skip")  # there may be sound ones behind
