@@ -16,6 +16,7 @@ TRAINERS_OPTIMIZERS = (
 )
 OPTIMIZERS = {
     "qlora_train": TRAINERS_OPTIMIZERS,
+    "preference_train": TRAINERS_OPTIMIZERS,
     "estimate_memory": TRAINERS_OPTIMIZERS,
     "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
 }
@@ -40,6 +41,8 @@ CHOICES = {
     "RESUME": (None, "auto"),
     "METHOD": ("full", "lora", "qlora", "int8", "galore", *HQQ),
     "DEVICE": ("cuda", "cpu"),
+    "LOSS": ("dpo", "ipo", "simpo", "orpo", "kto"),
+    "REFERENCE": ("kept", "live"),
     "JUDGE_MODE": ("single", "pair"),
     "JUDGE_SCALE": ("1-10", "0-100"),
 }
@@ -67,8 +70,9 @@ BOUNDS = {
     "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
     "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
     "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
-    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
-    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT"),
+    "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, "LABEL_SMOOTHING"),
+    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT BETA"),
+    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT SFT_WEIGHT GAMMA"),
     "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1

@@ -15,6 +15,7 @@ from common.data import formats, sources
 from common.data.account import Reasons
 from common.data.claims import find_claim
 from common.data.encoder import ChatEncoder, Encoded, join
+from common.data.pairs import Compared
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
@@ -28,7 +29,8 @@ def read_chats(parts: list[sources.Source], reasons: Reasons, reading=sources.PL
             if isinstance(chat, list):
                 for note in chat.notes:
                     reasons.add(note)
-                yield source.times, place, list(chat)  # a plain list is pickled faster
+                # A plain list is pickled faster.
+                yield source.times, place, chat if isinstance(chat, Compared) else list(chat)
             elif isinstance(chat, formats.SkippedRow):
                 reasons.add(f"dropped: {chat}")
             elif bad_rows == "stop":
@@ -74,33 +76,65 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
     reasons, marked, rows, refused = Reasons(), [], [], []
     claim_of = find_claim(settings["DROP_PATTERN"])
     for times, place, chat in batch:
-        if claim := claim_of(chat):
+        if claim := claim_of(learned_chat(chat)):
             reasons.add("dropped: matches DROP_PATTERN")
             reasons.add_example(f"{place}: {claim}")
             continue
-        if chat[-1]["role"] in ("user", "tool"):
-            last = "question" if chat[-1]["role"] == "user" else "result"
-            reasons.add(f"changed: cut at a {last} without an answer")
-            chat = chat[: max(i for i, turn in enumerate(chat) if turn["role"] not in ("user", "tool")) + 1]
         try:
-            marked.append((times, place, chat, encoder.mark_rows(chat, settings["TRAIN_ON"])))
+            if isinstance(chat, Compared):
+                of_row = [encoder.mark_last(each, settings["TRAIN_ON"]) for each in chat]
+            else:
+                chat = cut_question(chat, reasons)
+                of_row = encoder.mark_rows(chat, settings["TRAIN_ON"])
+            marked.append((times, place, chat, of_row))
         except UserError as error:
             refused.append(f"{place}: {error}")
             reasons.add("dropped: invalid, " + re.sub(r" \([^)]*\)|['\"].*", "", str(error)).strip(" :"), place)
     if refused and settings["BAD_ROWS"] == "stop":
         raise UserError("\n".join([*refused[: sources.MAX_SHOWN], sources.SKIP]))
-    flat = itertools.chain.from_iterable(of_chat for *_, of_chat in marked)
+    flat = itertools.chain.from_iterable(of_row for *_, of_row in marked)
     encoded = iter(encoder.encode_marked(list(flat), settings["TRAIN_ON"]))
-    for times, place, chat, of_chat in marked:
-        parts = list(itertools.islice(encoded, len(of_chat)))
-        row = fit(parts, place, encoder.is_plain_text(chat), settings, reasons)
-        if row is not None and len(parts) > 1:
-            reasons.add("changed: a row for each answer, as the template rewrites earlier turns")
+    for times, place, chat, of_row in marked:
+        parts = list(itertools.islice(encoded, len(of_row)))
+        if isinstance(chat, Compared):
+            row = fit_compared(parts, place, chat.is_good, settings, reasons)
+        else:
+            row = fit(parts, place, encoder.is_plain_text(chat), settings, reasons)
+            if row is not None and len(parts) > 1:
+                reasons.add("changed: a row for each answer, as the template rewrites earlier turns")
         if row is not None and (keep_unlearned or row.learned.any()):
             rows.append((times, place, row))
         elif row is not None:
             reasons.add("dropped: no answer to learn, all have weight 0")
     return rows, reasons
+
+
+def learned_chat(chat) -> list[dict]:
+    """The chat whose answers the model is to give: of a pair the better one; of a bad answer none."""
+    if not isinstance(chat, Compared):
+        return chat
+    return chat[0] if chat.is_good else []
+
+
+def cut_question(chat: list[dict], reasons: Reasons) -> list[dict]:
+    """The chat up to its last answer."""
+    if chat[-1]["role"] not in ("user", "tool"):
+        return chat
+    last = "question" if chat[-1]["role"] == "user" else "result"
+    reasons.add(f"changed: cut at a {last} without an answer")
+    return chat[: max(i for i, turn in enumerate(chat) if turn["role"] not in ("user", "tool")) + 1]
+
+
+def fit_compared(parts: list[Encoded], place: str, is_good: bool, settings: dict, reasons: Reasons) -> Encoded | None:
+    """The sequences of a pair, or the one of a labelled answer, whole; None where one is longer than MAX_LENGTH."""
+    longest, most = max(len(row.ids) for row in parts), settings["MAX_LENGTH"]
+    if longest <= most:
+        return join(parts)._replace(is_good=is_good)
+    if settings["TOO_LONG"] == "error":
+        problem = f"{longest:,} tokens, more than MAX_LENGTH={most}"
+        raise UserError(f"{place}: {problem}. TOO_LONG=drop leaves such pairs out, since an answer is never cut.")
+    reasons.add("dropped: an answer ends beyond MAX_LENGTH")
+    return None
 
 
 def fit(parts: list[Encoded], place: str, is_text: bool, settings: dict, reasons: Reasons) -> Encoded | None:

@@ -23,7 +23,8 @@ from common.files import hash_file, write_atomic
 IGNORE_INDEX = -100  # label of a token that is not in the loss
 # assistant_masks: 1 where a token is in the loss.
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
-SPOOL_SCHEMA = SCHEMA.append(pa.field("lengths", pa.list_(pa.int32())))  # of the sequences of a chat
+# lengths: of the sequences of a row. is_good: the label of its answer, where it has one.
+SPOOL_SCHEMA = SCHEMA.append(pa.field("lengths", pa.list_(pa.int32()))).append(pa.field("is_good", pa.bool_()))
 FILES = ("train.parquet", "eval.parquet")
 ROW_GROUP = 4096  # rows in a row group of the files
 
@@ -73,7 +74,8 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     arguments = (encoder, settings, keep_unlearned)
     rows = pipeline.encode_all(chats, arguments, reasons, workers or os.cpu_count())
     spool = folder / "spool.parquet"
-    times, in_loss, sequences = write_spool(spool, rows)
+    is_compared = "LOSS" in settings
+    times, in_loss, sequences, prompts = write_spool(spool, rows)
     if not times.any() or settings["EVAL_DATA"] and times.all():
         which = "EVAL_DATA" if times.any() else "DATA"
         why = "; ".join(f"{n:,} {reason}" for reason, n in reasons.counts.items())
@@ -81,47 +83,60 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     # Rows held out; a pass for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
         size = settings["EVAL_SIZE"]
-        held_out = round(size * len(times)) if size < 1 else int(size)
-        if held_out >= len(times):
-            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {len(times)} chats: none is left.")
-        times[random.Random(settings["SEED"]).sample(range(len(times)), held_out)] = 0
-    copy_rows(spool, [np.flatnonzero(times > i) for i in range(times.max())], folder / "train.parquet")
-    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet")
+        # Answers to one question are held out together.
+        groups = prompts if is_compared else np.arange(len(times))
+        count = int(groups.max()) + 1
+        held_out = round(size * count) if size < 1 else int(size)
+        if held_out >= count:
+            what = "prompts" if is_compared else "chats"
+            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {count} {what}: none is left.")
+        times[np.isin(groups, random.Random(settings["SEED"]).sample(range(count), held_out))] = 0
+    passes = [np.flatnonzero(times > i) for i in range(times.max())]
+    copy_rows(spool, passes, folder / "train.parquet", is_compared)
+    copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet", is_compared)
     spool.unlink()
     account = account_for(reasons, times, in_loss, sequences, settings["MAX_LENGTH"])
     account["prepared_with"] = {name: settings[name] for name in ("MAX_LENGTH", "TRAIN_ON")}
-    account["prepared_with"]["encoding"] = encoder.fingerprint
+    account["prepared_with"] |= {"encoding": encoder.fingerprint, "is_compared": is_compared}
     account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
 
 
-def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Write chats; returns their repetitions, their tokens in the loss, and the lengths of the sequences of each."""
-    times, in_loss, sequences = [], [], []
+def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple:
+    """Write rows; returns of each its repetitions, tokens in the loss, lengths of its sequences, number of its prompt."""
+    times, in_loss, sequences, prompts, numbers = [], [], [], [], {}
     with parquet.ParquetWriter(file, SPOOL_SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
             columns = [[row.ids for _, row in group], [row.learned.astype(np.int8) for _, row in group]]
             columns.append([row.lengths.astype(np.int32) for _, row in group])
+            columns.append([row.is_good for _, row in group])
             writer.write_table(pa.table(columns, schema=SPOOL_SCHEMA))
             times += [times for times, _ in group]
             in_loss += [row.learned.sum() for _, row in group]
-            sequences += columns[-1]
-    return np.array(times, dtype=np.int32), np.array(in_loss, dtype=np.int64), sequences
+            sequences += columns[2]
+            asked = [hash(row.ids[: row.learned.argmax()].tobytes()) for _, row in group]
+            prompts += [numbers.setdefault(prompt, len(numbers)) for prompt in asked]
+    return np.array(times, dtype=np.int32), np.array(in_loss, dtype=np.int64), sequences, np.array(prompts)
 
 
-def copy_rows(spool: Path, passes: list[np.ndarray], target: Path) -> None:
-    """Copy the sequences of chats, in each pass by ascending numbers, one row group at a time."""
-    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, SCHEMA) as writer:
+def copy_rows(spool: Path, passes: list[np.ndarray], target: Path, is_compared: bool) -> None:
+    """Copy rows, in each pass by ascending numbers, one row group at a time; a row for each sequence of a chat."""
+    schema = SPOOL_SCHEMA if is_compared else SCHEMA
+    with parquet.ParquetFile(spool) as file, parquet.ParquetWriter(target, schema) as writer:
         for rows in passes:
             for group in range(file.num_row_groups):
                 start = group * ROW_GROUP
                 first, last = np.searchsorted(rows, [start, start + ROW_GROUP])
                 if first < last:
-                    chats = file.read_row_group(group).take(rows[first:last] - start)
-                    ids, masks, lengths = (chats[name].combine_chunks().flatten() for name in SPOOL_SCHEMA.names)
-                    offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
-                    columns = [pa.ListArray.from_arrays(offsets, values) for values in (ids, masks)]
-                    writer.write_table(pa.table(columns, schema=SCHEMA))
+                    chosen = file.read_row_group(group).take(rows[first:last] - start)
+                    writer.write_table(chosen if is_compared else as_sequences(chosen))
+
+
+def as_sequences(chats: pa.Table) -> pa.Table:
+    """A row for each sequence of chats."""
+    ids, masks, lengths = (chats[name].combine_chunks().flatten() for name in SPOOL_SCHEMA.names[:3])
+    offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
+    return pa.table([pa.ListArray.from_arrays(offsets, values) for values in (ids, masks)], schema=SCHEMA)
 
 
 def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearned: bool):
@@ -130,7 +145,8 @@ def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearn
         raise UserError(f"DATA={folder}: no report.json of prepare_data.py. Name a file, or prepare again.")
     try:
         account = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        before, now = account["prepared_with"], settings | {"encoding": encoder.fingerprint}
+        before = {"is_compared": False} | account["prepared_with"]
+        now = settings | {"encoding": encoder.fingerprint, "is_compared": "LOSS" in settings}
         changed = [f"{name}={before[name]}" for name in before if before[name] != now[name]]
         train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -166,8 +182,11 @@ def as_dataset(table: pa.Table):
     offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
     tokens = ids.flatten().to_numpy()
     labels = np.where(masks.flatten().to_numpy() == 1, tokens, IGNORE_INDEX).astype(np.int32)
-    columns = [pa.ListArray.from_arrays(offsets, values) for values in (tokens, labels)]
-    return datasets.Dataset(pa.table(columns, names=["input_ids", "labels"]))
+    columns = {"input_ids": tokens, "labels": labels}
+    columns = {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
+    if "lengths" in table.column_names:
+        columns |= {"seq_lengths": table["lengths"], "is_good": table["is_good"]}
+    return datasets.Dataset(pa.table(columns))
 
 
 def sample(folder: Path):

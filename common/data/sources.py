@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.cli import UserError, exit_with, nearest
-from common.data import folders, formats, readers, vocabulary
+from common.data import folders, formats, pairs, readers, vocabulary
 from common.data.rows import parse_columns
 
 MAX_SHOWN = 20  # invalid rows printed at once
@@ -48,6 +48,7 @@ class Reading:
     completion: str = "answer"
     encoding: str = "utf-8"
     tokens: tuple | None = None  # of `vocabulary.read_vocabulary`
+    pairs: bool = False  # rows of preferences, with two answers or a label
 
     @classmethod
     def of(cls, settings: dict) -> "Reading":
@@ -58,6 +59,7 @@ class Reading:
             settings.get("COMPLETION", cls.completion),
             settings.get("ENCODING", cls.encoding),
             vocabulary.read_vocabulary(vocab) if vocab else None,
+            "LOSS" in settings,
         )
 
 
@@ -158,10 +160,12 @@ def read_chats(source: Source, reading: Reading = PLAIN) -> Iterator[tuple[str, 
     if first is None:
         raise UserError(f"{source.files[0] if source.files else source.name}:1: no rows, the file is empty.")
     rows = itertools.chain([first], rows)
-    if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
+    columns, completion = reading.columns, reading.completion
+    if reading.pairs:
+        chats = ((place, pairs.to_compared(row, columns)) for place, row in rows)
+    elif isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
         chats = formats.trees(list(rows))
     else:
-        columns, completion = reading.columns, reading.completion
         chats = ((place, formats.to_chat(row, columns, completion)) for place, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))
 

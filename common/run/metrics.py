@@ -13,6 +13,8 @@ from common.monitor import StepWatch
 
 # What metrics.jsonl takes from Trainer's logs.
 LOGGED = "loss kl router_loss grad_norm learning_rate eval_loss facts samples bad_steps spike".split()
+OF_PAIRS = "accuracy margin chosen_reward rejected_reward chosen_logp reference_kl".split()
+LOGGED += [f"{kind}{name}" for kind in ("", "eval_") for name in OF_PAIRS]
 
 
 class MetricsLog(TrainerCallback):
@@ -73,6 +75,8 @@ def describe(entry: dict) -> str:
     loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
     memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"
     watts = "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"
+    if "margin" in entry:
+        loss += f"  accuracy {entry['accuracy']:.0%}  margin {entry['margin']:.2f}"
     return f"loss {loss}  {entry['tokens_per_second']:,.0f} tok/s  {memory}{watts}"
 
 

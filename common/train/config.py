@@ -77,13 +77,16 @@ def choose_kl_weight(settings: dict, base_has_template: bool, keeps_base: bool) 
 def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.dtype, evaluate: bool) -> SFTConfig:
     """A run's settings in TRL's terms. plan: how the batch is computed. evaluate: whether there are held-out rows."""
     settings, on_gpu = settings | plan.settings(), torch.cuda.is_available()
+    # Pairs lie side by side in their rows already.
+    pairs = {"packing": False, "padding_free": settings["PACKING"]} if "LOSS" in settings else {}
+    is_packed = settings["PACKING"] and not pairs
     config = SFTConfig(
-        **{name.lower(): settings[name] for name in PASSED_ON},
+        **{name.lower(): settings[name] for name in PASSED_ON} | pairs,
         output_dir=str(folder),
         # Unpacked rows are taken as they are; TRL would drop those without a label, which hold the base's predictions.
-        dataset_kwargs={"skip_prepare_dataset": not settings["PACKING"]},
+        dataset_kwargs={"skip_prepare_dataset": not is_packed},
         max_steps=settings["MAX_STEPS"] or -1,
-        max_length=settings["MAX_LENGTH"] if settings["PACKING"] else None,
+        max_length=settings["MAX_LENGTH"] if is_packed else None,
         per_device_eval_batch_size=plan.rows,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=dtype == torch.bfloat16,

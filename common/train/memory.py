@@ -42,6 +42,7 @@ class Step:
     full: bool = False  # full fine-tuning: every parameter has a gradient
     checkpointing: bool = False
     accumulates: bool = False  # gradients of earlier micro steps are there
+    has_reference: bool = False  # the model without its adapter computes, too
 
 
 def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
@@ -75,6 +76,9 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
             inputs, tracker.phase = batch(step), "forward"
             with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
                 losses, divergence, router_loss = model(**inputs, learn=inputs["input_ids"], use_cache=False)
+                if step.has_reference:
+                    with torch.no_grad(), model.disable_adapter():
+                        model(**inputs, learn=inputs["input_ids"], use_cache=False)
             tracker.phase = "backward"
             (losses.sum() + step.kl_weight * divergence + router_loss).backward()
             tracker.label([p.grad for p in trained], "gradients")

@@ -28,6 +28,7 @@ def check_losses(trainer) -> None:
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
     inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
+    inputs = {name: value for name, value in inputs.items() if name not in ("reference", "is_good", "is_pair")}
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         losses, difference, bound = check_row(trainer, inputs)
@@ -49,7 +50,7 @@ def check_row(trainer, inputs: dict) -> tuple[list[torch.Tensor], float, float]:
         bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
         return losses, difference, bound
-    ours = choose_attention(model.config, None, trainer.args.packing, device="cpu")
+    ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
     if asked or not helps:

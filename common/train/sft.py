@@ -3,6 +3,7 @@
 import copy
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import set_seed
@@ -12,6 +13,7 @@ from common.data import checks, prepare, templates
 from common.data.account import describe
 from common.data.encoder import ChatEncoder
 from common.eval import facts
+from common.files import hash_file
 from common.model import load
 from common.model.attention import can_pack, choose_attention
 from common.model.location import Source
@@ -20,6 +22,8 @@ from common.train.galore import GaLore
 from common.train.loss import router_loss_weight
 from common.train.memory import Step
 from common.train.meta_model import empty_adapter, empty_model
+from common.train.preference import Preference
+from common.train.preference_trainer import PreferenceTrainer
 from common.train.trainer import ChatTrainer, GaloreTrainer
 
 KEEPS_BASE = ("lora", "dora", "rslora", "ia3")  # PiSSA and LoftQ change the base's weights
@@ -38,6 +42,7 @@ class Job:
     encoder: ChatEncoder
     kl_weight: float
     probe: object  # see facts.make_probe
+    preference: Preference | None  # None: ordinary chats
     train_set: object = None  # datasets.Dataset of input_ids and labels; load_data fills in these four
     eval_set: object = None
     data_digest: str = ""
@@ -47,6 +52,16 @@ class Job:
         """The base on the meta device, without its adapter. attention: any model has the default."""
         model_config, vocabulary = load.load_config(self.source), len(self.tokenizer)
         return empty_model(model_config, quantization, self.dtype, attention, vocabulary)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the model without its new adapter is the base."""
+        return self.settings.get("ADAPTER") in KEEPS_BASE and not self.source.adapter
+
+    @property
+    def has_live_reference(self) -> bool:
+        needed = self.preference and self.preference.needs_reference
+        return bool(needed and self.settings["REFERENCE"] == "live")
 
     @property
     def is_full(self) -> bool:
@@ -70,7 +85,11 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     base = tokenizer if reference == source else reference and load.load_tokenizer(reference)
     base_template = base and base.chat_template
     model_config = load.load_config(source)
-    kl_weight = config.choose_kl_weight(settings, bool(base_template), reference is not None)
+    preference = Preference.of(settings) if "LOSS" in settings else None
+    if preference is None:
+        kl_weight = config.choose_kl_weight(settings, bool(base_template), reference is not None)
+    else:
+        kl_weight = 0.0  # the loss has a pull towards the reference of its own
     if weight := router_loss_weight(model_config):
         print(f"balance of the experts: weight {weight}; logged as router_loss, not part of loss and eval_loss")
     if settings["PACKING"] and not can_pack(model_config, settings["MAX_LENGTH"]):
@@ -85,7 +104,7 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
     attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe)
+    return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
 
 
 def load_data(job: Job, run, trained_rows: list[int]) -> None:
@@ -99,7 +118,11 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     job.train_set, job.eval_set, account = datasets
     print(describe(account))
     checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
-    longest = settings["MAX_LENGTH"] if settings["PACKING"] else account["length_percentiles"]["100"]
+    longest = account["length_percentiles"]["100"]
+    if job.preference:
+        longest = max(map(sum, job.train_set["seq_lengths"]))
+    elif settings["PACKING"]:
+        longest = settings["MAX_LENGTH"]
     job.row_length, job.data_digest = min(longest, account["tokens"]), account["digest"]
 
 
@@ -117,7 +140,8 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
         return model, job.frozen_base(model)
 
     packing, device = settings["PACKING"], hardware.device_type()
-    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=job.is_full)
+    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=job.is_full,
+                has_reference=job.has_live_reference)  # fmt: skip
     optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, job.trainer_settings["OPTIM"])
     plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
     batch_plan.restart_smaller(lambda plan: train_as_planned(job, run, build, make_optimizer, plan), plan, settings)
@@ -133,7 +157,10 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     print(f"{job.source.name}: {trainable:,} trainable parameters")
     base = job.frozen_base(model)
     optimizer = make_optimizer and make_optimizer(model)
-    trainer = (GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer)(
+    kind, options = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer, {}
+    if job.preference:
+        kind, options = PreferenceTrainer, {"preference": job.preference}
+    trainer = kind(
         model=model,
         args=config.trainer_config(job.trainer_settings, plan, run.folder, job.dtype, evaluate=bool(job.eval_set)),
         train_dataset=job.train_set,
@@ -148,8 +175,14 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
         save_total_limit=settings["SAVE_TOTAL_LIMIT"],
         data_digest=job.data_digest,
         base_fingerprint=model.base_fingerprint,
-        has_new_adapter=settings.get("ADAPTER") in KEEPS_BASE and not job.source.adapter,
+        has_new_adapter=job.keeps_base,
+        **options,
     )
+    if job.preference and job.preference.needs_reference and not job.has_live_reference:
+        adapter = job.source.adapter and hash_file(Path(job.source.adapter) / "adapter_model.safetensors")
+        parts = job.data_digest, model.base_fingerprint, adapter, job.dtype, settings["MAX_SAMPLES"], settings["SEED"]
+        key = " ".join(map(str, parts))
+        trainer.keep_reference(run.folder / "data" / "reference.npz", key)
 
     def save(folder, weights):
         load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)

@@ -28,6 +28,8 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
     has_new_adapter: the model has an untrained adapter that leaves the base's weights as they are.
     """
 
+    evaluated = ("loss",)
+
     def __init__(
         self, model, *args, settings: dict, kl_weight=0.0, base_model=None, probe=None, has_new_adapter=False, **kwargs
     ):
@@ -42,14 +44,15 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         if distributed.count() > 1:
             parallel.exchange_in_float32(self.accelerator.state)
             share = distributed.count() * self.args.per_device_train_batch_size
-            token = self.processing_class.eos_token_id or 0
-            blank = {"input_ids": [token], "labels": [-100], "seq_lengths": [1]}
-            self.train_dataset = parallel.with_blanks(self.train_dataset, blank, share)
-            self.eval_dataset = self.eval_dataset and parallel.with_blanks(self.eval_dataset, blank, share)
+            self.train_dataset = parallel.with_blanks(self.train_dataset, self.blank_row(), share)
+            self.eval_dataset = self.eval_dataset and parallel.with_blanks(self.eval_dataset, self.blank_row(), share)
         self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
         if base_model is not None:
             base_model.to(distributed.device())  # it is not sharded where the model is
         prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
+
+    def blank_row(self) -> dict:
+        return {"input_ids": [self.processing_class.eos_token_id or 0], "labels": [-100], "seq_lengths": [1]}
 
     def restore_progress(self):
         check_losses(self)
@@ -71,12 +74,16 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         # A step's sum, over all processes, is a mean.
         share = 1 / self.current_gradient_accumulation_steps / distributed.count()
         values = {"kl": divergence / self.micro_steps_with_tokens, "router_loss": router_loss * share}
-        for name, weight in self.penalties.items():
-            loss = loss + weight * values[name]
+        self.add_to_log(values, share)
+        loss = loss + sum(weight * values[name] for name, weight in self.penalties.items())
+        return loss * self.accelerator.num_processes
+
+    def add_to_log(self, values: dict[str, torch.Tensor], share: float) -> None:
+        """Add a micro step's part of what is logged beside the loss. share: of the step that the part stands for."""
+        for name in self.penalties:
             if math.isfinite(value := values[name].item()):
                 sums = self.progress.penalties.setdefault(name, [0.0, 0, 0.0, 0])
                 sums[:] = [total + more for total, more in zip(sums, (value, share) * 2, strict=True)]
-        return loss * self.accelerator.num_processes
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
@@ -119,20 +126,19 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         if self.progress.evaluation and self.progress.evaluation["step"] == self.state.global_step:
             return self.progress.evaluation
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+        total = 0.0  # of `evaluation_sums`
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed; training must not depend on it
             for inputs in self.get_eval_dataloader():
                 if self.stop_requested():
                     break
-                inputs = self._prepare_inputs(inputs)
-                count = count_loss_tokens(inputs["labels"])
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model, inputs) * count
-                total += self.accelerator.gather(torch.stack([loss, count])[None]).sum(0).cpu()
+                    sums = self.evaluation_sums(self._prepare_inputs(inputs))
+                total += self.accelerator.gather(sums[None]).sum(0).double().cpu()
         if self.stop_requested():
             self.progress.evaluation_due = self.is_in_train
             self.save_and_exit()
-        metrics = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
+        means = (total[:-1] / total[-1].clamp(min=1)).tolist()
+        metrics = {f"eval_{name}": mean for name, mean in zip(self.evaluated, means, strict=True)}
         if self.probe:
             with torch.no_grad(), self.accelerator.autocast():  # generate() goes past the forward that has it
                 metrics |= self.probe(self.model)
@@ -140,6 +146,11 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluation_sums(self, inputs: dict) -> torch.Tensor:
+        """Sums of what `evaluated` names, and the number of what was summed."""
+        count = count_loss_tokens(inputs["labels"])
+        return torch.stack([self.compute_loss(self.model, inputs) * count, count])
 
     def create_model_card(self, *args, **kwargs):
         """TRL's names no base and no data; merge_and_export.py writes one from the run."""

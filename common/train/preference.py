@@ -1,0 +1,84 @@
+"""Preference losses: by how much more the model prefers the better answer than the reference does.
+
+Log-probabilities are sums over an answer's tokens, in nats. `ours` and `theirs`, of the reference: (pairs, 2), the
+better answer first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+FREE = ("simpo", "orpo")  # losses without a reference
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The loss and its constants, by the names of the settings."""
+
+    loss: str = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    gamma: float = 0.5
+
+    @classmethod
+    def of(cls, settings: dict) -> "Preference":
+        names = ("LOSS", "BETA", "LABEL_SMOOTHING", "SFT_WEIGHT", "GAMMA")
+        return cls(*(settings[name] for name in names))
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in FREE
+
+    def losses(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The loss of each pair, (pairs,). lengths: tokens of the answers, (pairs, 2)."""
+        means = ours / lengths
+        margins = compare(ours - theirs)
+        match self.loss:
+            case "dpo":  # arXiv 2305.18290, equation 7; label smoothing: arXiv 2403.00409
+                losses = self.smoothed(self.beta * margins)
+            case "ipo":  # arXiv 2310.12036, equation 17, by token as its authors have it (TRL's IPO)
+                losses = (compare((ours - theirs) / lengths) - 1 / (2 * self.beta)) ** 2
+            case "simpo":  # arXiv 2405.14734, equation 6
+                losses = self.smoothed(self.beta * compare(means) - self.gamma)
+            case "orpo":  # arXiv 2403.07691, equations 6 and 7: odds are p / (1 - p)
+                log_odds = compare(means) - compare(torch.log(-torch.expm1(means)))
+                losses = -means[:, 0] - self.beta * logsigmoid(log_odds)
+        return losses - self.sft_weight * means[:, 0]  # arXiv 2404.19733, equation 1
+
+    def rewards(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What the model makes of each answer, (pairs, 2): BETA times its log-probability over the reference's."""
+        return self.beta * ((ours - theirs) if self.needs_reference else ours / lengths)
+
+    def smoothed(self, logits: torch.Tensor) -> torch.Tensor:
+        """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""
+        return -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
+
+    def labelled_losses(self, ours: torch.Tensor, theirs: torch.Tensor, is_good: torch.Tensor) -> torch.Tensor:
+        """KTO's loss of each labelled answer, (answers,); arXiv 2402.01306, equation 8.
+
+        ours, theirs: (answers, 2), the second of an answer to another question, by which the model's divergence from
+        the reference is estimated: a mean over these answers, at least 0, without a gradient. So the loss depends on
+        which answers lie in one micro step.
+        """
+        divergence = (ours - theirs)[:, 1].mean().clamp(min=0).detach()
+        gains = self.beta * ((ours - theirs)[:, 0] - divergence)
+        return 1 - torch.sigmoid(torch.where(is_good, gains, -gains))
+
+
+def compare(values: torch.Tensor) -> torch.Tensor:
+    """Those of the better answer less those of the worse; values: (pairs, 2)."""
+    return values[:, 0] - values[:, 1]
+
+
+def sum_by_sequence(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor, sequences: int):
+    """Log-probabilities and numbers of tokens in the loss of each sequence, (sequences,) both.
+
+    losses: (N,), of the tokens in the loss, row by row. labels, starts: (B, T); starts is True where a sequence begins.
+    sequences: their number, which is known without a look at the device.
+    """
+    in_loss = labels[:, 1:] != -100
+    number = starts.flatten().cumsum(0).view_as(starts)[:, 1:][in_loss] - 1  # (N,)
+    sums = losses.new_zeros(sequences).index_add(0, number, -losses)
+    return sums, losses.new_zeros(sequences).index_add(0, number, torch.ones_like(losses))

@@ -1,0 +1,182 @@
+"""The trainer of preferences: the answers of a pair side by side, with the loss of `preference`."""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import distributed
+from common.cli import RANK
+from common.train.preference import Preference, compare, sum_by_sequence
+from common.train.trainer import ChatTrainer, count_tokens
+
+# What is logged of the pairs: shares, and rewards in nats times BETA (arXiv 2305.18290).
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
+OF_PAIRS = ("reference", "is_good", "is_pair")  # what a batch has beside the model's inputs
+# Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
+MOST_MARGIN, LEAST_REWARD = 3.0, -0.5
+
+
+@dataclass
+class PairCollator:
+    """TRL's collator, with what belongs to pairs beside it. is_packed: a pair is one row, else two padded ones."""
+
+    collate: object
+    is_packed: bool
+
+    def __call__(self, rows: list[dict]) -> dict:
+        inputs = ("input_ids", "labels", "seq_lengths")
+        sequences = [{name: row[name] for name in inputs} for row in rows]
+        if not self.is_packed:
+            sequences = [half for row in sequences for half in split(row)]
+        batch = self.collate(sequences)
+        batch["is_good"] = torch.tensor([row["is_good"] for row in rows])
+        batch["is_pair"] = torch.tensor([any(label != -100 for label in row["labels"]) for row in rows])  # no blank row
+        if "reference" in rows[0]:
+            batch["reference"] = torch.tensor([row["reference"] for row in rows])  # (pairs, 2)
+        return batch
+
+
+def split(row: dict) -> list[dict]:
+    """The two sequences of a row as rows."""
+    first = row["seq_lengths"][0]
+    return [{name: row[name][part] for name in ("input_ids", "labels")} for part in (slice(first), slice(first, None))]
+
+
+class PreferenceTrainer(ChatTrainer):
+    """ChatTrainer for pairs, or for labelled answers (LOSS=kto).
+
+    The reference is what the dataset's column `reference` has, the model without its new adapter where it has none.
+    """
+
+    evaluated = ("loss", *PAIR_METRICS)
+
+    def __init__(self, *args, preference: Preference, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.preference, self.pairs_in_step, self.warned = preference, 1, False
+        self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"])
+        self.penalties |= dict.fromkeys(PAIR_METRICS, 0.0)
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "labels", "seq_lengths", *OF_PAIRS]
+
+    def blank_row(self) -> dict:
+        token = self.processing_class.eos_token_id or 0
+        row = {"input_ids": [token] * 2, "labels": [-100] * 2, "seq_lengths": [1, 1]}
+        return row | {"is_good": True, "reference": [0.0, 0.0]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
+        losses, values, router_loss = self.compare_pairs(model, inputs)
+        share = 1 / self.current_gradient_accumulation_steps / distributed.count()
+        values = {name: value.sum() / self.pairs_in_step for name, value in values.items()}
+        values["router_loss"] = router_loss * share
+        self.add_to_log(values, share)
+        loss = losses.sum() / self.pairs_in_step + self.penalties.get("router_loss", 0.0) * values["router_loss"]
+        return loss * self.accelerator.num_processes
+
+    def compare_pairs(self, model, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """The loss of each pair and what is logged of it, (pairs,) all, and the router loss; 0 for blank pairs."""
+        inputs = dict(inputs)
+        is_good, is_pair, theirs = inputs.pop("is_good"), inputs.pop("is_pair"), inputs.pop("reference", None)
+        ours, lengths, router_loss = self.log_probs(model, inputs)
+        if theirs is None and self.preference.needs_reference:
+            with torch.no_grad(), self.reference_model():
+                theirs = self.log_probs(model, inputs)[0]
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        lengths = lengths.clamp(min=1)  # of blank pairs
+        if self.preference.loss == "kto":
+            losses = self.preference.labelled_losses(ours, theirs, is_good)
+        else:
+            losses = self.preference.losses(ours, theirs, lengths)
+        with torch.no_grad():
+            values = self.measure(ours, theirs, lengths, is_good)
+        return losses * is_pair, {name: value * is_pair for name, value in values.items()}, router_loss
+
+    def measure(self, ours, theirs, lengths, is_good) -> dict[str, torch.Tensor]:
+        """PAIR_METRICS of each pair; of labelled answers, those of the good ones stand for the chosen."""
+        rewards = self.preference.rewards(ours, theirs, lengths)  # (pairs, 2)
+        margins = compare(rewards)
+        if self.preference.loss == "kto":
+            margins = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
+        ties = (margins == 0) / 2
+        values = (margins > 0) + ties, margins, *rewards.unbind(1), ours[:, 0] / lengths[:, 0]
+        per_token = ((ours - theirs).sum(1) / lengths.sum(1)).abs()
+        return dict(zip(PAIR_METRICS, (*values, per_token), strict=True))
+
+    def log_probs(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and tokens of the answers, (pairs, 2) both, and the router loss."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        losses, _, router_loss = model(**inputs, learn=labels, use_cache=False)
+        starts = torch.zeros_like(labels, dtype=torch.bool)
+        if "position_ids" in inputs:
+            starts = inputs["position_ids"] == 0
+        starts[:, 0] = True
+        sequences = inputs["cu_seq_lens_q"].shape[0] - 1 if "cu_seq_lens_q" in inputs else labels.shape[0]
+        sums, lengths = sum_by_sequence(losses, labels, starts, sequences)
+        return sums.view(-1, 2), lengths.view(-1, 2), router_loss
+
+    @contextlib.contextmanager
+    def reference_model(self):
+        """The model as it was before its new adapter, without dropout and noise."""
+        was_training = self.model.training
+        self.model.eval()
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            yield
+        self.model.train(was_training)
+
+    def keep_reference(self, file: Path, key: str) -> None:
+        """Give each pair the log-probabilities of the untrained model; from the file, where it was written for the key.
+
+        One pair at a time, as it is computed in training on a CPU: then the first loss is exactly that of no change.
+        """
+        kept = dict(np.load(file)) if file.is_file() else {}
+        if kept.get("key") != key:
+            sets = {"train": self.train_dataset, "eval": self.eval_dataset}
+            kept = {name: self.reference_of(rows) for name, rows in sets.items() if rows is not None}
+            if not RANK:
+                np.savez(file, key=key, **kept)
+        self.train_dataset = self.train_dataset.add_column("reference", kept["train"].tolist())
+        if self.eval_dataset is not None:
+            self.eval_dataset = self.eval_dataset.add_column("reference", kept["eval"].tolist())
+
+    def reference_of(self, rows) -> np.ndarray:
+        """Log-probabilities of both answers of each row by the model as it is, (rows, 2)."""
+        self.model.eval()
+        found = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for number in range(RANK, len(rows), distributed.count()):
+                inputs = self._prepare_inputs(self.data_collator([rows[number]]))
+                inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
+                found.append(self.log_probs(self.model, inputs)[0][0].tolist())
+        self.model.train()
+        in_order = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
+        return np.array([pair for group in in_order for pair in group], dtype=np.float32)
+
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        pairs = sum(int(batch["is_pair"].sum()) for batch in batches)
+        self.pairs_in_step = max(1, sum(distributed.gather(pairs)))
+        return batches, items
+
+    def evaluation_sums(self, inputs: dict) -> torch.Tensor:
+        losses, values, _ = self.compare_pairs(self.model, inputs)
+        sums = [losses.sum(), *(values[name].sum() for name in PAIR_METRICS)]
+        return torch.stack([*sums, inputs["is_pair"].sum()])
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        margin, reward = logs.get("margin"), logs.get("chosen_reward")
+        if margin is None or self.warned or logs["accuracy"] < 1:
+            return
+        problem = f"the margin is {margin:.1f}" if margin > MOST_MARGIN else ""
+        if reward < LEAST_REWARD:
+            problem = f"the chosen answers have become less likely (reward {reward:.2f})"
+        if problem:
+            self.warned = True
+            remedy = f"Lower LEARNING_RATE={self.args.learning_rate}, or set SFT_WEIGHT=1"
+            print(f"step {self.state.global_step}: every pair is right and {problem}. {remedy}.", file=sys.stderr)
