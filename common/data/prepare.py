@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.data import folders, pipeline, sources
 from common.data.account import Reasons, account_for
 from common.data.encoder import ChatEncoder, Encoded
+from common.data.labelled import with_mismatched
 from common.files import hash_file, write_atomic
 
 IGNORE_INDEX = -100  # label of a token that is not in the loss
@@ -103,7 +104,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
 
 
 def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple:
-    """Write rows; returns of each its repetitions, tokens in the loss, lengths of its sequences, number of its prompt."""
+    """Write rows; returns of each its repetitions, tokens in the loss, its sequences' lengths, its prompt as a number."""
     times, in_loss, sequences, prompts, numbers = [], [], [], [], {}
     with parquet.ParquetWriter(file, SPOOL_SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
@@ -171,7 +172,10 @@ def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearn
     account["digest"] = "-".join(hash_file(folder / name)[:16] for name in FILES)
     train = as_dataset(train).shuffle(settings["SEED"])
     evaluate = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
-    return train, as_dataset(evaluation) if evaluate else None, account
+    evaluation = as_dataset(evaluation) if evaluate else None
+    if settings.get("LOSS") == "kto":
+        train, evaluation = (rows and with_mismatched(rows) for rows in (train, evaluation))
+    return train, evaluation, account
 
 
 def as_dataset(table: pa.Table):

@@ -31,10 +31,14 @@ class Preference:
     def needs_reference(self) -> bool:
         return self.loss not in FREE
 
-    def losses(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """The loss of each pair, (pairs,). lengths: tokens of the answers, (pairs, 2)."""
-        means = ours / lengths
-        margins = compare(ours - theirs)
+    def losses(self, ours, theirs, lengths: torch.Tensor, usual: float) -> torch.Tensor:
+        """The loss of each pair, (pairs,).
+
+        lengths: tokens of the answers, (pairs, 2). usual: mean tokens of the better answers of the step, by which the
+        loss on them is a mean over tokens, as in ordinary training.
+        """
+        means, margins = ours / lengths, compare(ours - theirs)
+        sft_loss = -ours[:, 0] / usual
         match self.loss:
             case "dpo":  # arXiv 2305.18290, equation 7; label smoothing: arXiv 2403.00409
                 losses = self.smoothed(self.beta * margins)
@@ -44,8 +48,8 @@ class Preference:
                 losses = self.smoothed(self.beta * compare(means) - self.gamma)
             case "orpo":  # arXiv 2403.07691, equations 6 and 7: odds are p / (1 - p)
                 log_odds = compare(means) - compare(torch.log(-torch.expm1(means)))
-                losses = -means[:, 0] - self.beta * logsigmoid(log_odds)
-        return losses - self.sft_weight * means[:, 0]  # arXiv 2404.19733, equation 1
+                losses = sft_loss - self.beta * logsigmoid(log_odds)
+        return losses + self.sft_weight * sft_loss  # arXiv 2404.19733, equation 1
 
     def rewards(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """What the model makes of each answer, (pairs, 2): BETA times its log-probability over the reference's."""
@@ -55,15 +59,13 @@ class Preference:
         """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""
         return -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
 
-    def labelled_losses(self, ours: torch.Tensor, theirs: torch.Tensor, is_good: torch.Tensor) -> torch.Tensor:
+    def labelled_losses(self, gains: torch.Tensor, divergence: float, is_good: torch.Tensor) -> torch.Tensor:
         """KTO's loss of each labelled answer, (answers,); arXiv 2402.01306, equation 8.
 
-        ours, theirs: (answers, 2), the second of an answer to another question, by which the model's divergence from
-        the reference is estimated: a mean over these answers, at least 0, without a gradient. So the loss depends on
-        which answers lie in one micro step.
+        gains: log-probabilities over the reference's, (answers,). divergence: of the model from the reference, in nats:
+        the mean gain of answers to other questions, at least 0.
         """
-        divergence = (ours - theirs)[:, 1].mean().clamp(min=0).detach()
-        gains = self.beta * ((ours - theirs)[:, 0] - divergence)
+        gains = self.beta * (gains - divergence)
         return 1 - torch.sigmoid(torch.where(is_good, gains, -gains))
 
 

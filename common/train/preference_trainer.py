@@ -1,6 +1,8 @@
 """The trainer of preferences: the answers of a pair side by side, with the loss of `preference`."""
 
 import contextlib
+import itertools
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from common.train.trainer import ChatTrainer, count_tokens
 
 # What is logged of the pairs: shares, and rewards in nats times BETA (arXiv 2305.18290).
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
-OF_PAIRS = ("reference", "is_good", "is_pair")  # what a batch has beside the model's inputs
+OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch has beside the model's inputs
 # Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
 MOST_MARGIN, LEAST_REWARD = 3.0, -0.5
 
@@ -28,22 +30,33 @@ class PairCollator:
     is_packed: bool
 
     def __call__(self, rows: list[dict]) -> dict:
-        inputs = ("input_ids", "labels", "seq_lengths")
-        sequences = [{name: row[name] for name in inputs} for row in rows]
-        if not self.is_packed:
-            sequences = [half for row in sequences for half in split(row)]
-        batch = self.collate(sequences)
+        sequences = [{name: row[name] for name in ("input_ids", "labels", "seq_lengths")} for row in rows]
+        batch = self.collate_sequences(sequences)
+        if "mismatched" in rows[0]:
+            others = [row["mismatched"] for row in rows]
+            batch["mismatched"] = self.collate_sequences([o | {"seq_lengths": [len(o["labels"])]} for o in others])
         batch["is_good"] = torch.tensor([row["is_good"] for row in rows])
-        batch["is_pair"] = torch.tensor([any(label != -100 for label in row["labels"]) for row in rows])  # no blank row
+        batch["length"] = torch.tensor([count_first(row) for row in rows])
         if "reference" in rows[0]:
             batch["reference"] = torch.tensor([row["reference"] for row in rows])  # (pairs, 2)
         return batch
 
+    def collate_sequences(self, rows: list[dict]) -> dict:
+        return self.collate(rows if self.is_packed else [part for row in rows for part in split(row)])
+
+
+def count_first(row: dict) -> int:
+    """Tokens of the better answer, or of the only one; 0 for a blank row."""
+    return sum(label != -100 for label in row["labels"][: row["seq_lengths"][0]])
+
 
 def split(row: dict) -> list[dict]:
-    """The two sequences of a row as rows."""
-    first = row["seq_lengths"][0]
-    return [{name: row[name][part] for name in ("input_ids", "labels")} for part in (slice(first), slice(first, None))]
+    """The sequences of a row as rows."""
+    parts, start = [], 0
+    for length in row["seq_lengths"]:
+        parts.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
+        start += length
+    return parts
 
 
 class PreferenceTrainer(ChatTrainer):
@@ -56,7 +69,8 @@ class PreferenceTrainer(ChatTrainer):
 
     def __init__(self, *args, preference: Preference, **kwargs):
         super().__init__(*args, **kwargs)
-        self.preference, self.pairs_in_step, self.warned = preference, 1, False
+        self.preference, self.pairs_in_step, self.usual_length, self.divergence = preference, 1, 1.0, 0.0
+        self.warned = False
         self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"])
         self.penalties |= dict.fromkeys(PAIR_METRICS, 0.0)
 
@@ -80,18 +94,14 @@ class PreferenceTrainer(ChatTrainer):
 
     def compare_pairs(self, model, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss of each pair and what is logged of it, (pairs,) all, and the router loss; 0 for blank pairs."""
-        inputs = dict(inputs)
-        is_good, is_pair, theirs = inputs.pop("is_good"), inputs.pop("is_pair"), inputs.pop("reference", None)
+        is_good, is_pair = inputs["is_good"], inputs["length"] > 0
         ours, lengths, router_loss = self.log_probs(model, inputs)
-        if theirs is None and self.preference.needs_reference:
-            with torch.no_grad(), self.reference_model():
-                theirs = self.log_probs(model, inputs)[0]
-        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        theirs = self.reference_log_probs(model, inputs, ours)
         lengths = lengths.clamp(min=1)  # of blank pairs
         if self.preference.loss == "kto":
-            losses = self.preference.labelled_losses(ours, theirs, is_good)
+            losses = self.preference.labelled_losses((ours - theirs)[:, 0], self.divergence, is_good)
         else:
-            losses = self.preference.losses(ours, theirs, lengths)
+            losses = self.preference.losses(ours, theirs, lengths, self.usual_length)
         with torch.no_grad():
             values = self.measure(ours, theirs, lengths, is_good)
         return losses * is_pair, {name: value * is_pair for name, value in values.items()}, router_loss
@@ -99,9 +109,11 @@ class PreferenceTrainer(ChatTrainer):
     def measure(self, ours, theirs, lengths, is_good) -> dict[str, torch.Tensor]:
         """PAIR_METRICS of each pair; of labelled answers, those of the good ones stand for the chosen."""
         rewards = self.preference.rewards(ours, theirs, lengths)  # (pairs, 2)
-        margins = compare(rewards)
-        if self.preference.loss == "kto":
+        if self.preference.loss == "kto":  # an answer alone: against none
             margins = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
+            rewards = torch.stack([rewards[:, 0] * is_good, rewards[:, 0] * ~is_good], 1)
+        else:
+            margins = compare(rewards)
         ties = (margins == 0) / 2
         values = (margins > 0) + ties, margins, *rewards.unbind(1), ours[:, 0] / lengths[:, 0]
         per_token = ((ours - theirs).sum(1) / lengths.sum(1)).abs()
@@ -109,7 +121,7 @@ class PreferenceTrainer(ChatTrainer):
 
     def log_probs(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens of the answers, (pairs, 2) both, and the router loss."""
-        inputs = dict(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
         labels = inputs.pop("labels")
         losses, _, router_loss = model(**inputs, learn=labels, use_cache=False)
         starts = torch.zeros_like(labels, dtype=torch.bool)
@@ -118,7 +130,33 @@ class PreferenceTrainer(ChatTrainer):
         starts[:, 0] = True
         sequences = inputs["cu_seq_lens_q"].shape[0] - 1 if "cu_seq_lens_q" in inputs else labels.shape[0]
         sums, lengths = sum_by_sequence(losses, labels, starts, sequences)
-        return sums.view(-1, 2), lengths.view(-1, 2), router_loss
+        answers = 1 if self.preference.loss == "kto" else 2
+        return sums.view(-1, answers), lengths.view(-1, answers), router_loss
+
+    def reference_log_probs(self, model, inputs: dict, ours: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """Those of the reference, as `ours`; 0 where the loss has none. number: of labelled answers, 1: mismatched."""
+        if not self.preference.needs_reference:
+            return torch.zeros_like(ours)
+        if "reference" in inputs:
+            return inputs["reference"][:, number:][:, : ours.shape[1]]
+        with torch.no_grad(), self.reference_model():
+            return self.log_probs(model, inputs)[0]
+
+    @torch.no_grad()
+    def mean_gain(self, batches: list[dict]) -> float:
+        """KTO's divergence: the mean gain over the mismatched answers of all batches and processes, at least 0."""
+        total = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            others = batch["mismatched"] | {name: batch[name] for name in ("reference",) if name in batch}
+            with self.compute_loss_context_manager():
+                ours = self.log_probs(self.model, others)[0]
+                gains = (ours - self.reference_log_probs(self.model, others, ours, 1))[:, 0] * (batch["length"] > 0)
+            total += torch.stack([gains.sum(), (batch["length"] > 0).sum()]).cpu()
+        self.model.train()
+        gain, count = map(sum, zip(*distributed.gather(total.tolist()), strict=True))
+        return max(0.0, gain / max(1, count))
 
     @contextlib.contextmanager
     def reference_model(self):
@@ -151,22 +189,31 @@ class PreferenceTrainer(ChatTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for number in range(RANK, len(rows), distributed.count()):
                 inputs = self._prepare_inputs(self.data_collator([rows[number]]))
-                inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
-                found.append(self.log_probs(self.model, inputs)[0][0].tolist())
+                sequences = [inputs, *([inputs["mismatched"]] if "mismatched" in inputs else [])]
+                found.append([x for part in sequences for x in self.log_probs(self.model, part)[0][0].tolist()])
         self.model.train()
         in_order = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
         return np.array([pair for group in in_order for pair in group], dtype=np.float32)
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
-        pairs = sum(int(batch["is_pair"].sum()) for batch in batches)
-        self.pairs_in_step = max(1, sum(distributed.gather(pairs)))
+        lengths = [length for batch in batches for length in batch["length"].tolist() if length]
+        lengths = list(itertools.chain.from_iterable(distributed.gather(lengths)))
+        self.pairs_in_step, self.usual_length = max(1, len(lengths)), max(1, sum(lengths)) / max(1, len(lengths))
+        if self.preference.loss == "kto":  # over the whole step, however it is cut into micro steps
+            self.divergence = self.mean_gain(batches)
         return batches, items
+
+    def evaluate(self, *args, **kwargs):
+        self.usual_length = statistics.fmean(filter(None, map(count_first, self.eval_dataset)))
+        if self.preference.loss == "kto":
+            self.divergence = self.mean_gain(self.get_eval_dataloader())
+        return super().evaluate(*args, **kwargs)
 
     def evaluation_sums(self, inputs: dict) -> torch.Tensor:
         losses, values, _ = self.compare_pairs(self.model, inputs)
         sums = [losses.sum(), *(values[name].sum() for name in PAIR_METRICS)]
-        return torch.stack([*sums, inputs["is_pair"].sum()])
+        return torch.stack([*sums, (inputs["length"] > 0).sum()])
 
     def log(self, logs, start_time=None):
         super().log(logs, start_time)

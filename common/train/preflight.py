@@ -28,7 +28,9 @@ def check_losses(trainer) -> None:
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
     inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
-    inputs = {name: value for name, value in inputs.items() if name not in ("reference", "is_good", "is_pair")}
+    inputs = {
+        name: value for name, value in inputs.items() if name not in ("reference", "is_good", "length", "mismatched")
+    }
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         losses, difference, bound = check_row(trainer, inputs)
