@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from common.cli import UserError
+from common.data.compared import IGNORE_INDEX, sequences_of
 from common.data.encoder import ChatEncoder
-from common.data.prepare import IGNORE_INDEX
+from common.data.pair_checks import pair_notes
 
 ROWS = 1000  # rows checked, evenly spaced over the set
 SHOWN = 2  # rows printed
@@ -29,6 +30,10 @@ def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_row
     with_loss = [row for row in rows if set(row["labels"]) != {IGNORE_INDEX}]
     for row in with_loss[:SHOWN]:
         show(row, tokenizer)
+    if "seq_lengths" in rows[0]:
+        for note in pair_notes(rows):
+            print(f"doctor: note: {note}")
+        rows = [part for row in rows for part in sequences_of(row)]
     problems = list(row_problems(rows, tokenizer, encoder, settings, held))
     if frozen := set(encoder.new_token_ids) - set(trained_rows):
         names = " ".join(tokenizer.convert_ids_to_tokens(sorted(frozen)))

@@ -17,11 +17,10 @@ from common import distributed
 from common.cli import UserError
 from common.data import folders, pipeline, sources
 from common.data.account import Reasons, account_for
+from common.data.compared import IGNORE_INDEX, with_mismatched
 from common.data.encoder import ChatEncoder, Encoded
-from common.data.labelled import with_mismatched
 from common.files import hash_file, write_atomic
 
-IGNORE_INDEX = -100  # label of a token that is not in the loss
 # assistant_masks: 1 where a token is in the loss.
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "assistant_masks": pa.list_(pa.int8())})
 # lengths: of the sequences of a row. is_good: the label of its answer, where it has one.
@@ -104,7 +103,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
 
 
 def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple:
-    """Write rows; returns of each its repetitions, tokens in the loss, its sequences' lengths, its prompt as a number."""
+    """Write rows; returns of each its repetitions, tokens in the loss, its lengths, its prompt's number."""
     times, in_loss, sequences, prompts, numbers = [], [], [], [], {}
     with parquet.ParquetWriter(file, SPOOL_SCHEMA) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):

@@ -12,7 +12,9 @@ import torch
 
 from common import distributed
 from common.cli import RANK
+from common.data.compared import sequences_of
 from common.train.preference import Preference, compare, sum_by_sequence
+from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer, count_tokens
 
 # What is logged of the pairs: shares, and rewards in nats times BETA (arXiv 2305.18290).
@@ -42,21 +44,12 @@ class PairCollator:
         return batch
 
     def collate_sequences(self, rows: list[dict]) -> dict:
-        return self.collate(rows if self.is_packed else [part for row in rows for part in split(row)])
+        return self.collate(rows if self.is_packed else [part for row in rows for part in sequences_of(row)])
 
 
 def count_first(row: dict) -> int:
     """Tokens of the better answer, or of the only one; 0 for a blank row."""
     return sum(label != -100 for label in row["labels"][: row["seq_lengths"][0]])
-
-
-def split(row: dict) -> list[dict]:
-    """The sequences of a row as rows."""
-    parts, start = [], 0
-    for length in row["seq_lengths"]:
-        parts.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
-        start += length
-    return parts
 
 
 class PreferenceTrainer(ChatTrainer):
@@ -79,8 +72,11 @@ class PreferenceTrainer(ChatTrainer):
 
     def blank_row(self) -> dict:
         token = self.processing_class.eos_token_id or 0
-        row = {"input_ids": [token] * 2, "labels": [-100] * 2, "seq_lengths": [1, 1]}
-        return row | {"is_good": True, "reference": [0.0, 0.0]}
+        row = {"input_ids": [token] * 2, "labels": [-100] * 2, "seq_lengths": [1, 1], "reference": [0.0, 0.0]}
+        if "mismatched" in self.train_dataset.column_names:
+            alone = {"input_ids": [token], "labels": [-100]}
+            row |= alone | {"seq_lengths": [1], "mismatched": alone}
+        return row | {"is_good": True}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
@@ -203,6 +199,19 @@ class PreferenceTrainer(ChatTrainer):
         if self.preference.loss == "kto":  # over the whole step, however it is cut into micro steps
             self.divergence = self.mean_gain(batches)
         return batches, items
+
+    def find_worst(self, batches: list[dict]) -> list[dict]:
+        self.model.eval()
+        found = []
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = self.compare_pairs(self.model, batch)[0].tolist()
+            sequences = [ids[0, :100] for ids, _ in chats_of(batch)]
+            first = sequences[:: len(sequences) // len(losses)]
+            texts = map(self.processing_class.decode, first)
+            found += [{"loss": loss, "begins": text} for loss, text in zip(losses, texts, strict=True)]
+        return highest_losses(found)
 
     def evaluate(self, *args, **kwargs):
         self.usual_length = statistics.fmean(filter(None, map(count_first, self.eval_dataset)))

@@ -99,11 +99,14 @@ class ReliableTrainer(SavingTrainer):
         return norm
 
     def report_spike(self, step: int, loss: float, usual: float) -> None:
-        chats = worst_chats(self, [inputs for inputs, _ in self.micro_steps])
+        chats = self.find_worst([inputs for inputs, _ in self.micro_steps])
         self.progress.spike = {"step": step, "loss": loss, "usual": usual, "chats": chats}
         print(f"step {step}: loss {loss:.2f}, usually {usual:.2f}; most of it from:", file=sys.stderr)
         for chat in chats:
             print(f"  loss {chat['loss']:.2f}: {chat['begins']!r}", file=sys.stderr)
+
+    def find_worst(self, batches: list[dict]) -> list[dict]:
+        return worst_chats(self, batches)
 
     def stop_requested(self) -> bool:
         """Whether a stop is requested in any process; all have to call it."""
@@ -160,6 +163,11 @@ def worst_chats(trainer, batches: list[dict], count: int = 3) -> list[dict]:
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # whole weights kept from this forward would be used after the update, too
+    return highest_losses(chats, count)
+
+
+def highest_losses(chats: list[dict], count: int = 3) -> list[dict]:
+    """Those of all processes with the highest loss, each once."""
     distinct = {chat["begins"]: chat for chats in distributed.gather(chats) for chat in chats}
     return sorted(distinct.values(), key=lambda chat: -chat["loss"])[:count]
 

@@ -1,8 +1,17 @@
-"""Labelled answers for KTO: each beside the answer to another question, by which the divergence is estimated."""
+"""Rows of compared answers: two side by side, or for KTO a labelled one and one to another question."""
 
 import itertools
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # label of a token that is not in the loss
+
+
+def sequences_of(row: dict) -> list[dict]:
+    """The sequences of a row as rows of input_ids and labels."""
+    parts, start = [], 0
+    for length in row["seq_lengths"]:
+        parts.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
+        start += length
+    return parts
 
 
 def with_mismatched(rows):
@@ -23,10 +32,9 @@ def with_mismatched(rows):
 
 def answers_of(row: dict) -> list[tuple[list[int], list[int], list[int], bool]]:
     """(prompt, what follows, its labels, whether it is good) of each sequence of a row."""
-    found, start, is_pair = [], 0, len(row["seq_lengths"]) == 2
-    for number, length in enumerate(row["seq_lengths"]):
-        ids, labels = (row[name][start : start + length] for name in ("input_ids", "labels"))
+    found, is_pair = [], len(row["seq_lengths"]) == 2
+    for number, part in enumerate(sequences_of(row)):
+        ids, labels = part.values()
         begin = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
         found.append((ids[:begin], ids[begin:], labels[begin:], number == 0 if is_pair else row["is_good"]))
-        start += length
     return found
