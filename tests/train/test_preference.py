@@ -1,0 +1,193 @@
+"""Preference training: each loss equals TRL's on the same pairs and weights; the reference, resumes, warnings."""
+
+import inspect
+import json
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT, execute, save_tiny, write_jsonl
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.data import templates
+from common.data.compared import IGNORE_INDEX, sequences_of
+from common.model import adapters
+from common.train import preference_trainer
+
+STEPS, PAIRS = 6, 8  # of a run; of a step
+TRL = dict(
+    per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=1e-2, lr_scheduler_type="constant",
+    warmup_steps=0, logging_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no", beta=0.1,
+    weight_decay=0.0, optim="adamw_torch_fused", gradient_checkpointing=False, disable_tqdm=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer_folder, tmp_path_factory):
+    """A tiny model with our ChatML as its own template, so that no token is new."""
+    folder = save_tiny("llama", tmp_path_factory.mktemp("base"), tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = (templates.FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = templates.MARKS.sub("", template)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Files of 60 pairs and of 60 labelled answers."""
+    lines = (ROOT / "data" / "brief.jsonl").read_text(encoding="utf-8").splitlines()
+    turns = [json.loads(line)["messages"][-2:] for line in lines[:60]]
+    answers = [answer["content"] for _, answer in turns]
+    folder, pairs, labelled = tmp_path_factory.mktemp("pairs"), [], []
+    for number, (question, answer) in enumerate(turns):
+        prompt, other = f"{question['content']} ({number})", answers[number - 7] + " So it is."
+        pairs.append({"prompt": prompt, "chosen": answer["content"], "rejected": other})
+        is_good = number % 3 > 0
+        labelled.append({"prompt": prompt, "completion": answer["content"] if is_good else other, "label": is_good})
+    return write_jsonl(folder / "pairs.jsonl", pairs), write_jsonl(folder / "labelled.jsonl", labelled)
+
+
+@pytest.fixture
+def train(base, files, tmp_path, monkeypatch):
+    """train(loss, "NAME=value", ...): a run in float32; its metrics, the rows in their order, its first weights."""
+    rows, first = [], {}
+    collate, preflight = preference_trainer.PairCollator.__call__, preference_trainer.PreferenceTrainer.restore_progress
+
+    def record(self, examples):
+        rows.extend(examples)
+        return collate(self, examples)
+
+    def begin(self):
+        preflight(self)
+        rows.clear()  # of the check
+        first.update((name, p.detach().clone()) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    monkeypatch.setattr(preference_trainer.PairCollator, "__call__", record)
+    monkeypatch.setattr(preference_trainer.PreferenceTrainer, "restore_progress", begin)
+
+    def run(loss, *more, name="run"):
+        arguments = [
+            f"MODEL={base}", f"DATA={files[loss == 'kto']}", f"LOSS={loss}", "DTYPE=float32", "LORA_R=4", "EVAL_SIZE=0",
+            f"BATCH_SIZE={PAIRS}", f"MAX_STEPS={STEPS}", "MAX_LENGTH=512", "LEARNING_RATE=1e-2", f"OUT_DIR={tmp_path}",
+            "LR_SCHEDULER=constant", "WARMUP_RATIO=0", "SAVE_STEPS=None", f"RUN_NAME={name}", *more,
+        ]  # fmt: skip
+        assert execute("preference_train.py", arguments) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], rows[: STEPS * PAIRS], first
+
+    return run
+
+
+def parts(row: dict) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer with its end token) of each sequence."""
+    found = []
+    for part in sequences_of(row):
+        learned = [i for i, label in enumerate(part["labels"]) if label != IGNORE_INDEX]
+        ids = part["input_ids"]
+        found.append((ids[: learned[0]], ids[learned[0] : learned[-1] + 1]))
+    return found
+
+
+def in_order(trainer_class, **methods):
+    """TRL's trainer, which takes our tokens, in our order."""
+    methods |= {"_get_train_sampler": lambda self, *args: SequentialSampler(self.train_dataset)}
+    return type("InOrder", (trainer_class,), methods)
+
+
+def tokens_given(self, dataset, *args):
+    return dataset
+
+
+def odds_rows(rows: list[dict]) -> list[dict]:
+    """Rows for TRL's experimental trainers."""
+    found = []
+    for row in rows:
+        made = {"prompt": "a", "chosen": "b", "rejected": "c"}
+        for side, (prompt, answer) in zip(("chosen", "rejected"), parts(row), strict=True):
+            ids = prompt + answer
+            labels = [IGNORE_INDEX] * len(prompt) + answer
+            made |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": labels}
+        found.append(made | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)})
+    return found
+
+
+def peer(loss: str, rows: list[dict], sft_weight: float):
+    """(trainer class, config, rows) of TRL for a loss."""
+    if loss in ("dpo", "ipo"):
+        from trl import DPOConfig, DPOTrainer
+
+        names = [{"dpo": "sigmoid"}.get(loss, loss), *(["sft"] if sft_weight else [])]
+        config = DPOConfig(**TRL, output_dir="unused", loss_type=names, loss_weights=[1.0, sft_weight][: len(names)])
+        tokens = [parts(row) for row in rows]
+        tokens = [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for (p, c), (_, r) in tokens]
+        return in_order(DPOTrainer, _prepare_dataset=tokens_given), config, tokens
+    if loss == "kto":
+        from trl import KTOConfig, KTOTrainer
+
+        config = KTOConfig(**TRL, output_dir="unused", train_sampling_strategy="sequential")
+        tokens = []
+        for row in rows:
+            other = row["mismatched"] | {"seq_lengths": [len(row["mismatched"]["labels"])]}
+            ((prompt, answer),), ((_, kl_answer),) = parts(row), parts(other)
+            ids = dict(prompt_ids=prompt, completion_ids=answer, KL_completion_ids=kl_answer)
+            tokens.append(ids | {"label": row["is_good"]})
+        return in_order(KTOTrainer, _prepare_dataset=tokens_given), config, tokens
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    options = dict(output_dir="unused", max_length=512)
+    if loss == "simpo":
+        config = CPOConfig(**TRL, **options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5)
+        return in_order(CPOTrainer, tokenize_row=lambda self, row, model=None: row), config, odds_rows(rows)
+    # TRL takes the loss of the prompt in, too; the paper does not.
+    source = textwrap.dedent(inspect.getsource(ORPOTrainer.concatenated_forward))
+    inputs, labels = ('concatenated_batch["concatenated_input_ids"].clone()', 'concatenated_batch["concatenated_labels"]')
+    assert inputs in source and "torch.where(attention_mask == 1, labels, -100)" in source
+    source = source.replace(inputs, labels).replace("torch.where(attention_mask == 1, labels, -100)", "labels")
+    names = vars(sys.modules[ORPOTrainer.__module__]) | {}
+    exec(source, names)
+    methods = {"concatenated_forward": names["concatenated_forward"], "tokenize_row": lambda self, row, model=None: row}
+    return in_order(ORPOTrainer, **methods), ORPOConfig(**TRL, **options), odds_rows(rows)
+
+
+@pytest.mark.parametrize(
+    "loss, more, sft_weight",
+    [
+        ("dpo", ["REFERENCE=live"], 0.0),
+        ("dpo", ["SFT_WEIGHT=0.5", "PER_DEVICE_TRAIN_BATCH_SIZE=2"], 0.5),
+        ("ipo", [], 0.0),
+        ("simpo", [], 0.0),
+        ("orpo", [], 0.0),
+        ("kto", [], 0.0),
+        ("kto", ["REFERENCE=live", "PACKING=False", "PER_DEVICE_TRAIN_BATCH_SIZE=4"], 0.0),
+    ],
+)
+def test_losses_are_those_of_trl(loss, more, sft_weight, train, base):
+    metrics, rows, first = train(loss, *more)
+    kind, config, tokens = peer(loss, rows, sft_weight)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = dict(ADAPTER="lora", LORA_R=4, LORA_ALPHA=32, LORA_DROPOUT=0.0, MODEL="", LORA_LAYERS=None)
+    model = adapters.add_adapter(model, settings | {"LORA_TARGET_MODULES": "auto"})
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == first.keys()
+    for name, parameter in trained.items():
+        parameter.data = first[name].clone()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    theirs = kind(model=model, args=config, train_dataset=Dataset.from_list(tokens), processing_class=tokenizer)
+    theirs.train()
+    expected = [entry for entry in theirs.state.log_history if "loss" in entry]
+    for name in ("loss", "grad_norm"):
+        assert [entry[name] for entry in metrics] == pytest.approx([float(e[name]) for e in expected], rel=1e-3)
+    if loss in ("dpo", "ipo"):
+        chosen = [float(entry["rewards/chosen"]) for entry in expected]
+        assert [entry["chosen_reward"] for entry in metrics] == pytest.approx(chosen, rel=1e-3, abs=1e-5)
+
+
+def test_the_first_loss_is_that_of_no_change(train):
+    metrics, _, _ = train("dpo")
+    assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-7) and metrics[0]["margin"] == 0
+    assert metrics[0]["accuracy"] == 0.5  # ties count half
