@@ -191,3 +191,26 @@ def test_the_first_loss_is_that_of_no_change(train):
     metrics, _, _ = train("dpo")
     assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-7) and metrics[0]["margin"] == 0
     assert metrics[0]["accuracy"] == 0.5  # ties count half
+
+
+@pytest.mark.parametrize("loss, reference", [("dpo", "kept"), ("dpo", "live"), ("kto", "kept"), ("simpo", "kept")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(loss, reference, train, tmp_path, monkeypatch):
+    settings = [f"REFERENCE={reference}", "SAVE_STEPS=1", "EVAL_SIZE=6", "EVAL_STEPS=2", "LORA_DROPOUT=0.1"]
+    expected, _, _ = train(loss, *settings, name="whole")
+    honest = preference_trainer.PreferenceTrainer.training_step
+
+    def fail_at_four(self, *args):
+        if self.state.global_step == 4:
+            raise ZeroDivisionError
+        return honest(self, *args)
+
+    monkeypatch.setattr(preference_trainer.PreferenceTrainer, "training_step", fail_at_four)
+    with pytest.raises(ZeroDivisionError):
+        train(loss, *settings, name="run")
+    monkeypatch.setattr(preference_trainer.PreferenceTrainer, "training_step", honest)
+    metrics, _, _ = train(loss, *settings, name="run")
+    for one, other in zip(expected, metrics, strict=True):
+        for name in ("loss", "eval_loss", "accuracy", "margin", "eval_accuracy", "eval_margin", "learning_rate"):
+            assert one.get(name) == other.get(name)
+    adapters_written = [(tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert adapters_written[0] == adapters_written[1]
