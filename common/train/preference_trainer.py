@@ -182,7 +182,7 @@ class PreferenceTrainer(ChatTrainer):
         """Log-probabilities of both answers of each row by the model as it is, (rows, 2)."""
         self.model.eval()
         found = []
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():  # the model is not yet wrapped, which would do it
             for number in range(RANK, len(rows), distributed.count()):
                 inputs = self._prepare_inputs(self.data_collator([rows[number]]))
                 sequences = [inputs, *([inputs["mismatched"]] if "mismatched" in inputs else [])]

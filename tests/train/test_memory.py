@@ -1,6 +1,7 @@
 """Predicted memory against that of real training steps, followed the same way; and what is chosen by it."""
 
 import json
+import random
 import subprocess
 import sys
 from functools import partial
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config
+from conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config, write_jsonl
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +109,20 @@ def test_prediction_holds_with_several_micro_steps_and_rows(how, run, followed):
     predicted, real = followed()
     # More, where rows are padded to less than the longest of all, and where fewer tokens are learned than can be.
     assert 0.98 * real < predicted < (1.6 if how == "PACKING=False" else 1.1) * real
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", ["REFERENCE=live", "LOSS=simpo", "QUANTIZATION=nf4", "ADAPTER=None"])
+def test_a_step_on_pairs_is_predicted_within_two_percent(how, checkpointing, run, followed, tmp_path):
+    words = "the small brown dog runs over a bridge and looks at its river".split()
+    answers = [" ".join(random.Random(number).choices(words, k=150)) for number in range(6)]
+    rows = [{"prompt": "Go.", "chosen": answers[i], "rejected": answers[i - 1]} for i in range(6)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings = "MAX_LENGTH=512", f"GRADIENT_CHECKPOINTING={checkpointing}", "TRAIN_ON=assistant"
+    code, _, err = run("preference_train.py", "run", how, f"DATA={pairs}", *settings)
+    assert code == 0, err
+    predicted, real = followed()
+    assert predicted == pytest.approx(real, rel=0.02)
 
 
 def test_the_base_beside_a_model_that_learns_every_weight_is_predicted(run, followed):
