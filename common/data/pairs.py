@@ -2,9 +2,9 @@
 
 import re
 
-from common.data import formats, rows
+from common.data import formats, rows, trees
 from common.data.rows import LISTS, Chat, InvalidRow, RowError, SkippedRow, invalid, is_empty, refuse
-from common.data.turns import known_role
+from common.data.turns import check_turns, known_role
 
 CHOSEN = ("chosen", "chosen_response", "chosen_messages")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
@@ -36,6 +36,10 @@ def to_compared(row, columns: dict[str, str] | None = None) -> Compared | Invali
     try:
         fields = rows.lower_keys(row, "row")
         fields = rows.rename(fields, columns or {}, notes) or fields
+        if set(fields) >= {*rows.ARENA}:
+            return compare_sides(trees.ranked(trees.arena_sides, fields), notes)
+        if set(fields) >= {*rows.TREE}:
+            return read_tree(fields["prompt"])
         rejected = next((name for name in REJECTED if not rows.is_missing(fields.get(name))), None)
         return read_pair(fields, rejected, notes) if rejected else read_labelled(fields, notes)
     except RowError as error:
@@ -66,12 +70,32 @@ def read_pair(row: dict, rejected: str, notes: list[str]) -> Compared | InvalidR
         if not isinstance(chat, list):
             return chat
         chats.append(chat)
+    return compare(chats, (chosen or "messages", rejected), notes)
+
+
+def read_tree(root: dict) -> Compared | InvalidRow | SkippedRow:
+    """The pair of an OpenAssistant tree."""
+    try:
+        return compare_sides(trees.ranked(trees.ranked_sides, root), [])
+    except RowError as error:
+        return error.args[0]
+
+
+def compare_sides(sides: tuple | SkippedRow, notes: list[str]) -> Compared | SkippedRow:
+    """The pair of two lists of turns, the better first. Raises RowError."""
+    if isinstance(sides, SkippedRow):
+        return sides
+    return compare([Chat(check_turns(raw, notes)) for raw in sides], ("the better", "the worse"), notes)
+
+
+def compare(chats: list[Chat], names: tuple[str, str], notes: list[str]) -> Compared | SkippedRow:
+    """The pair of two chats, the better first. Raises RowError."""
     if list(chats[0]) == list(chats[1]):
         return SkippedRow("chosen and rejected are the same")
     asked = shared_turns(*chats)
     if not asked:
-        refuse(rejected, "answers another question than chosen; both must begin with the same turns", chats[1][0])
-    for name, chat in zip((chosen or "messages", rejected), chats, strict=True):
+        refuse(names[1], f"answers another question than {names[0]}; both must begin alike", chats[1][0])
+    for name, chat in zip(names, chats, strict=True):
         if all(turn["role"] != "assistant" for turn in chat[asked:]):
             refuse(name, "no answer of the assistant in it; write one, or remove the row", chat[-1]["content"])
         learn_from(chat, asked)

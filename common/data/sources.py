@@ -161,10 +161,10 @@ def read_chats(source: Source, reading: Reading = PLAIN) -> Iterator[tuple[str, 
         raise UserError(f"{source.files[0] if source.files else source.name}:1: no rows, the file is empty.")
     rows = itertools.chain([first], rows)
     columns, completion = reading.columns, reading.completion
-    if reading.pairs:
+    if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
+        chats = formats.trees(list(rows), pairs.read_tree if reading.pairs else None)
+    elif reading.pairs:
         chats = ((place, pairs.to_compared(row, columns)) for place, row in rows)
-    elif isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
-        chats = formats.trees(list(rows))
     else:
         chats = ((place, formats.to_chat(row, columns, completion)) for place, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))

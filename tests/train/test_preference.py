@@ -145,9 +145,14 @@ def peer(loss: str, rows: list[dict], sft_weight: float):
         return in_order(CPOTrainer, tokenize_row=lambda self, row, model=None: row), config, odds_rows(rows)
     # TRL takes the loss of the prompt in, too; the paper does not.
     source = textwrap.dedent(inspect.getsource(ORPOTrainer.concatenated_forward))
-    inputs, labels = ('concatenated_batch["concatenated_input_ids"].clone()', 'concatenated_batch["concatenated_labels"]')
-    assert inputs in source and "torch.where(attention_mask == 1, labels, -100)" in source
-    source = source.replace(inputs, labels).replace("torch.where(attention_mask == 1, labels, -100)", "labels")
+    inputs, labels = (
+        'concatenated_batch["concatenated_input_ids"].clone()',
+        'concatenated_batch["concatenated_labels"]',
+    )
+    assert f"labels = {inputs}.clone()" in source and "torch.where(attention_mask == 1, labels, -100)" in source
+    source = source.replace(f"labels = {inputs}.clone()", f"labels = {labels}.clone()").replace(
+        "torch.where(attention_mask == 1, labels, -100)", "labels"
+    )
     names = vars(sys.modules[ORPOTrainer.__module__]) | {}
     exec(source, names)
     methods = {"concatenated_forward": names["concatenated_forward"], "tokenize_row": lambda self, row, model=None: row}
@@ -212,5 +217,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(loss, reference, tra
     for one, other in zip(expected, metrics, strict=True):
         for name in ("loss", "eval_loss", "accuracy", "margin", "eval_accuracy", "eval_margin", "learning_rate"):
             assert one.get(name) == other.get(name)
-    adapters_written = [(tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("whole", "run")]
+    adapters_written = [
+        (tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("whole", "run")
+    ]
     assert adapters_written[0] == adapters_written[1]
