@@ -21,7 +21,7 @@ from common.train.trainer import ChatTrainer, count_tokens
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
 OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch has beside the model's inputs
 # Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
-MOST_MARGIN, LEAST_REWARD = 3.0, -0.5
+MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
 
 
 @dataclass
@@ -234,5 +234,6 @@ class PreferenceTrainer(ChatTrainer):
             problem = f"the chosen answers have become less likely (reward {reward:.2f})"
         if problem:
             self.warned = True
-            remedy = f"Lower LEARNING_RATE={self.args.learning_rate}, or set SFT_WEIGHT=1"
+            remedy = f"Lower LEARNING_RATE={self.args.learning_rate}"
+            remedy += ", or set SFT_WEIGHT=1" if self.preference.sft_weight < 1 else ""
             print(f"step {self.state.global_step}: every pair is right and {problem}. {remedy}.", file=sys.stderr)
