@@ -42,8 +42,9 @@ def device() -> torch.device:
     """The device of this process, a GPU that CUDA (or ROCm) sees or the CPU; the first call joins the others."""
     on_gpu = torch.cuda.is_available()
     for name, backend in (("MPS", torch.backends.mps), ("XPU", torch.xpu)):
-        if backend.is_available() and not on_gpu:  # accelerate would take it
+        if backend.is_available() and not on_gpu:
             print(f"{name} is not used: nobody has tried these scripts on it. The CPU computes.", file=sys.stderr)
+            backend.is_available = lambda: False  # the libraries each ask for themselves: peft would load to it
     # The others wait while the first prepares data or writes to a slow disk.
     patience = {"timeout": timedelta(hours=6)} if count() > 1 else {}
     return PartialState(cpu=not on_gpu, **patience).device

@@ -89,6 +89,4 @@ def add_bias(layer, args, output):
 
 def load_adapter(model, folder: str, trainable: bool = False):
     """The model with the adapter in a folder."""
-    # Left to itself, peft would load the weights to whatever device it finds.
-    options = dict(is_trainable=trainable, torch_device=str(model.device))
-    return keep_head_bias(PeftModel.from_pretrained(model, folder, **options))
+    return keep_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=trainable))
