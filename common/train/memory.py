@@ -149,7 +149,8 @@ def fill_states(optimizer, on_gpu: bool) -> bool:
         if on_gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     # GaLore's projected matrices have theirs from the start.
-    new = [(g, i, p) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if not optimizer.state.get(p)]
+    groups = enumerate(optimizer.param_groups)
+    new = [(g, i, p) for g, group in groups for i, p in enumerate(group["params"]) if not optimizer.state.get(p)]
     for _, _, parameter in new:
         parameter.grad = torch.empty_like(parameter)
     is_blockwise = hasattr(optimizer, "get_state_buffer")
@@ -157,7 +158,7 @@ def fill_states(optimizer, on_gpu: bool) -> bool:
         optimizer.step()
     elif not optimizer.is_paged:  # paged states count as main memory
         for group, number, parameter in new:
-            optimizer.init_state(group, parameter, optimizer.param_groups.index(group), number)
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, number)
     return is_blockwise
 
 
