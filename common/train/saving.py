@@ -164,12 +164,12 @@ class SavingTrainer:
         self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = account
         self._tr_loss.fill_(running_loss)
         # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
-        scheduler, peaks = self.lr_scheduler, self.lr_scheduler.base_lrs
-        # LORA_PLUS_RATIO gives groups peaks of their own; the first has LEARNING_RATE.
-        scheduler.base_lrs = [peak * (self.args.learning_rate / peaks[0]) for peak in peaks]
+        scheduler, peak, (old, *_) = self.lr_scheduler, self.args.learning_rate, self.lr_scheduler.base_lrs
+        # LORA_PLUS_RATIO gives groups rates of their own; all that are the same as then stay so to the last bit.
+        scheduler.base_lrs = [peak if rate == old else rate * (peak / old) for rate in scheduler.base_lrs]
         parts = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, peak, factor in parts:
-            group["initial_lr"], group["lr"] = peak, peak * factor(scheduler.last_epoch)
+        for group, rate, factor in parts:
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if "paged" in self.args.optim:
             page_states(self.optimizer.optimizer)

@@ -244,14 +244,14 @@ def test_lora_plus_goes_on_bit_for_bit_and_with_another_rate(train, run_here, tm
     settings = ("LORA_PLUS_RATIO=16", "LEARNING_RATE=2e-3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9", "WARMUP_STEPS=1")
     whole = train("whole", *settings)
     assert [json.loads(line).get("learning_rate") for line in open(whole / "metrics.jsonl")][:2] == [1e-3, 2e-3]  # of A
-    for name, rate in (("same", 2e-3), ("slower", 1e-3)):
+    for name, rate in (("same", 2e-3), ("slower", 7e-4)):
         shutil.copytree(whole, tmp_path / name)
         for path in ("final", "checkpoint-3", "checkpoint-4"):
             shutil.rmtree(tmp_path / name / path)
         (tmp_path / name / "summary.json").unlink()
         train(name, *settings, f"LEARNING_RATE={rate}", "ALLOW_CHANGE=LEARNING_RATE")
         groups = torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
-        assert [group["initial_lr"] for group in groups] == [rate, 16 * rate]
+        assert groups[0]["initial_lr"] == rate and groups[1]["initial_lr"] == pytest.approx(16 * rate)
         assert [group["lr"] for group in groups] == pytest.approx([rate / 4, 4 * rate])  # cosine at 2 of 3
     weights = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("whole", "same")]
     assert weights[0] == weights[1] and losses(whole) == losses(tmp_path / "same") != losses(tmp_path / "slower")
