@@ -13,7 +13,7 @@ from common.settings import apply_overrides
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, folder (a config.json is enough), or this embedded model
 METHOD = "lora"  # full, lora, qlora (NF4 base), int8 (LoRA on an int8 base), hqq-1bit to hqq-4bit, galore
-DTYPE = "bfloat16"  # of weights and compute
+DTYPE: str | None = None  # of weights and compute; None: as training on DEVICE here; bfloat16 if it is not here
 LORA_R = 16  # rank of adapters, on every linear layer but the head
 GALORE_RANK = 128  # of gradients and moments
 OPTIM = "adamw_torch_fused"  # METHOD=galore has its own; paged ones keep their states elsewhere
@@ -23,6 +23,7 @@ GRADIENT_ACCUMULATION_STEPS = 1  # above 1, gradients are there from the first l
 MAX_LENGTH = 1024  # tokens of a row
 PACKING = True  # rows of several chats, as one
 GRADIENT_CHECKPOINTING: bool | None = None  # None: both
+ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA
 KL_WEIGHT = 0.0  # above 0: the base computes, too
 DEVICE = "cuda"  # cuda or cpu: kernels and autocast differ
 # Question
@@ -50,6 +51,8 @@ QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}
 
 
 def main():
+    if ACTIVATION_OFFLOADING and DEVICE != "cuda":
+        raise UserError(f"ACTIVATION_OFFLOADING=True DEVICE={DEVICE}: activations are in main memory. Set it to False.")
     size = hardware.read_size(FIT) if FIT else None
     source = location.locate(MODEL)
     config = load.load_config(source)
@@ -66,9 +69,11 @@ def main():
         report_unquantized(model, quantization)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optim = "galore" if METHOD == "galore" else OPTIM
-    print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {DTYPE}")
-    step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, getattr(torch, DTYPE), DEVICE,
-                       METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1)  # fmt: skip
+    dtype = str(choose_dtype()).removeprefix("torch.")
+    print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {dtype}")
+    step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, choose_dtype(), DEVICE,
+                       METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1,
+                       offloads=ACTIVATION_OFFLOADING)  # fmt: skip
     checkpointing = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
     try:
         arguments = config, quantization, step, checkpointing
@@ -77,10 +82,16 @@ def main():
         raise UserError(f"MODEL={MODEL} OPTIM={OPTIM} cannot be traced: {error}") from error
 
 
+@functools.cache
+def choose_dtype() -> torch.dtype:
+    name = DTYPE if DEVICE == hardware.device_type() else DTYPE or "bfloat16"
+    return load.choose_dtype(name, full=METHOD in ("full", "galore"))
+
+
 def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
     attention = choose_attention(config, None, PACKING, DEVICE)
-    empty = functools.partial(empty_model, config, quantization, getattr(torch, DTYPE), attention)
+    empty = functools.partial(empty_model, config, quantization, choose_dtype(), attention)
     if METHOD in ("full", "galore"):
         return empty(), empty().requires_grad_(False) if KL_WEIGHT else None
     settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")

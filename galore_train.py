@@ -21,7 +21,7 @@ OPTIM = "galore"  # galore, galore_8bit (CUDA: faster), galore_torch, adamw, ada
 LEARNING_RATE = 7e-4  # peak
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
-DTYPE: str | None = None  # of weights and compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
+DTYPE: str | None = None  # of weights and compute; None: bfloat16; older GPUs float16 (full: float32), CPUs float32
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
@@ -49,11 +49,13 @@ GRADIENT_ACCUMULATION_STEPS: int | None = None  # micro steps of an optimizer st
 MIN_LR = 0.0  # where linear and cosine end
 LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
 WARMUP_RATIO = 0.1  # share of the steps
+WARMUP_STEPS: int | None = None  # optimizer steps; overrules WARMUP_RATIO
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 KL_WEIGHT: float | None = None  # regularize towards the base outside of the loss; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
+ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA, less VRAM, slower
 MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0
@@ -96,7 +98,7 @@ TRANSFORMERS_NAMES = {
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
     settings = current(globals())
-    source, dtype = location.locate(MODEL), load.choose_dtype(DTYPE)
+    source, dtype = location.locate(MODEL), load.choose_dtype(DTYPE, full=True)
     refuse_untrainable(source, dtype)
     check_galore_settings()
     job = sft.start(settings, source, dtype, source, settings_for_trainer(settings))

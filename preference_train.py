@@ -16,7 +16,7 @@ from common.settings import apply_overrides, current
 LOSS = "dpo"  # dpo, ipo; simpo and orpo, without a reference; kto, for rows with a label
 BETA = 0.1  # how strongly the model is held to the reference; orpo: weight of the odds ratio
 LABEL_SMOOTHING = 0.0  # dpo and simpo: share of pairs that may be labelled the wrong way round
-SFT_WEIGHT = 0.0  # adds the loss on the better answers, which keeps them likely; 1 is usual
+SFT_WEIGHT = 1.0  # adds the loss on the better answers, which keeps them likely; 0: off
 GAMMA = 0.5  # simpo: margin to reach
 REFERENCE = "kept"  # kept: computed once before the first step; live: at each step, by the model without its adapter
 # LoRA
@@ -28,10 +28,11 @@ LORA_DROPOUT = 0.0
 LORA_TARGET_MODULES = "auto"  # auto: linear layers but the head; or names: "q_proj,v_proj"; or a regex of whole paths
 LORA_LAYERS: str | None = None  # decoder layers with an adapter, a slice or numbers: "-4:", "0,1,-1"; None: all
 OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
-LEARNING_RATE = 1e-4  # peak
+LEARNING_RATE = 2e-4  # peak
+LORA_PLUS_RATIO: float | None = None  # LoRA+: learning rate of the B matrices over that of A; 16 is usual; None: 1
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
-DTYPE: str | None = None  # of weights and compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
+DTYPE: str | None = None  # of weights and compute; None: bfloat16; older GPUs float16 (full: float32), CPUs float32
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
@@ -59,11 +60,13 @@ GRADIENT_ACCUMULATION_STEPS: int | None = None  # micro steps of an optimizer st
 MIN_LR = 0.0  # where linear and cosine end
 LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
 WARMUP_RATIO = 0.1  # share of the steps
+WARMUP_STEPS: int | None = None  # optimizer steps; overrules WARMUP_RATIO
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 KL_WEIGHT: float | None = None  # regularize towards the base outside of the loss; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
+ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA, less VRAM, slower
 MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0

@@ -22,9 +22,10 @@ LORA_TARGET_MODULES = "auto"  # auto: linear layers but the head; or names: "q_p
 LORA_LAYERS: str | None = None  # decoder layers with an adapter, a slice or numbers: "-4:", "0,1,-1"; None: all
 OPTIM = "adamw_torch_fused"  # adamw_anyprecision (16 bits, Kahan sums); CUDA: adamw_bnb_8bit, paged_adamw_8bit, _32bit
 LEARNING_RATE = 1e-3  # peak
+LORA_PLUS_RATIO: float | None = None  # LoRA+: learning rate of the B matrices over that of A; 16 is usual; None: 1
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
-DTYPE: str | None = None  # of weights and compute; None: bfloat16, float16 on older GPUs, float32 on older CPUs
+DTYPE: str | None = None  # of weights and compute; None: bfloat16; older GPUs float16 (full: float32), CPUs float32
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Data
 DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
@@ -52,11 +53,13 @@ GRADIENT_ACCUMULATION_STEPS: int | None = None  # micro steps of an optimizer st
 MIN_LR = 0.0  # where linear and cosine end
 LR_SCHEDULER = "cosine"  # constant, linear or cosine, after the warm-up
 WARMUP_RATIO = 0.1  # share of the steps
+WARMUP_STEPS: int | None = None  # optimizer steps; overrules WARMUP_RATIO
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 KL_WEIGHT: float | None = None  # regularize towards the base outside of the loss; a third slower; 0: off
 NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while training; 5 is usual
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
+ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA, less VRAM, slower
 MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0
@@ -93,7 +96,7 @@ from common.train import sft
 
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
-    source, dtype = locate_base(), load.choose_dtype(DTYPE)
+    source, dtype = locate_base(), load.choose_dtype(DTYPE, full=ADAPTER is None)
     quantization = load.find_quantization(source, QUANTIZATION)
     refuse_untrainable(source, dtype, quantization)
     settings = current(globals()) | {"QUANTIZATION": quantization}
@@ -128,6 +131,9 @@ def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
     full, quantised, half = ADAPTER is None, quantization is not None, dtype == torch.float16
     on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
+    is_lora = ADAPTER not in (None, "ia3")
+    if LORA_PLUS_RATIO and source.adapter:
+        is_lora = PeftConfig.from_pretrained(source.adapter).peft_type == "LORA"
     has_16_bits = load.find_quantization(source, None) is None
     remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
     for wrong, reason in (
@@ -141,9 +147,11 @@ def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization
         (ADAPTER == "loftq" and quantization != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
         (ADAPTER == "loftq" and not has_16_bits, "LoftQ needs the 16-bit weights, too. Set ADAPTER=lora."),
         (ADAPTER == "loftq" and not on_gpu, "peft computes LoftQ on a GPU only. Set ADAPTER=lora."),
+        (LORA_PLUS_RATIO and not is_lora, f"LORA_PLUS_RATIO={LORA_PLUS_RATIO} is for LoRA's matrices. Set it to None."),
     ):
         if wrong:
-            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={quantization} DTYPE={DTYPE}: {reason}")
+            chosen = str(dtype).removeprefix("torch.")
+            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={quantization} DTYPE={chosen}: {reason}")
 
 
 def reference(source: location.Source) -> location.Source | None:

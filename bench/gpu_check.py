@@ -21,7 +21,7 @@ from common.train import batch_plan, memory, optimizers
 from common.train.meta_model import empty_model
 
 MODELS = "1.6B,8B"  # of SHAPES below
-METHODS = "lora,nf4,full,galore"  # lora: bf16 base; nf4: 4-bit base; full: AdamW; galore: against full AdamW by TRL
+METHODS = "lora,offload,nf4,full,galore"  # offload: lora with ACTIVATION_OFFLOADING; galore: against full AdamW by TRL
 MAX_LENGTH = 1024  # tokens of a row
 STEPS = 12  # optimizer steps a run; the first two are not timed
 LORA_R = 16  # rank, on every linear layer
@@ -95,7 +95,8 @@ def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
     config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
     model = empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
     is_full = method in ("full", "galore")
-    step = memory.Step(1, MAX_LENGTH, device=device, checkpointing=checkpointing, full=is_full)
+    kind = dict(checkpointing=checkpointing, full=is_full, offloads=method == "offload")
+    step = memory.Step(1, MAX_LENGTH, device=device, **kind)
     optimizer = functools.partial(optimizers.make_optimizer, "adamw_torch_fused")
     if method == "galore":
         optimizer = functools.partial(make_galore, rank=GALORE_RANK)

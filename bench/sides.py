@@ -45,14 +45,15 @@ def train_side(
     side: str, model, train_set, tokenizer, max_length: int, steps: int, rank: int, device: str, checkpointing=False,
     method="lora",
 ) -> dict:  # fmt: skip
-    """Train on packed rows of input_ids and labels: adapters (of a quantised base, too), every weight ("full"), or
-    every weight by GaLore, whose peer is the full side of TRL: the authors' GaLore pauses for minutes at these sizes.
+    """Train on packed rows of input_ids and labels: adapters (of a quantised base, too; "offload": with
+    activations in main memory), every weight ("full"), or every weight by GaLore, whose peer is the full side of TRL:
+    the authors' GaLore pauses for minutes at these sizes.
 
     Returns tokens_per_second (over the median step, the first two left out), peak_gib (allocated on the GPU, else
     resident in this process) and losses (one a step).
     """
     set_seed(0)
-    adapter = lora(rank) if method in ("lora", "nf4") else None
+    adapter = lora(rank) if method in ("lora", "offload", "nf4") else None
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         common = dict(
@@ -60,7 +61,7 @@ def train_side(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=1, max_length=max_length, packing=True,
                 learning_rate=2e-4, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=True,
                 use_cpu=device == "cpu", gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no",
-                report_to="none", disable_tqdm=True, seed=0,
+                report_to="none", disable_tqdm=True, seed=0, activation_offloading=method == "offload",
             ),
             train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],
         )  # fmt: skip

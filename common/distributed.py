@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def holds_parts() -> bool:
 
 @functools.cache
 def device() -> torch.device:
-    """The device of this process; the first call joins the others."""
-    if count() == 1:
-        return PartialState().device
+    """The device of this process, a GPU that CUDA (or ROCm) sees or the CPU; the first call joins the others."""
+    on_gpu = torch.cuda.is_available()
+    for name, backend in (("MPS", torch.backends.mps), ("XPU", torch.xpu)):
+        if backend.is_available() and not on_gpu:
+            print(f"{name} is not used: nobody has tried these scripts on it. The CPU computes.", file=sys.stderr)
+            backend.is_available = lambda: False  # the libraries each ask for themselves: peft would load to it
     # The others wait while the first prepares data or writes to a slow disk.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6)).device
+    patience = {"timeout": timedelta(hours=6)} if count() > 1 else {}
+    return PartialState(cpu=not on_gpu, **patience).device
 
 
 def enable_fsdp_on_cpu() -> None:

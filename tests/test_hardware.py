@@ -2,14 +2,18 @@
 
 import csv
 import json
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 import torch
+from conftest import ROOT
 
-from common import hardware, monitor
+from common import distributed, hardware, monitor
+from common.model import load
 from common.monitor import HardwareMonitor, StepWatch
 
 # What seed 000 saw on its 24 GB card: GiB that torch reserved, GiB in use on the GPU, watts, minutes an epoch.
@@ -216,3 +220,74 @@ def test_energy_and_events_reach_the_summary(arguments, run_here, tmp_path, monk
     assert summary["tokens_per_joule"] == pytest.approx(summary["tokens"] / summary["energy_wh"] / 3600)
     assert err.count("step 14: pause: 3.") == 1 and "100 W" in out and summary["verdict"] == "done, 1 pause"
     assert "| 100 |" in (tmp_path / "run" / "run_row.md").read_text()
+
+
+ON_A_MAC = """
+import json, sys
+from pathlib import Path
+import bitsandbytes, torch  # bitsandbytes would make tensors there when it is imported
+torch.backends.mps.is_available = torch.backends.mps.is_built = torch.xpu.is_available = lambda: True
+sys.path.insert(0, "tests")
+from conftest import execute
+for run in json.loads(sys.argv[1]):
+    print(execute(*run))
+    Path(sys.argv[2], "summary.json").unlink(missing_ok=True)  # it can go on
+"""
+
+
+def test_on_a_mac_or_an_intel_gpu_the_cpu_trains_resumes_and_chats(arguments, tmp_path):
+    """In a process of its own, where torch says that it has MPS and an XPU, so that the libraries would take them."""
+    settings = arguments("run", "ALLOW_CHANGE=MAX_STEPS")
+    runs = [("qlora_train.py", [*settings, f"MAX_STEPS={steps}"]) for steps in (2, 3)]
+    runs += [("chat_pipe.py", [f"MODEL={tmp_path / 'run'}", "PROMPT=Hi", "MAX_NEW_TOKENS=4"])]
+    command = [sys.executable, "-c", ON_A_MAC, json.dumps(runs), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert lines.count("0") == 3 and "resuming from checkpoint-2" in lines, done.stderr
+    for name in ("MPS", "XPU"):
+        assert done.stderr.count(f"{name} is not used: nobody has tried these scripts on it. The CPU computes.") == 1
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """Choices are made as on a GPU without bfloat16."""
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(hardware, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
+
+
+@pytest.mark.parametrize(
+    "script, settings, dtype",
+    [
+        ("qlora_train.py", [], "float16"),
+        ("qlora_train.py", ["ADAPTER=None"], "float32"),
+        ("galore_train.py", [], "float32"),
+        ("galore_train.py", ["OPTIM=adamw"], "float32"),
+        ("estimate_memory.py", ["METHOD=lora"], "float16"),
+        ("estimate_memory.py", ["METHOD=full"], "float32"),
+        ("estimate_memory.py", ["METHOD=galore", "GALORE_RANK=16"], "float32"),
+        ("estimate_memory.py", ["METHOD=full", "DEVICE=cpu"], "bfloat16"),
+    ],
+)
+def test_without_bfloat16_all_weights_train_in_float32(script, settings, dtype, old_gpu, tiny, run_here, monkeypatch):
+    from common.cli import UserError
+    from common.train import sft
+
+    def start(settings, source, dtype, *args):
+        raise UserError(f"would train in {dtype}")
+
+    monkeypatch.setattr(sft, "start", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: script != "estimate_memory.py")
+    _, out, err = run_here(script, f"MODEL={tiny()}", "MAX_LENGTH=256", *settings)
+    assert (f"would train in torch.{dtype}\n" in err) or f", {dtype}\n" in out, err
+    assert ("full fine-tuning in float32: this GPU has no bfloat16" in out) == (dtype == "float32")
+
+
+def test_a_refusal_names_the_dtype_that_was_chosen(old_gpu, tiny, run_here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for settings, dtype in ((["ADAPTER=pissa"], "float16"), (["ADAPTER=None"], "float32")):
+        code, _, err = run_here("qlora_train.py", f"MODEL={tiny()}", "QUANTIZATION=nf4", *settings)
+        assert code == 2 and f"{settings[0]} QUANTIZATION=nf4 DTYPE={dtype}: " in err
+    assert load.choose_dtype("float16", full=True) == torch.float16  # and refused
+    code, _, err = run_here("galore_train.py", f"MODEL={tiny()}", "DTYPE=float16")
+    assert code == 2 and "DTYPE=float16: gradients of float16 weights cannot be unscaled" in err

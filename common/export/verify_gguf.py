@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from common import distributed
 from common.data.encoder import ChatEncoder
 from common.data.tool_form import QUESTION, TOOL, ToolForm, try_to, write_tools
 from common.export import verify
@@ -95,7 +95,7 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
     values = {name: read.get(name, value) for name, value in values.items() if name != "model_type"}
     options = dict(config=type(config).from_dict(values), quantization_config=GgufConfig(dequantize=True))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
-    return model.to(PartialState().device).eval()
+    return model.to(distributed.device()).eval()
 
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:

@@ -83,13 +83,18 @@ def load_tokenizer(source: Source):
     return tokenizer
 
 
-def choose_dtype(name: str | None) -> torch.dtype:
-    """The dtype asked for; None: bf16, where the device computes it badly fp16 (GPU) or fp32 (CPU)."""
+def choose_dtype(name: str | None, full: bool = False) -> torch.dtype:
+    """The dtype asked for; None: bf16, where the device computes it badly fp16 (GPU) or fp32 (CPU).
+
+    full: all weights are to be trained, which fp16 cannot.
+    """
     if name is not None:
         return getattr(torch, name)
     device = distributed.device().type
     if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+        if full:
+            print("full fine-tuning in float32: this GPU has no bfloat16")
+        return torch.float32 if full else torch.float16
     if device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32
     return torch.bfloat16

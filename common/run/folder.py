@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "b
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held until this process ends
 # Settings that decide what rows become, and those that change nothing of a run.
 DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}
-FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT"}
+FREE = {"RESUME", "OUT_DIR", "RUN_NAME", "ALLOW_CHANGE", "MEMORY_LIMIT", "ACTIVATION_OFFLOADING"}
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")]
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from trl import SFTConfig
 
-from common import distributed
+from common import distributed, hardware
 from common.bounds import check_package, split_list
 from common.cli import UserError
 from common.train.batch_plan import BatchPlan, rows_per_step
 
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
-WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING TORCH_COMPILE LOGGING_STEPS SEED""".split()
+WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING ACTIVATION_OFFLOADING
+TORCH_COMPILE LOGGING_STEPS SEED""".split()
 
 
 def check_combinations(settings: dict) -> None:
@@ -26,6 +27,9 @@ def check_combinations(settings: dict) -> None:
         raise UserError(f"MIN_LR={settings['MIN_LR']}: it must not be above LEARNING_RATE={settings['LEARNING_RATE']}.")
     if ("8bit" in optim or "paged" in optim) and not torch.cuda.is_available():
         raise UserError(f"OPTIM={optim}: it needs an NVIDIA GPU. OPTIM=adamw_torch_fused works without.")
+    if settings["ACTIVATION_OFFLOADING"] and hardware.device_type() != "cuda":
+        problem = "it moves activations from a GPU into main memory, and there is no CUDA GPU. Set it to False."
+        raise UserError(f"ACTIVATION_OFFLOADING=True: {problem}")
     for name in split_list(settings["REPORT_TO"]):
         if name != "tensorboard" or not find_spec("tensorboardX"):  # transformers takes either
             check_package("REPORT_TO", settings["REPORT_TO"], name, name)
@@ -106,5 +110,6 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
     )
     if distributed.engine() == "fsdp":  # now: making the arguments has set the state anew
         distributed.enable_fsdp_on_cpu()
+    config.lora_plus_ratio = settings.get("LORA_PLUS_RATIO")  # for optimizers.optimizer_class
     config._n_gpu = min(1, config.n_gpu)  # one process, one GPU; Trainer would split batches over all it sees
     return config

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from trl.models import get_act_offloading_ctx_manager
 
 from common.train.galore import GaLore
 from common.train.loss import prepare_model
@@ -43,6 +44,7 @@ class Step:
     checkpointing: bool = False
     accumulates: bool = False  # gradients of earlier micro steps are there
     has_reference: bool = False  # the model without its adapter computes, too
+    offloads: bool = False  # activations lie in main memory until the backward pass
 
 
 def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
@@ -64,6 +66,7 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
             patches.enter_context(patch)
         for part in (model, base) if base is not None else (model,):
             make_fake(part, mode, tracker)
+        offloading = fake_offloading(model) if step.offloads else contextlib.nullcontext()
         optimizer = make_optimizer(model)
         is_blockwise = fill_states(optimizer, on_gpu)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -73,19 +76,24 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
         if not step.accumulates or projects:
             optimizer.zero_grad(set_to_none=True)
         for _ in range(2 if projects and step.accumulates else 1):
-            inputs, tracker.phase = batch(step), "forward"
-            with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
-                losses, divergence, router_loss = model(**inputs, learn=inputs["input_ids"], use_cache=False)
-                if step.has_reference:
-                    with torch.no_grad(), model.disable_adapter():
-                        model(**inputs, learn=inputs["input_ids"], use_cache=False)
-            tracker.phase = "backward"
-            (losses.sum() + step.kl_weight * divergence + router_loss).backward()
+            with offloading:
+                run_micro_step(model, step, tracker)
             tracker.label([p.grad for p in trained], "gradients")
             tracker.label(optimizer.projected_grads.values() if projects else (), "gradients")
         if not is_blockwise:
             optimizer.step()
     return tracker.at_peak()
+
+
+def run_micro_step(model, step: Step, tracker: StorageTracker) -> None:
+    inputs, tracker.phase = batch(step), "forward"
+    with torch.autocast("cpu", step.dtype, enabled=step.dtype != torch.float32):
+        losses, divergence, router_loss = model(**inputs, learn=inputs["input_ids"], use_cache=False)
+        if step.has_reference:
+            with torch.no_grad(), model.disable_adapter():
+                model(**inputs, learn=inputs["input_ids"], use_cache=False)
+    tracker.phase = "backward"
+    (losses.sum() + step.kl_weight * divergence + router_loss).backward()
 
 
 def batch(step: Step) -> dict:
@@ -129,6 +137,13 @@ def make_fake(model, mode: FakeTensorMode, tracker: StorageTracker) -> None:
                 replace_tensors(vars(nested))
 
 
+def fake_offloading(model):
+    """TRL's context manager of ACTIVATION_OFFLOADING for fake tensors, which are on a GPU by name only."""
+    on_gpu = mock.patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    with on_gpu, mock.patch.object(torch, "get_device_module", mock.MagicMock()):  # its streams and events
+        return get_act_offloading_ctx_manager(model, warn_if_no_head=False)
+
+
 def fill_states(optimizer, on_gpu: bool) -> bool:
     """Give an optimizer the states that it has after its first step; gradients are left where they are.
 
@@ -138,7 +153,8 @@ def fill_states(optimizer, on_gpu: bool) -> bool:
         if on_gpu and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     # GaLore's projected matrices have theirs from the start.
-    new = [(g, i, p) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if not optimizer.state.get(p)]
+    groups = enumerate(optimizer.param_groups)
+    new = [(g, i, p) for g, group in groups for i, p in enumerate(group["params"]) if not optimizer.state.get(p)]
     for _, _, parameter in new:
         parameter.grad = torch.empty_like(parameter)
     is_blockwise = hasattr(optimizer, "get_state_buffer")
@@ -146,7 +162,7 @@ def fill_states(optimizer, on_gpu: bool) -> bool:
         optimizer.step()
     elif not optimizer.is_paged:  # paged states count as main memory
         for group, number, parameter in new:
-            optimizer.init_state(group, parameter, optimizer.param_groups.index(group), number)
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, number)
     return is_blockwise
 
 
@@ -156,6 +172,9 @@ def stand_ins(step: Step) -> list:
     patches.append(mock.patch.object(torch.nn.functional, "grouped_mm", one_expert))
     if step.packed:  # whether a row is, the positions would tell
         patches.append(mock.patch.object(masking_utils, "find_packed_sequence_indices", torch.zeros_like))
+    if step.offloads:  # TRL knows storages by their address, which those of fake tensors do not have
+        patches.append(mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata))
+        patches.append(mock.patch.object(torch.Tensor, "record_stream", lambda *args: None))
     if step.device == "cuda":
         for owner, names in FLOAT32_ON_CUDA:
             for name in names.split():

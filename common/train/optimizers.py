@@ -2,34 +2,60 @@
 
 import dataclasses
 import math
+import sys
 from types import SimpleNamespace
 
+from peft.optimizers import create_loraplus_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 
-def optimizer_class(args, model=None) -> tuple[type, dict]:
-    """The optimizer that OPTIM names and its arguments. args: TrainingArguments, or what has the same fields."""
-    if args.optim != "adamw_anyprecision":
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
-    from optimi import AdamW  # transformers' own wants torchdistx, which is abandoned
+def optimizer_class(args, model=None) -> tuple:
+    """The optimizer that OPTIM names and its arguments; of LoRA+, what Trainer calls a factory.
 
-    betas = args.adam_beta1, args.adam_beta2
-    return AdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    args: TrainingArguments, or what has the same fields; its lora_plus_ratio, where it has one, is the learning rate of
+    LoRA's B matrices over that of all others (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+    """
+    if args.optim == "adamw_anyprecision":
+        from optimi import AdamW  # transformers' own wants torchdistx, which is abandoned
+
+        kind, options = AdamW, dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+        options |= dict(lr=args.learning_rate, weight_decay=args.weight_decay)
+    else:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    ratio = getattr(args, "lora_plus_ratio", None)
+    if ratio is None:
+        return kind, options
+    # Left to peft, adapters on the embeddings would learn at 1e-6 whatever LEARNING_RATE is, and nothing would decay.
+    options |= dict(loraplus_lr_embedding=args.learning_rate, loraplus_weight_decay=args.weight_decay)
+    return lambda: make_lora_plus, options | dict(optimizer_cls=kind, loraplus_lr_ratio=ratio)
 
 
-def make_optimizer(name: str, model):
+def make_lora_plus(model, **options):
+    optimizer = create_loraplus_optimizer(model, **options)
+    # FSDP does not resume with more than one group that is empty.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def make_optimizer(name: str, model, lora_plus_ratio: float | None = None):
     """The optimizer that transformers knows by this name, over the trained parameters of a model to be traced."""
     # Only the defaults of TrainingArguments: made for real, it would choose a device for the whole process.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    kind, options = optimizer_class(SimpleNamespace(**defaults | {"optim": name}))
+    kind, options = optimizer_class(SimpleNamespace(**defaults | dict(optim=name, lora_plus_ratio=lora_plus_ratio)))
+    if lora_plus_ratio:
+        return kind()(model, **options)
     return kind([p for p in model.parameters() if p.requires_grad], **options)
 
 
 def make_schedule(optimizer, steps: int, settings: dict) -> LambdaLR:
     """LR_SCHEDULER over so many steps: linear warm-up, then down to MIN_LR."""
-    warmup, floor = math.ceil(settings["WARMUP_RATIO"] * steps), settings["MIN_LR"] / settings["LEARNING_RATE"]
-    name = settings["LR_SCHEDULER"]
+    name, floor = settings["LR_SCHEDULER"], settings["MIN_LR"] / settings["LEARNING_RATE"]
+    warmup = settings.get("WARMUP_STEPS")
+    if warmup is None:
+        warmup = math.ceil(settings["WARMUP_RATIO"] * steps)
+    elif warmup >= steps:
+        print(f"WARMUP_STEPS={warmup}: the run has {steps} steps and never reaches LEARNING_RATE", file=sys.stderr)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, name, warmup, floor))
 
 

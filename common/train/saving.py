@@ -164,11 +164,13 @@ class SavingTrainer:
         self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = account
         self._tr_loss.fill_(running_loss)
         # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
-        scheduler, peak = self.lr_scheduler, self.args.learning_rate
-        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
-        scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["initial_lr"], group["lr"] = peak, rate
+        scheduler, peak, (old, *_) = self.lr_scheduler, self.args.learning_rate, self.lr_scheduler.base_lrs
+        # LORA_PLUS_RATIO gives groups rates of their own; all that are the same as then stay so to the last bit.
+        scheduler.base_lrs = [peak if rate == old else rate * (peak / old) for rate in scheduler.base_lrs]
+        parts = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, rate, factor in parts:
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if "paged" in self.args.optim:
             page_states(self.optimizer.optimizer)
         if self.progress.evaluation_due:

@@ -140,9 +140,10 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
         return model, job.frozen_base(model)
 
     packing, device = settings["PACKING"], hardware.device_type()
-    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, full=job.is_full,
-                has_reference=job.has_live_reference)  # fmt: skip
-    optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, job.trainer_settings["OPTIM"])
+    kind = dict(full=job.is_full, offloads=settings["ACTIVATION_OFFLOADING"], has_reference=job.has_live_reference)
+    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, **kind)
+    optim, ratio = job.trainer_settings["OPTIM"], settings.get("LORA_PLUS_RATIO")
+    optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, optim, lora_plus_ratio=ratio)
     plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
     batch_plan.restart_smaller(lambda plan: train_as_planned(job, run, build, make_optimizer, plan), plan, settings)
 

@@ -33,8 +33,10 @@ class StorageTracker(TorchDispatchMode):
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
         if self.positions is not None and func is aten.nonzero.default:  # as if every position were chosen
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        out = func(*args, **kwargs or {})
-        for tensor in tree_leaves(out):
+        kwargs = dict(kwargs or {})
+        in_main_memory = kwargs.pop("pin_memory", False)  # of offloaded activations, until they are brought back
+        out = func(*args, **kwargs)
+        for tensor in () if in_main_memory or func is aten.copy_.default else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.track(tensor)
         if self.on_gpu and (inside := self.now + kernel_bytes(func, args)) > self.peak:

@@ -6,16 +6,18 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config, write_jsonl
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
+from trl.trainer import sft_trainer
 
 from common import hardware
 from common.model import adapters, load
-from common.train import batch_plan, memory
+from common.train import batch_plan, galore, memory
 from common.train.meta_model import empty_model
 from common.train.optimizers import make_optimizer
 from common.train.storage import KINDS, StorageTracker
@@ -161,6 +163,77 @@ def test_optimizers_differ_by_their_states():
     assert states["adamw_torch_fused"] == pytest.approx(8, rel=0.02)  # two float32
     assert 2 < states["adamw_bnb_8bit"] < 2.5 and states["paged_adamw_8bit"] == states["sgd"] == 0
     assert states["adafactor"] < 0.2
+
+
+def test_lora_plus_needs_what_its_optimizer_needs():
+    settings = dict(MODEL="t", ADAPTER="lora", LORA_R=8, LORA_ALPHA=1, LORA_DROPOUT=0.0, LORA_TARGET_MODULES="auto")
+    for name in ("adamw_torch_fused", "adamw_anyprecision", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor"):
+        plain, plus = (
+            memory.trace(
+                adapters.add_adapter(empty_model(tiny_config("llama"), None, torch.bfloat16, "sdpa"), settings),
+                None, partial(make_optimizer, name, lora_plus_ratio=ratio), memory.Step(1, 64),
+            )
+            for ratio in (None, 16.0)
+        )  # fmt: skip
+        assert plus == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "method, checkpointing", [("lora", False), ("lora", True), ("nf4", False), ("full", False), ("galore", False)]
+)
+def test_offloaded_activations_are_not_on_the_gpu(method, checkpointing):
+    """What stays are those that are on their way, and those that TRL leaves there because they are saved twice."""
+    settings = dict(MODEL="t", ADAPTER="lora", LORA_R=8, LORA_ALPHA=1, LORA_DROPOUT=0.0, LORA_TARGET_MODULES="auto")
+    settings |= dict(full=method in ("full", "galore"), checkpointing=checkpointing)
+    sizes, parts = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6), []
+
+    def optimizer(model):
+        if method != "galore":
+            return make_optimizer("adamw_torch_fused", model)
+        made = galore.GaLore(*galore.split_weights(model, 32), 32)
+        made.attach(model)
+        return made
+
+    for offloads in (False, True):
+        quantization = "nf4" if method == "nf4" else None
+        model = empty_model(tiny_config("llama", **sizes), quantization, torch.bfloat16, "sdpa_documents")
+        if not settings["full"]:
+            model = adapters.add_adapter(model, settings)
+        step = memory.Step(1, 512, full=settings["full"], checkpointing=checkpointing, offloads=offloads)
+        parts.append(memory.trace(model, None, optimizer, step))
+    for kind in ("weights", "optimizer states"):
+        assert parts[0][kind] == parts[1][kind]
+    most = 0.95 if checkpointing else 0.5
+    assert parts[1]["activations"] + parts[1]["workspace"] < most * (parts[0]["activations"] + parts[0]["workspace"])
+
+
+@pytest.mark.parametrize(
+    "script, how, checkpointing",
+    [("qlora_train.py", "QUANTIZATION=nf4", True), ("galore_train.py", "GALORE_RANK=32", False)],
+)
+def test_offloading_changes_no_loss_and_no_weight(script, how, checkpointing, run, tmp_path, gpu_with, monkeypatch):
+    """TRL's context manager in a run, with the CPU in the GPU's place."""
+    same = "BATCH_SIZE=2", "SAVE_STEPS=None", f"GRADIENT_CHECKPOINTING={checkpointing}", how
+    made, honest = [], sft_trainer.get_act_offloading_ctx_manager
+    code, _, err = run(script, "off", *same, "ACTIVATION_OFFLOADING=True")
+    assert code == 2 and "error: ACTIVATION_OFFLOADING=True: it moves activations from a GPU" in err
+    gpu_with(2**40)
+    code, _, err = run(script, "plain", *same)
+    assert code == 0, err
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **how: torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_device_module", MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *args: None)
+    make = partial(honest, use_pin_memory=False)
+    monkeypatch.setattr(
+        sft_trainer, "get_act_offloading_ctx_manager", lambda **how: made.append(make(**how)) or made[0]
+    )
+    code, _, err = run(script, "off", *same, "ACTIVATION_OFFLOADING=True")
+    assert code == 0 and "could not be predicted" not in err, err
+    assert made[-1].tensor_id > 10 and not made[-1].tracker  # of the last micro step; each came back
+    assert losses(tmp_path / "off") == losses(tmp_path / "plain")
+    for file in (tmp_path / "plain" / "final").glob("*.safetensors"):
+        other = load_file(tmp_path / "off" / "final" / file.name)
+        assert all(torch.equal(weight, other[key]) for key, weight in load_file(file).items())
 
 
 def test_on_a_gpu_foreach_optimizers_hold_a_copy_of_the_weights():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from conftest import ARCHITECTURES, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common.bounds import CHOICES, TRAINERS_OPTIMIZERS
+from common.bounds import CHANGEABLE, CHOICES, TRAINERS_OPTIMIZERS
 from common.train.loss import add_chunked_loss
-from common.train.optimizers import learning_rate_factor
+from common.train.optimizers import learning_rate_factor, make_optimizer, make_schedule, optimizer_class
 from common.train.trainer import ChatTrainer
 
 DOCUMENTS = [5, 9, 3]  # lengths of the documents in a packed row
@@ -111,6 +112,20 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert all(a >= b for name in names for a, b in zip(rates(name)[2:], rates(name)[3:], strict=False))
 
 
+def test_warm_up_in_steps_overrules_its_share(capsys):
+    def rates(steps, **settings):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.8)
+        usual = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0.5, MIN_LR=0.0, LEARNING_RATE=0.8)
+        schedule = make_schedule(optimizer, steps, usual | settings)
+        return [(schedule.get_last_lr()[0], optimizer.step(), schedule.step())[0] for _ in range(steps)]
+
+    assert rates(6, WARMUP_STEPS=None) == rates(6, WARMUP_STEPS=3) == [0.2, 0.4, 0.8 * 3 / 4, 0.8, 0.8, 0.8]
+    assert rates(6, WARMUP_STEPS=0) == [0.8] * 6 and not capsys.readouterr().err
+    assert rates(2, WARMUP_STEPS=7) == [0.1, 0.2]
+    expected = "WARMUP_STEPS=7: the run has 2 steps and never reaches LEARNING_RATE"
+    assert expected in capsys.readouterr().err and "WARMUP_STEPS" in CHANGEABLE
+
+
 def losses(folder):
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     return [(m["loss"], m["grad_norm"]) if "loss" in m else m["eval_loss"] for m in rows]
@@ -190,6 +205,59 @@ def test_anyprecision_goes_on_bit_for_bit(train, run_here, tmp_path):
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     assert losses(whole)[-1] == losses(stopped)[-1]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("optim", TRAINERS_OPTIMIZERS[:5])
+def test_lora_plus_updates_b_as_a_higher_learning_rate_would(optim):
+    """And magnitudes of DoRA; A, adapters of the embeddings and rows of new tokens learn at LEARNING_RATE."""
+    lora = LoraConfig(
+        target_modules=["q_proj", "embed_tokens"], use_dora=True, trainable_token_indices={"lm_head": [3]}
+    )
+    model = get_peft_model(random_model("stablelm"), lora)
+    defaults = vars(TrainingArguments(output_dir=".", use_cpu=True, report_to="none"))
+
+    def options(rate, **more):
+        return SimpleNamespace(**defaults | dict(optim=optim, learning_rate=rate, weight_decay=0.1) | more)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    alone, fast = {}, 0
+    for name, parameter in trained.items():
+        is_fast = "lora_B" in name or "magnitude" in name
+        kind, arguments = optimizer_class(options(1e-3 * (16 if is_fast else 1)))
+        copy = torch.nn.Parameter(parameter.detach().clone())
+        alone[name], fast = (copy, kind([{"params": [copy], "weight_decay": 0.1}], **arguments)), fast + is_fast
+    factory, arguments = optimizer_class(options(1e-3, lora_plus_ratio=16.0))
+    together = factory()(model, **arguments)
+    for _ in range(3):
+        for name, parameter in trained.items():
+            copy, optimizer = alone[name]
+            parameter.grad = copy.grad = torch.randn_like(copy)
+            optimizer.step()
+        together.step()
+    assert fast == 5 and len(trained) == 5 + 4 + 1 and len(together.param_groups) == 3
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter, alone[name][0], rtol=1e-6, atol=1e-8, msg=name)
+    assert [g["lr"] for g in make_optimizer(optim, model, 16.0).param_groups] == [5e-5, 5e-5, 16 * 5e-5]  # traced
+
+
+def test_lora_plus_goes_on_bit_for_bit_and_with_another_rate(train, run_here, tmp_path):
+    settings = ("LORA_PLUS_RATIO=16", "LEARNING_RATE=2e-3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9", "WARMUP_STEPS=1")
+    whole = train("whole", *settings)
+    assert [json.loads(line).get("learning_rate") for line in open(whole / "metrics.jsonl")][:2] == [1e-3, 2e-3]  # of A
+    for name, rate in (("same", 2e-3), ("slower", 7e-4)):
+        shutil.copytree(whole, tmp_path / name)
+        for path in ("final", "checkpoint-3", "checkpoint-4"):
+            shutil.rmtree(tmp_path / name / path)
+        (tmp_path / name / "summary.json").unlink()
+        train(name, *settings, f"LEARNING_RATE={rate}", "ALLOW_CHANGE=LEARNING_RATE")
+        groups = torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
+        assert groups[0]["initial_lr"] == rate and groups[1]["initial_lr"] == pytest.approx(16 * rate)
+        assert [group["lr"] for group in groups] == pytest.approx([rate / 4, 4 * rate])  # cosine at 2 of 3
+    weights = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("whole", "same")]
+    assert weights[0] == weights[1] and losses(whole) == losses(tmp_path / "same") != losses(tmp_path / "slower")
+    for adapter in (None, "ia3"):
+        code, _, error = run_here("qlora_train.py", f"ADAPTER={adapter}", "LORA_PLUS_RATIO=16")
+        assert code == 2 and "LORA_PLUS_RATIO=16.0 is for LoRA's matrices. Set it to None." in error
 
 
 @pytest.mark.parametrize("optim", TRAINERS_OPTIMIZERS)
