@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PrinterCallback
 
 from common import distributed, hardware
+from common.cli import UserError
 from common.files import METRICS, LineLog
 from common.monitor import HardwareMonitor
 from common.run import report
@@ -33,6 +34,8 @@ class TrainingRun:
         """
         if checkpoints.published(self.folder)[:1] != [self.checkpoint and self.checkpoint[0]]:
             self.checkpoint = checkpoints.latest_valid(self.folder)  # memory ran out after it was written
+        if self.checkpoint:
+            self.check_steps(trainer, self.checkpoint[1]["step"])
         trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
         log = MetricsLog(trainer)
         trainer.add_callback(log)
@@ -51,15 +54,26 @@ class TrainingRun:
         results["predicted_peak_gib"] = plan.predicted_peak_gib
         report.finish(self.folder, trainer, results, dict(log.watch.counts))
 
+    def check_steps(self, trainer, done: int) -> None:
+        """UserError where the run would have fewer steps than are done, or a finished run no more."""
+        args = trainer.args
+        steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+        is_finished = distributed.on_first((self.folder / "summary.json").exists)
+        if steps < done or is_finished and steps == done:
+            name = "MAX_STEPS" if args.max_steps > 0 else "NUM_TRAIN_EPOCHS"
+            setting = f"{name}={getattr(args, name.lower()):g}"
+            raise UserError(f"{setting}: that is {steps} steps, and {done} are done. Raise it, or start a new run.")
+
     def keep_best(self, trainer, save, last_step: int, last_loss: float) -> tuple[int, float]:
         """Put the checkpoint of the least held-out loss into final/; returns step and loss of what is there then."""
         ranked = distributed.on_first(lambda: checkpoints.by_loss(self.folder, trainer.data_digest))
-        best = distributed.on_first(lambda: checkpoints.first_valid(ranked))
+        best = distributed.on_first(lambda: checkpoints.first_valid([checkpoint for *_, checkpoint in ranked]))
         step, loss = (best[1]["step"], best[1]["eval_loss"]) if best else (last_step, last_loss)
         if step == last_step or last_loss < loss:  # lower, and the disk had no room for its checkpoint
             step, loss = last_step, last_loss
         else:
-            trainer.load_best(best[0])
+            trainer.state.best_model_checkpoint = str(best[0])
+            trainer._load_best_model()
             weights = gather_weights(trainer)
             distributed.on_first(lambda: save(self.folder / "final", weights))
         print(f"final/ is step {step}, held-out loss {loss:.4f}; the last is step {last_step}, {last_loss:.4f}")

@@ -92,23 +92,21 @@ def clear(run: Path, after: int) -> None:
 
 def rotate(run: Path, keep: int, data: str) -> None:
     """Remove the published checkpoints but the newest `keep` (at least one) and the one of the least held-out loss."""
-    kept = published(run)[: max(1, keep)] + by_loss(run, data)[:1]
-    for checkpoint in published(run):
+    found = published(run)
+    kept = found[: max(1, keep)] + [best for *_, best in by_loss(run, data)[:1]]
+    for checkpoint in found:
         if checkpoint not in kept:
             remove(checkpoint)
 
 
-def by_loss(run: Path, data: str) -> list[Path]:
-    """The published checkpoints whose held-out loss was measured, the least and of equal ones the earliest first."""
-    losses = {checkpoint: eval_loss(checkpoint, data) for checkpoint in reversed(published(run))}
-    return sorted((checkpoint for checkpoint, loss in losses.items() if loss < math.inf), key=losses.get)
+def by_loss(run: Path, data: str) -> list[tuple[float, int, Path]]:
+    """Held-out loss, step and folder of the published checkpoints where it was measured, the least loss first."""
+    found = sorted((eval_loss(checkpoint, data), step_of(checkpoint), checkpoint) for checkpoint in published(run))
+    return [each for each in found if each[0] < math.inf]
 
 
 def eval_loss(checkpoint: Path, data: str) -> float:
-    """The loss measured at a published checkpoint's step on the held-out rows of this data; infinite where it was not.
-
-    data: a digest of rows trained on and held out, as it stands in manifests.
-    """
+    """The loss at a published checkpoint's step on the held-out rows of data (its digest); infinite: not measured."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         loss, same = manifest["eval_loss"], held_out(manifest["data"]) == held_out(data)

@@ -116,21 +116,19 @@ class ReliableTrainer(SavingTrainer):
             self.stop_signal = next((number for number in signals if number is not None), None)
         return self.stop_signal is not None
 
-    def note_evaluation(self, loss: float) -> None:
+    def note_evaluation(self, metrics: dict) -> None:
         """Have the step saved where its held-out loss is the least, and training ended where none was for too long."""
-        progress, least = self.progress, distributed.on_first(self.least_saved_loss)
-        self.control.should_save |= self.keep_best and loss < least
+        progress, loss, step = self.progress, metrics["eval_loss"], self.state.global_step
+        progress.evaluation, progress.evaluation_due = metrics | {"step": step}, False
+        saved = distributed.on_first(lambda: checkpoints.by_loss(self.run, self.data_digest))
+        self.control.should_save |= self.keep_best and loss < (saved[0][0] if saved else math.inf)
         if loss < (progress.best or [math.inf])[0]:
-            progress.best, progress.without_gain = [loss, self.state.global_step], 0
+            progress.best, progress.without_gain = [loss, step], 0
         else:
             progress.without_gain += 1
         if self.stops_early():
             self.control.should_training_stop = True
             self.control.should_save |= self.args.save_strategy != "no"
-
-    def least_saved_loss(self) -> float:
-        ranked = checkpoints.by_loss(self.run, self.data_digest)
-        return checkpoints.eval_loss(ranked[0], self.data_digest) if ranked else math.inf
 
     def stops_early(self) -> bool:
         return self.patience is not None and self.progress.without_gain >= self.patience
@@ -159,7 +157,7 @@ class StepHooks(TrainerCallback):
         self.trainer.restore_progress()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.trainer.note_evaluation(metrics["eval_loss"])
+        self.trainer.note_evaluation(metrics)
 
     def on_step_begin(self, *args, **kwargs):
         self.started = hardware.now()

@@ -93,27 +93,13 @@ class SavingTrainer:
         self._total_loss_scalar -= self._tr_loss.item()  # Trainer has added it at the end; a checkpoint holds both
         return result
 
-    def set_initial_training_values(self, *args):
-        """Trainer's, which end with the number of steps; UserError where they are done already."""
-        values, done = super().set_initial_training_values(*args), self.writer.saved_step
-        is_finished = distributed.on_first((self.run / "summary.json").exists)
-        if values[-1] < done or is_finished and values[-1] == done:
-            name = "MAX_STEPS" if self.args.max_steps > 0 else "NUM_TRAIN_EPOCHS"
-            setting = f"{name}={getattr(self.args, name.lower()):g}"
-            raise UserError(
-                f"{setting}: that is {values[-1]} steps, and {done} are done. Raise it, or start a new run."
-            )
-        return values
-
     def check_space(self) -> None:
         """UserError where the disk cannot hold the checkpoints that are to be kept, one more, and the final model."""
-        intervals = [self.state.save_steps] * (self.args.save_strategy != "no") + [
-            self.state.eval_steps
-        ] * self.keep_best
-        if not intervals:
+        if self.args.save_strategy == "no" and not self.keep_best:
             return
+        interval = min(self.state.save_steps, self.state.eval_steps) if self.keep_best else self.state.save_steps
         kept = self.writer.keep + (self.args.eval_strategy != "no")  # and the best
-        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(min(intervals)))
+        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(interval))
         more = min(saves, max(1, kept + 1 - len(checkpoints.published(self.run))))
         size, weights = self.checkpoint_bytes()
         try:
@@ -211,11 +197,6 @@ class SavingTrainer:
             shutil.copyfile(self.restored[0] / file.name, file)
         else:
             file.write_text("")
-
-    def load_best(self, checkpoint: Path) -> None:
-        """Give the model the weights of a checkpoint, when training is over."""
-        self.state.best_model_checkpoint = str(checkpoint)
-        self._load_best_model()
 
 
 def read_progress(checkpoint: Path, manifest: dict) -> Progress:

@@ -13,7 +13,7 @@ from test_survival import steps_of
 
 from common.model import load
 from common.run import report, training_run
-from common.train import checkpoints, saving
+from common.train import checkpoints
 from common.train.trainer import ChatTrainer, SFTTrainer
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 4.5, 4: 3.0, 5: float("nan"), 6: 3.0, 7: 3.5, 8: 2.0}
@@ -86,7 +86,7 @@ POINTS = {  # what a run dies in, and the call of it
     "the best's manifest": (checkpoints, "publish", 3),
     "the end of training": (training_run, "gather_weights", 1),
     "the first final/": (load, "save_final", 1),
-    "loading the best": (saving.SavingTrainer, "load_best", 1),
+    "loading the best": (ChatTrainer, "_load_best_model", 1),
     "the second final/": (load, "sync_files", 2),
     "the summary": (report, "write_atomic", 1),
 }
