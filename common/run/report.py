@@ -63,13 +63,13 @@ def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
         command=metadata["command"],
         commit=metadata["commit"],
         verdict=", ".join(["done", *early, *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
+        peak_vram_reserved_gib=peaks[2],
+        tokens_per_joule=progress.tokens / joules if joules else None,
+        events=events,
         final_step=results["final_step"],
         best_step=best[1],
         best_eval_loss=best[0],
         last_eval_loss=results["last_eval_loss"],
-        peak_vram_reserved_gib=peaks[2],
-        tokens_per_joule=progress.tokens / joules if joules else None,
-        events=events,
     )
 
 
