@@ -66,6 +66,9 @@ def test_final_is_the_checkpoint_of_the_least_loss_and_the_summary_names_both(tr
         files = {file.name: file.read_bytes() for file in (tmp_path / folder / "final").iterdir()}
         files.pop("adapter_model.safetensors")
         assert files == {name: (tmp_path / "best" / "final" / name).read_bytes() for name in files}
+    longer = ["SAVE_TOTAL_LIMIT=1", "MAX_STEPS=7", "ALLOW_CHANGE=MAX_STEPS"]
+    assert "resuming from checkpoint-4" in train("best", *longer)[1] and steps_of(tmp_path / "best") == [4]
+    assert "nothing to do" in train("best", *longer)[1]  # though the only checkpoint is from before
 
 
 def test_full_weights_of_the_best_are_as_they_would_be_saved(arguments, run_here, losses, tmp_path):
