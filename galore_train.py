@@ -62,10 +62,12 @@ SEED = 0
 # Logging and output
 LOGGING_STEPS = 1
 EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
+EARLY_STOPPING_PATIENCE: int | None = None  # evaluations without a lower loss, after which the run ends; None: never
 EVAL_FACTS: str | None = None  # questions (as FACTS of evaluate_model.py) asked at each evaluation; slow
 EVAL_PROMPTS: str | None = None  # rows of {"prompt"} answered at each evaluation, into metrics.jsonl
 SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
+KEEP: str | None = None  # what final/ is: best (the least held-out loss) or last; None: best where EVAL_STEPS is set
 REPORT_TO: str | None = None  # tensorboard, wandb, mlflow, trackio, or several, comma-separated; beside metrics.jsonl
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: <script>-<time>
@@ -117,7 +119,7 @@ def settings_for_trainer(settings: dict) -> dict:
     """The settings with the optimizer's name in transformers."""
     settings = settings | {"OPTIM": TRANSFORMERS_NAMES.get(OPTIM, "adamw_torch_fused")}
     if OPTIM == "galore_torch":
-        settings["SAVE_STEPS"] = None
+        settings |= {"SAVE_STEPS": None, "KEEP": "last"}
         print("OPTIM=galore_torch keeps code in its state, which is not loaded again: no checkpoints", file=sys.stderr)
     return settings
 
@@ -158,6 +160,8 @@ def check_galore_settings():
             f"OPTIM={OPTIM} with {distributed.engine()}: its projection needs whole gradients in one process. "
             "OPTIM=galore works with launch/ddp.yaml, OPTIM=adamw with all of them."
         )
+    if OPTIM == "galore_torch" and KEEP == "best":
+        raise UserError("KEEP=best OPTIM=galore_torch: it has no checkpoints. Set KEEP=last or OPTIM=galore.")
     if OPTIM.startswith("galore") and GALORE_SCALE >= 1:
         print(
             f"GALORE_SCALE={GALORE_SCALE}: a run with 2 diverged, and one with 1.5 (rank 488) was given up after 207 "

@@ -2,6 +2,7 @@
 
     python tests/survival_sweep.py
     python tests/survival_sweep.py SIDE=trl EVERY=4
+    python tests/survival_sweep.py STEPS=12 MORE="EVAL_STEPS=1 SAVE_STEPS=None EARLY_STOPPING_PATIENCE=2"
 
 A tiny model on the CPU, LoRA with dropout, a checkpoint after every step. Each kill is a real `kill -9` of the process,
 at every file it opens for writing, renames, removes or cuts in its run folder, and before every forward pass; once as
@@ -24,6 +25,7 @@ SIDE = "ours"  # ours or trl
 EVERY = 1  # every so manyth kill point
 STEPS = 6  # optimizer steps of the run
 PROCESSES = 2  # runs at a time
+MORE = ""  # settings of the run, beside or instead of those below
 
 if __name__ == "__main__":
     apply_overrides(globals())
@@ -103,12 +105,14 @@ def kill_and_resume(side: str, folder: Path, point: int, torn: bool) -> dict | N
 
 
 def outcome(run: Path):
-    """Final weights as bytes, and the losses logged."""
+    """Final weights as bytes, the losses logged, and which step final/ is."""
     weights = load_file(run / "final" / "adapter_model.safetensors")
     if (run / "metrics.jsonl").exists():
         entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         clock = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
         metrics = [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
+        summary = json.loads((run / "summary.json").read_text())
+        metrics += [summary[name] for name in ("final_step", "best_step", "eval_loss", "last_eval_loss", "verdict")]
     else:
         metrics = json.loads((run / "final" / "losses.json").read_text())
     return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}, metrics
@@ -204,7 +208,7 @@ def train_ours(run: Path) -> None:
         f"MODEL={inputs}/model DATA={inputs}/chats.jsonl OUT_DIR={run.parent} RUN_NAME={run.name} MAX_STEPS={STEPS} "
         "LORA_R=4 LORA_DROPOUT=0.1 MAX_LENGTH=128 EVAL_SIZE=4 EVAL_STEPS=3 SAVE_STEPS=1 LEARNING_RATE=1e-2"
     )
-    if code := execute("qlora_train.py", arguments.split()):
+    if code := execute("qlora_train.py", [*arguments.split(), *MORE.split()]):
         raise SystemExit(code)
 
 

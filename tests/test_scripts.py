@@ -13,7 +13,7 @@ from common.model import generation, load
 
 SUMMARY_KEYS = """train_loss eval_loss eval_perplexity steps tokens tokens_per_second train_seconds median_step_seconds
 max_step_seconds peak_vram_gib peak_rss_gib predicted_peak_gib mean_power_w energy_wh device command commit
-verdict""".split()
+verdict peak_vram_reserved_gib tokens_per_joule events final_step best_step best_eval_loss last_eval_loss""".split()
 
 
 def short(model, data, out, run, *more):
@@ -36,7 +36,7 @@ def test_run_folder_holds_what_the_contract_says(trained):
     names = "settings.json metrics.jsonl hardware.csv plot.png summary.json run_row.md final checkpoint-1 checkpoint-2"
     assert set(names.split()) <= {p.name for p in folder.iterdir()}
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary) == [*SUMMARY_KEYS, "peak_vram_reserved_gib", "tokens_per_joule", "events"]
+    assert list(summary) == SUMMARY_KEYS
     assert 0.2 < summary["predicted_peak_gib"] / summary["peak_rss_gib"] < 1.5 and summary["events"] == {}
     assert summary["steps"] == 2 and summary["tokens"] > 100 and summary["eval_perplexity"] > 1
     assert summary["peak_rss_gib"] > 0.1 and summary["mean_power_w"] is None

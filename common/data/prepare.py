@@ -46,14 +46,8 @@ def datasets_for(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlear
         distributed.on_first(lambda: write_atomic(folder / "report.json", json.dumps(account, indent=1)))
     try:
         train, evaluation, account = load_folder(folder, settings, encoder, keep_unlearned)
-        if manifest:
-            hashes = {} if is_prepared else account["sources"]
-            changed = [name for name in hashes if hash_file(Path(name).expanduser()) != hashes[name]]
-            if not changed and account["digest"] != manifest["data"]:
-                changed = ["the prepared data"]
-            if changed:
-                problem = f"{', '.join(changed)} is not what it began with"
-                raise UserError(f"{problem}. Set it back, or ALLOW_CHANGE=DATA.")
+        if manifest and account["digest"] != manifest["data"]:
+            raise UserError("the prepared data is not what it began with. Set it back, or ALLOW_CHANGE=DATA.")
     except UserError as error:
         if not manifest:
             raise

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from common import distributed
 from common.bounds import CHANGEABLE, split_list
 from common.cli import UserError
-from common.files import METRICS, write_atomic
+from common.files import METRICS, hash_file, write_atomic
 from common.train import checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -29,10 +29,17 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SI
 
 
 def create_folder(settings: dict, script: str) -> Path:
-    """Make OUT_DIR/RUN_NAME (default <script>-<time>) and write settings.json into it.
+    """Open OUT_DIR/RUN_NAME and write settings.json into it. Errors: see `open_folder`."""
+    folder, metadata = open_folder(settings, script)
+    write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
+    return folder
+
+
+def open_folder(settings: dict, script: str) -> tuple[Path, dict]:
+    """OUT_DIR/RUN_NAME (default <script>-<time>), made and locked, and what is to be its settings.json.
 
     Raises UserError when it cannot be written, or holds a run that must not be resumed or would become another.
-    Ends the program where that run is finished.
+    Ends the program where that run is finished and no setting has changed.
     """
     out_dir, stem = settings["OUT_DIR"], Path(script).stem
     name = settings["RUN_NAME"] or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -49,17 +56,16 @@ def create_folder(settings: dict, script: str) -> Path:
     if checkpoints.folders(folder) or any((folder / file).exists() for file in results):
         if not settings.get("RESUME"):
             raise UserError(f"RUN_NAME={name}: {folder} holds a run already. Choose another name, or remove it.")
-        refuse_changes(folder, settings)
-        if (folder / "summary.json").exists():
+        changes = find_changes(folder, settings)
+        if not changes and (folder / "summary.json").exists():
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
-    metadata = {"script": stem, "settings": settings} | provenance()
-    write_atomic(folder / "settings.json", json.dumps(metadata, indent=1))
-    return folder
+        refuse_changes(folder, changes, allowed_changes(settings))
+    return folder, {"script": stem, "settings": settings} | provenance()
 
 
-def refuse_changes(folder: Path, settings: dict) -> None:
-    """Exit code 3 when a resume would go on with other settings than the run began with."""
+def find_changes(folder: Path, settings: dict) -> dict[str, str]:
+    """The settings that differ from those the run began with, and how. Exit code 3 where the processes differ."""
     now = settings, distributed.count(), distributed.engine()
     before, processes, engine = read_settings(folder) or now
     if (processes, engine) != now[1:]:
@@ -69,20 +75,39 @@ def refuse_changes(folder: Path, settings: dict) -> None:
             f"({now[2]}). Start it as before, or start a new run.",
             code=3,
         )
-    checked = settings.keys() - FREE - allowed_changes(settings)
-    changed = [name for name in settings if name in checked and before.get(name) != settings[name]]
-    if changed:
-        difference = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
-        allowing = f"allow it (ALLOW_CHANGE={','.join(changed)}), " if set(changed) <= set(CHANGEABLE) else ""
+    changed = [name for name in settings if name not in FREE and before.get(name) != settings[name]]
+    changes = {name: f"{name} was {before.get(name)}, now {settings[name]}" for name in changed}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        account = json.loads((folder / "data" / "report.json").read_text(encoding="utf-8"))
+        trained = checkpoints.published(folder) or (folder / "summary.json").exists()
+        hashes = account["sources"] if trained else {}
+        if files := [name for name in hashes if hash_file(Path(name).expanduser()) != hashes[name]]:
+            changes.setdefault("DATA", f"{', '.join(files)} is not what it began with")
+    return changes
+
+
+def refuse_changes(folder: Path, changes: dict[str, str], allowed: set[str]) -> None:
+    """Exit code 3 when a resume would go on with other settings than the run began with, or could not."""
+    changeable, difference = changes.keys() <= set(CHANGEABLE), ", ".join(changes.values())
+    if changeable and (folder / "summary.json").exists() and not checkpoints.published(folder):
+        setting = "ADAPTER" if (folder / "final" / "adapter_config.json").exists() else "MODEL"
+        raise UserError(
+            f"RUN_NAME={folder.name} is finished and has no checkpoint to go on from ({difference}). Train its result "
+            f"further: {setting}={folder} RUN_NAME={folder.name}-2.",
+            code=3,
+        )
+    if changes.keys() - allowed:
+        allowing = f"allow it (ALLOW_CHANGE={','.join(changes)}), " if changeable else ""
         raise UserError(
             f"RESUME=auto would change the run: {difference}. Set it back, {allowing}or start a new run.", code=3
         )
 
 
 def read_settings(folder: Path) -> tuple[dict, int, str | None] | None:
-    """Settings, processes and engine of the newest checkpoint or of the run; None where all are damaged."""
-    manifests = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
-    for file in [*manifests, folder / "settings.json"]:
+    """Settings, processes and engine of the run, of its newest checkpoint until it is finished; None: all damaged."""
+    files = [checkpoint / checkpoints.MANIFEST for checkpoint in checkpoints.published(folder)]
+    files.insert(0 if (folder / "summary.json").exists() else len(files), folder / "settings.json")
+    for file in files:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             metadata = json.loads(file.read_text(encoding="utf-8"))
             return metadata["settings"], metadata["processes"], metadata["engine"]

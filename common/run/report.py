@@ -39,14 +39,16 @@ def finish(folder: Path, trainer, results: dict, events: dict) -> None:
 def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
     """summary.json; peaks: GiB of VRAM, of main memory, and of VRAM reserved by torch."""
     progress, steps, joules = trainer.progress, trainer.step_seconds, trainer.energy_j()
-    metadata, device, guard = trainer.metadata(), hardware.device_name(), progress.guard
+    metadata, device, guard = trainer.metadata, hardware.device_name(), progress.guard
+    state, best = trainer.state, progress.best or (None, None)
+    early = [f"stopped early at step {state.global_step} of {state.max_steps}"] if trainer.stops_early() else []
     events = events | ({"loss spike": guard.spikes} if guard.spikes else {})
     bad = [f"{guard.bad_steps} steps not finite"] if guard.bad_steps else []
     return dict(
         train_loss=results["train_loss"],
         eval_loss=results["eval_loss"],
         eval_perplexity=perplexity(results["eval_loss"]),
-        steps=trainer.state.global_step,
+        steps=state.global_step,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens_per_second(),
         train_seconds=results["train_seconds"],
@@ -60,10 +62,14 @@ def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
         device=f"{distributed.count()} x {device}" if distributed.count() > 1 else device,
         command=metadata["command"],
         commit=metadata["commit"],
-        verdict=", ".join(["done", *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
+        verdict=", ".join(["done", *early, *bad, *(f"{n} {event}{'s' * (n > 1)}" for event, n in events.items())]),
         peak_vram_reserved_gib=peaks[2],
         tokens_per_joule=progress.tokens / joules if joules else None,
         events=events,
+        final_step=results["final_step"],
+        best_step=best[1],
+        best_eval_loss=best[0],
+        last_eval_loss=results["last_eval_loss"],
     )
 
 

@@ -59,20 +59,24 @@ def read_manifest(checkpoint: Path) -> dict:
     return manifest
 
 
-def latest_valid(run: Path) -> tuple[Path, dict] | None:
-    """The newest published checkpoint that verifies, with its manifest; a line is printed for each one rejected.
-
-    None when there is none yet. Raises UserError when there are some and none is valid; nothing is deleted.
-    """
-    found = published(run)
+def first_valid(found: list[Path]) -> tuple[Path, dict] | None:
+    """The first checkpoint that verifies, with its manifest; a line is printed for each one rejected."""
     for checkpoint in found:
         try:
             return checkpoint, read_manifest(checkpoint)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{checkpoint.name} is rejected: {error}", file=sys.stderr)
-    if not found:
-        return None
-    raise UserError(f"RESUME=auto: {run} holds no valid checkpoint. Start anew: RESUME=None and another RUN_NAME.")
+
+
+def latest_valid(run: Path) -> tuple[Path, dict] | None:
+    """The newest published checkpoint that verifies, with its manifest; None when there is none yet.
+
+    Raises UserError when there are some and none is valid; nothing is deleted.
+    """
+    valid = first_valid(found := published(run))
+    if found and not valid:
+        raise UserError(f"RESUME=auto: {run} holds no valid checkpoint. Start anew: RESUME=None and another RUN_NAME.")
+    return valid
 
 
 def clear(run: Path, after: int) -> None:
@@ -86,22 +90,40 @@ def clear(run: Path, after: int) -> None:
             checkpoint.rename(aside)
 
 
-def rotate(run: Path, keep: int) -> None:
+def rotate(run: Path, keep: int, data: str) -> None:
     """Remove the published checkpoints but the newest `keep` (at least one) and the one of the least held-out loss."""
     found = published(run)
-    best = min(found, key=eval_loss, default=None)
-    for checkpoint in found[max(1, keep) :]:
-        if checkpoint != best or eval_loss(best) == math.inf:
+    kept = found[: max(1, keep)] + [best for *_, best in by_loss(run, data)[:1]]
+    for checkpoint in found:
+        if checkpoint not in kept:
             remove(checkpoint)
 
 
-def eval_loss(checkpoint: Path) -> float:
-    """The held-out loss measured at a published checkpoint's step; infinite where it was not measured."""
+def by_loss(run: Path, data: str) -> list[tuple[float, int, Path]]:
+    """Held-out loss, step and folder of the published checkpoints where it was measured, the least loss first."""
+    found = sorted((eval_loss(checkpoint, data), step_of(checkpoint), checkpoint) for checkpoint in published(run))
+    return [each for each in found if each[0] < math.inf]
+
+
+def eval_loss(checkpoint: Path, data: str) -> float:
+    """The loss at a published checkpoint's step on the held-out rows of data (its digest); infinite: not measured."""
     try:
-        loss = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["eval_loss"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        loss, same = manifest["eval_loss"], held_out(manifest["data"]) == held_out(data)
+        return loss if same and math.isfinite(loss) else math.inf
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
-    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def held_out(data: str) -> str:
+    """The part of a digest of data that is of the held-out rows: losses compare where it is equal."""
+    return data.rpartition("-")[2]
+
+
+def add_eval_loss(checkpoint: Path, loss: float) -> None:
+    """Note a loss that was measured after the checkpoint was published."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    write_atomic(checkpoint / MANIFEST, json.dumps(manifest | {"eval_loss": loss}, indent=1))
 
 
 def remove(checkpoint: Path) -> None:
@@ -129,7 +151,7 @@ class CheckpointWriter:
     def publish_and_rotate(self, checkpoint: Path, metadata: dict) -> None:
         publish(checkpoint, metadata)
         try:
-            rotate(self.run, self.keep)
+            rotate(self.run, self.keep, metadata["data"])
         except OSError as error:
             print(f"an old checkpoint could not be removed: {error}", file=sys.stderr)
 

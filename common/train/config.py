@@ -34,6 +34,19 @@ def check_combinations(settings: dict) -> None:
         if name != "tensorboard" or not find_spec("tensorboardX"):  # transformers takes either
             check_package("REPORT_TO", settings["REPORT_TO"], name, name)
     rows_per_step(settings)
+    check_evaluations(settings, bool(settings["EVAL_SIZE"] or settings["EVAL_DATA"]))
+
+
+def check_evaluations(settings: dict, has_rows: bool) -> None:
+    """Refuse settings that go by evaluations where there are none. has_rows: whether there are held-out rows."""
+    for name in ("KEEP", "EARLY_STOPPING_PATIENCE"):
+        wanted = f"{name}={settings[name]}"
+        if settings[name] in (None, "last"):
+            continue
+        if not settings["EVAL_STEPS"]:
+            raise UserError(f"{wanted}: nothing is evaluated before the end. Set EVAL_STEPS (0.1: ten times).")
+        if not has_rows:
+            raise UserError(f"{wanted}: no chats are held out to evaluate on. Set EVAL_SIZE or EVAL_DATA.")
 
 
 def check_engine(settings: dict) -> None:

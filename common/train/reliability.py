@@ -1,6 +1,7 @@
 """Runs that survive: stop requests, steps that are not finite, loss spikes. For any TRL trainer."""
 
 import itertools
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -12,19 +13,22 @@ from transformers import TrainerCallback
 
 from common import distributed, hardware
 from common.cli import RANK, UserError
+from common.train import checkpoints
 from common.train.saving import SavingTrainer
 
 
 class ReliableTrainer(SavingTrainer):
     """Mixin over a TRL trainer: `class ChatTrainer(ReliableTrainer, SFTTrainer)`.
 
+    patience: evaluations without a lower loss, after which training ends; None: never.
     stop: a run.folder.StopRequest, set before training; when it is requested, the run saves and ends.
     monitor: a monitor.HardwareMonitor, set before training, whose energy is summed up over all sessions of the run.
     What decides how the run goes on is agreed on by all processes in each step.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, patience: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.patience = patience
         self.stop = self.stop_signal = self.monitor = None  # stop_signal: once all processes know of it
         self.step_seconds: list[float] = []  # of this session
         self.micro_steps: list[tuple[dict, torch.Tensor]] = []  # batch and loss, of the step that is being computed
@@ -115,6 +119,23 @@ class ReliableTrainer(SavingTrainer):
             self.stop_signal = next((number for number in signals if number is not None), None)
         return self.stop_signal is not None
 
+    def note_evaluation(self, metrics: dict) -> None:
+        """Have the step saved where its held-out loss is the least, and training ended where none was for too long."""
+        progress, loss, step = self.progress, metrics["eval_loss"], self.state.global_step
+        progress.evaluation, progress.evaluation_due = metrics | {"step": step}, False
+        saved = distributed.on_first(lambda: checkpoints.by_loss(self.run, self.data_digest))
+        self.control.should_save |= self.keep_best and loss < (saved[0][0] if saved else math.inf)
+        if loss < (progress.best or [math.inf])[0]:
+            progress.best, progress.without_gain = [loss, step], 0
+        else:
+            progress.without_gain += 1
+        if self.stops_early():
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy != "no"
+
+    def stops_early(self) -> bool:
+        return self.patience is not None and self.progress.without_gain >= self.patience
+
     def energy_j(self) -> float | None:
         """Energy of the whole run; None where power cannot be read."""
         joules = self.monitor and self.monitor.energy_j()
@@ -122,7 +143,8 @@ class ReliableTrainer(SavingTrainer):
         return None if joules is None else (before or 0.0) + joules
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # Trainer would train one step more
+        # Trainer would train one step more.
+        if self.state.global_step >= self.state.max_steps or self.stops_early():
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -136,6 +158,9 @@ class StepHooks(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
         self.trainer.restore_progress()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.trainer.note_evaluation(metrics)
 
     def on_step_begin(self, *args, **kwargs):
         self.started = hardware.now()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pickle
 import shutil
 import sys
@@ -11,14 +12,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from common import distributed, files
+from common.bounds import CHANGEABLE
 from common.cli import RANK, UserError
-from common.files import LineLog
+from common.files import LineLog, write_atomic
 from common.model.load import same_weights
 from common.train import checkpoints
 from common.train.checkpoints import CheckpointWriter
 from common.train.guard import StepGuard
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch and safetensors on a full disk
+# On each resume it compares SAVE_STEPS=0.25 with the steps that it came to.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda line: "`trainer_state.json`" not in line.getMessage())
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Progress:
     spike: dict | None = None  # since the last log
     evaluation: dict | None = None  # the last one: step and eval_loss
     evaluation_due: bool = False  # the checkpoint was written in the middle of one
+    best: list | None = None  # loss and step of the evaluation with the least loss
+    without_gain: int = 0  # evaluations since then
     loss_account: list[float] = field(default_factory=list)  # Trainer's: total, step of the last log, first step, sum
 
     def tokens_per_second(self) -> float | None:
@@ -45,13 +51,19 @@ class SavingTrainer:
     """Mixin over a TRL trainer that saves checkpoints which count only when they are whole, and resumes from them.
 
     log: metrics.jsonl, which belongs to a checkpoint as it was at that step.
+    metadata: for settings.json: settings, versions, command.
+    keep_best: also save each step whose evaluation has the least loss until then.
     data_digest, base_fingerprint: of the training data and the base's weights; they go into the checkpoints.
     Of several processes the first writes.
     """
 
-    def __init__(self, *args, log: LineLog, save_total_limit=2, data_digest="", base_fingerprint=(), **kwargs):
+    def __init__(
+        self, *args, log: LineLog, metadata: dict, keep_best=False, save_total_limit=2, data_digest="",
+        base_fingerprint=(), **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.run, self.metrics_log = Path(self.args.output_dir), log
+        self.run, self.metrics_log, self.metadata = Path(self.args.output_dir), log, metadata
+        self.keep_best = keep_best and self.args.eval_strategy != "no"
         self.writer = CheckpointWriter(self.run, save_total_limit)
         self.data_digest, self.base_fingerprint = data_digest, list(base_fingerprint)
         self.progress, self.restored = Progress(), None
@@ -65,7 +77,7 @@ class SavingTrainer:
         self.writer.saved_step, self.restored = manifest["step"], checkpoint
         if folder:
             print(f"resuming from {folder.name}")
-            versions, before = self.metadata()["versions"], manifest["versions"]
+            versions, before = self.metadata["versions"], manifest["versions"]
             for name in [name for name in versions if before.get(name) != versions[name]]:
                 message = f"{name} was {before.get(name)}, now {versions[name]}: results may differ a little"
                 print(message, file=sys.stderr)
@@ -81,16 +93,13 @@ class SavingTrainer:
         self._total_loss_scalar -= self._tr_loss.item()  # Trainer has added it at the end; a checkpoint holds both
         return result
 
-    def metadata(self) -> dict:
-        """Command, versions and settings of the run."""
-        return json.loads((self.run / "settings.json").read_text(encoding="utf-8"))
-
     def check_space(self) -> None:
         """UserError where the disk cannot hold the checkpoints that are to be kept, one more, and the final model."""
-        if self.args.save_strategy == "no":
+        if self.args.save_strategy == "no" and not self.keep_best:
             return
+        interval = min(self.state.save_steps, self.state.eval_steps) if self.keep_best else self.state.save_steps
         kept = self.writer.keep + (self.args.eval_strategy != "no")  # and the best
-        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(self.state.save_steps))
+        saves = 1 + (self.state.max_steps - self.state.global_step) // max(1, int(interval))
         more = min(saves, max(1, kept + 1 - len(checkpoints.published(self.run))))
         size, weights = self.checkpoint_bytes()
         try:
@@ -150,7 +159,7 @@ class SavingTrainer:
                 eval_loss=evaluation["eval_loss"] if evaluation["step"] == step else None,
                 progress=[progress for _, progress in outcomes],
             )
-            self.writer.submit(checkpoint, self.metadata() | metadata)
+            self.writer.submit(checkpoint, self.metadata | metadata)
 
     def restore_progress(self) -> None:
         """Called when Trainer has loaded everything: begin the log, or go on where the checkpoint was written."""
@@ -158,8 +167,12 @@ class SavingTrainer:
         if not self.restored:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # the intervals loaded are those of then
-        progress = self.restored[1]["progress"][RANK]
-        self.progress = Progress(**progress | {"guard": StepGuard(**progress["guard"])})
+        checkpoint, manifest = self.restored
+        self.progress = read_progress(checkpoint, manifest)
+        if checkpoints.held_out(manifest["data"]) != checkpoints.held_out(self.data_digest):
+            self.progress.best = self.progress.evaluation = None
+        if any(manifest["settings"].get(name) != self.metadata["settings"].get(name) for name in CHANGEABLE):
+            self.progress.without_gain = 0
         *account, running_loss = self.progress.loss_account
         self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = account
         self._tr_loss.fill_(running_loss)
@@ -174,15 +187,34 @@ class SavingTrainer:
         if "paged" in self.args.optim:
             page_states(self.optimizer.optimizer)
         if self.progress.evaluation_due:
-            self.evaluate()
+            loss = self.evaluate()["eval_loss"]
+            distributed.on_first(lambda: checkpoints.add_eval_loss(checkpoint, loss))
 
     def begin_log(self) -> None:
         self.check_space()
+        (self.run / "summary.json").unlink(missing_ok=True)  # of a finished run that goes on
+        write_atomic(self.run / "settings.json", json.dumps(self.metadata, indent=1))
         file = self.metrics_log.file
         if self.restored:
             shutil.copyfile(self.restored[0] / file.name, file)
         else:
             file.write_text("")
+
+
+def read_progress(checkpoint: Path, manifest: dict) -> Progress:
+    """This process's progress; UserError with exit code 3 where another version has written it."""
+    try:
+        progress = manifest["progress"][RANK]
+        progress = Progress(**progress | {"guard": StepGuard(**progress["guard"])})
+        if len(progress.loss_account) != 4:
+            raise ValueError("no loss_account")
+        return progress
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"RESUME=auto: {checkpoint} was written by another version of these scripts ({error}). Go on with its "
+            f"commit, {manifest.get('commit')}, or start a new run: another RUN_NAME.",
+            code=3,
+        ) from error
 
 
 def page_states(optimizer) -> None:

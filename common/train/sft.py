@@ -117,6 +117,7 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     datasets = prepare.datasets_for(settings, job.encoder, run.folder / "data", keep_unlearned, manifest)
     job.train_set, job.eval_set, account = datasets
     print(describe(account))
+    config.check_evaluations(settings, bool(job.eval_set))
     checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
     longest = account["length_percentiles"]["100"]
     if job.preference:
@@ -173,6 +174,9 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
         base_model=base,
         probe=job.probe,
         log=run.log,
+        metadata=run.metadata | {"plan": plan.settings()},
+        keep_best=job.trainer_settings["KEEP"] != "last",
+        patience=settings["EARLY_STOPPING_PATIENCE"],
         save_total_limit=settings["SAVE_TOTAL_LIMIT"],
         data_digest=job.data_digest,
         base_fingerprint=model.base_fingerprint,

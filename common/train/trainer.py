@@ -142,7 +142,6 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         if self.probe:
             with torch.no_grad(), self.accelerator.autocast():  # generate() goes past the forward that has it
                 metrics |= self.probe(self.model)
-        self.progress.evaluation, self.progress.evaluation_due = metrics | {"step": self.state.global_step}, False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -153,9 +153,9 @@ def test_rotation_goes_by_step_and_keeps_the_newest(run_with_checkpoints):
     for checkpoint in checkpoints.published(run):  # the clock says the reverse of the steps
         os.utime(checkpoint, (100 - checkpoints.step_of(checkpoint),) * 2)
     (run / "checkpoint-99").mkdir()  # never published
-    checkpoints.rotate(run, 2)
+    checkpoints.rotate(run, 2, "")
     assert [checkpoints.step_of(c) for c in checkpoints.published(run)] == [6, 5]
-    checkpoints.rotate(run, 0)
+    checkpoints.rotate(run, 0, "")
     assert [checkpoints.step_of(c) for c in checkpoints.published(run)] == [6]
 
 

@@ -1,7 +1,5 @@
 """Reliability is a mixin over any TRL trainer: DPO, killed by an exception and resumed, ends bit for bit the same."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
@@ -24,7 +22,6 @@ class ReliableDPOTrainer(ReliableTrainer, DPOTrainer):
 def make_trainer(tiny, tokenizer_folder):
     def make(run):
         run.mkdir(exist_ok=True)
-        (run / "settings.json").write_text(json.dumps({"settings": {}, "versions": {}}))
         torch.manual_seed(0)
         arguments = DPOConfig(
             output_dir=str(run), max_steps=6, save_steps=1, logging_steps=1, per_device_train_batch_size=2, seed=0,
@@ -38,6 +35,7 @@ def make_trainer(tiny, tokenizer_folder):
             processing_class=AutoTokenizer.from_pretrained(tokenizer_folder),
             log=LineLog(run / "metrics.jsonl"),
             save_total_limit=9,
+            metadata={"settings": {}, "versions": {}},
         )
 
     return make

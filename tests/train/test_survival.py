@@ -255,8 +255,8 @@ def test_damaged_newer_checkpoints_never_push_out_the_good_ones(arguments, run_h
         (tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")
     rotate, sound = checkpoints.rotate, []
 
-    def watched(run, keep):
-        rotate(run, keep)
+    def watched(run, *arguments):
+        rotate(run, *arguments)
         sound.append(checkpoints.latest_valid(run)[0].name)
 
     monkeypatch.setattr(checkpoints, "rotate", watched)
@@ -269,14 +269,15 @@ def test_damaged_newer_checkpoints_never_push_out_the_good_ones(arguments, run_h
 def test_rotation_keeps_the_best(tmp_path):
     for step, loss in enumerate((3.0, 1.0, 2.0, None, 1.5), start=1):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        checkpoints.publish(tmp_path / f"checkpoint-{step}", {"eval_loss": loss})
-    checkpoints.rotate(tmp_path, 2)
+        checkpoints.publish(tmp_path / f"checkpoint-{step}", {"eval_loss": loss, "data": "a-b"})
+    checkpoints.rotate(tmp_path, 2, "c-b")
     assert steps_of(tmp_path) == [5, 4, 2]
 
 
 def test_checkpoints_know_the_loss_that_was_measured_at_their_step(arguments, run_here, tmp_path):
     assert run_here("qlora_train.py", *arguments("run"))[0] == 0
-    losses = {checkpoints.step_of(c): checkpoints.eval_loss(c) for c in checkpoints.published(tmp_path / "run")}
+    digest = checkpoints.latest_valid(tmp_path / "run")[1]["data"]
+    losses = {checkpoints.step_of(c): checkpoints.eval_loss(c, digest) for c in checkpoints.published(tmp_path / "run")}
     metrics = map(json.loads, open(tmp_path / "run" / "metrics.jsonl"))
     measured = {entry["step"]: entry["eval_loss"] for entry in metrics if "eval_loss" in entry}
     assert {step for step, loss in losses.items() if loss != float("inf")} == {3, 6}
@@ -348,7 +349,8 @@ def test_allowed_changes_take_effect_and_others_cannot_be_allowed(arguments, run
     cut_back(tmp_path / "run", 1)
     code, _, error = run_here("qlora_train.py", *arguments("run", "OPTIM=adafactor", "ALLOW_CHANGE=OPTIM"))
     assert code == 2 and "ALLOW_CHANGE=OPTIM: OPTIM cannot change within a run" in error
-    more = ["SAVE_STEPS=4", "EVAL_STEPS=2", "LOGGING_STEPS=2", "ALLOW_CHANGE=SAVE_STEPS,EVAL_STEPS,LOGGING_STEPS"]
+    more = ["SAVE_STEPS=4", "EVAL_STEPS=2", "LOGGING_STEPS=2", "KEEP=last"]
+    more.append("ALLOW_CHANGE=SAVE_STEPS,EVAL_STEPS,LOGGING_STEPS,KEEP")
     code, _, error = run_here("qlora_train.py", *arguments("run", *more))
     assert code == 0 and steps_of(tmp_path / "run") == [6, 4, 1], error
     entries = list(map(json.loads, open(tmp_path / "run" / "metrics.jsonl")))
@@ -434,7 +436,7 @@ def test_a_publishing_thread_that_fails_costs_one_checkpoint(arguments, run_here
         honest(checkpoint, about)
 
     monkeypatch.setattr(checkpoints, "publish", publish)
-    code, _, error = run_here("qlora_train.py", *arguments("run", "SAVE_STEPS=2"))
+    code, _, error = run_here("qlora_train.py", *arguments("run", "SAVE_STEPS=2", "KEEP=last"))
     assert code == 0 and "checkpoint-4 could not be saved: [Errno 5]" in error
     assert steps_of(tmp_path / "run") == [6, 5, 2]
 
