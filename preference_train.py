@@ -73,10 +73,12 @@ SEED = 0
 # Logging and output
 LOGGING_STEPS = 1
 EVAL_STEPS: int | float | None = None  # steps between evaluations, or their share of the run; None: at the end only
+EARLY_STOPPING_PATIENCE: int | None = None  # evaluations without a lower loss, after which the run ends; None: never
 EVAL_FACTS: str | None = None  # questions (as FACTS of evaluate_model.py) asked at each evaluation; slow
 EVAL_PROMPTS: str | None = None  # rows of {"prompt"} answered at each evaluation, into metrics.jsonl
 SAVE_STEPS: int | float | None = 0.25  # steps between checkpoints, or their share of the run; None: none
 SAVE_TOTAL_LIMIT = 2  # checkpoints to keep, the newest; each holds weights and twice their size of optimizer state
+KEEP: str | None = None  # what final/ is: best (the least held-out loss) or last; None: best where EVAL_STEPS is set
 REPORT_TO: str | None = None  # tensorboard, wandb, mlflow, trackio, or several, comma-separated; beside metrics.jsonl
 OUT_DIR = "out"
 RUN_NAME: str | None = None  # None: <script>-<time>
