@@ -73,7 +73,7 @@ def train(base, files, tmp_path, monkeypatch):
         arguments = [
             f"MODEL={base}", f"DATA={files[loss == 'kto']}", f"LOSS={loss}", "DTYPE=float32", "LORA_R=4", "EVAL_SIZE=0",
             f"BATCH_SIZE={PAIRS}", f"MAX_STEPS={STEPS}", "MAX_LENGTH=512", "LEARNING_RATE=1e-2", f"OUT_DIR={tmp_path}",
-            "LR_SCHEDULER=constant", "WARMUP_RATIO=0", "SAVE_STEPS=None", f"RUN_NAME={name}", *more,
+            "LR_SCHEDULER=constant", "WARMUP_RATIO=0", "SAVE_STEPS=None", f"RUN_NAME={name}", "SFT_WEIGHT=0", *more,
         ]  # fmt: skip
         assert execute("preference_train.py", arguments) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
