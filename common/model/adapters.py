@@ -3,8 +3,12 @@
 import warnings
 from pathlib import Path
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError, safe_open
 
 from common.cli import UserError
 from common.model.targets import find_targets, ia3_layers, short_names
@@ -19,6 +23,8 @@ VARIANTS = {
     "pissa": {"init_lora_weights": "pissa"},  # 2404.02948: starts from the principal singular vectors
     "loftq": {},  # 2310.08659: starts from what quantisation lost
 }
+
+VOCABULARY_DIMENSIONS = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
 
 def add_adapter(model, settings: dict, new_rows=()):
@@ -69,7 +75,8 @@ def embedding_rows(model, rows: list[int], targets: list[str]) -> dict[str, list
 
 def trained_rows(config) -> list[int]:
     """Token ids whose rows an adapter trains, by its PeftConfig."""
-    rows = config.to_dict().get("trainable_token_indices") or []
+    fields = config.to_dict()
+    rows = fields.get("trainable_token_indices") or fields.get("token_indices") or []
     return sum(rows.values(), []) if isinstance(rows, dict) else rows
 
 
@@ -87,6 +94,74 @@ def add_bias(layer, args, output):
     return output if uses_base else output + layer.base_layer.bias
 
 
+def read_config(folder: str) -> PeftConfig:
+    """The config of the adapter in a folder; UserError for a kind that peft does not know, or of another task."""
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"its adapter_config.json is not one of peft's ({type(error).__name__}: {error})"
+        raise UserError(f"ADAPTER={folder}: {problem}. A newer peft may know it, or the file is damaged.") from error
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"ADAPTER={folder} is for {config.task_type}, not for a language model that writes.")
+    return config
+
+
+def check_merge(folder: str) -> None:
+    """UserError where the kind of the adapter in a folder has no weights of the base to merge into."""
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[kind := read_config(folder).peft_type], BaseTuner):
+        raise no_merge(folder, kind)
+
+
+def no_merge(name: str, kind: str) -> UserError:
+    remedy = "chat_pipe.py and evaluate_model.py use it beside its base"
+    return UserError(f"MODEL={name}: adapters of the kind {kind.value} cannot be merged; {remedy}.")
+
+
 def load_adapter(model, folder: str, trainable: bool = False):
-    """The model with the adapter in a folder."""
-    return keep_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=trainable))
+    """The model with the adapter in a folder, whose rows its embeddings get; UserError where it does not fit."""
+    config = read_config(folder)
+    fit_rows(model, folder, config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        # Once more, for the tensors that found no place.
+        unused = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable).unexpected_keys
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UserWarning) as error:
+        raise does_not_fit(model, folder, str(error).strip()) from error
+    if unused:
+        raise does_not_fit(model, folder, f"no layer for {unused[0]}")
+    return keep_head_bias(adapted)
+
+
+def does_not_fit(model, folder: str, error: str) -> UserError:
+    lines = [line.strip() for line in error.splitlines()]
+    reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
+    return UserError(f"ADAPTER={folder} does not fit MODEL={model.name_or_path}: {reason} Set MODEL to its base.")
+
+
+def fit_rows(model, folder: str, config: PeftConfig) -> None:
+    """Give embeddings and head as many rows as the adapter has: other tools pad them, or cut them to the tokens."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    # Dimension of the vocabulary, by what follows the layer's name.
+    dimensions = {f".{name}.{rest}": i for name in names for rest, i in VOCABULARY_DIMENSIONS.items()}
+    rows, found = ends[0].weight.shape[0], []
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as tensors:
+        for key in tensors.keys():
+            found += [tensors.get_slice(key).get_shape()[i] for end, i in dimensions.items() if key.endswith(end)]
+    wanted = max([*(found or [rows]), *(token + 1 for token in trained_rows(config))])
+    if wanted != rows:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def prompt_cache(model):
+    """Keys and values of the tokens that prompt learning puts before every chat; None for other models."""
+    if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+        return None
+    prompt = model.get_prompt(batch_size=1)  # (1, N, hidden), or the keys and values themselves
+    if not isinstance(prompt, torch.Tensor):
+        return prompt
+    return model.get_base_model()(inputs_embeds=prompt.to(model.dtype), use_cache=True).past_key_values
