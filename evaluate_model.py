@@ -7,7 +7,7 @@ Prints tables, each score with a 95 % interval; writes scores.json into the run 
 run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, where the same command continues.
 """
 
-from common.cli import UserError, run_main
+from common.cli import UserError, exit_with, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
 from common.settings import apply_overrides, current
@@ -49,6 +49,8 @@ ANSWER_TOKENS = 512  # at most, for an answer to be judged
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
     check_models(MODEL=None if MODELS else MODEL, ADAPTER=ADAPTER, BASE=BASE)
+    if ADAPTER and MODELS:
+        exit_with(UserError(f"ADAPTER={ADAPTER} goes on MODEL, not on MODELS={MODELS}. Leave one of both out."))
     for name in MODELS.split(",") if MODELS else ():
         check_models(MODELS=name.strip())
     check_files(current(globals()), "CHATS")
@@ -73,8 +75,6 @@ def main():
     # Settings: every mistake that can be found without a model
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if ADAPTER and MODELS:
-        raise UserError(f"ADAPTER={ADAPTER} goes on MODEL, not on MODELS={MODELS}. Leave one of both out.")
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
     located = {name: location.locate(*where(name)) for name in names}
     for source in located.values():

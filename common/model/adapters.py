@@ -24,6 +24,13 @@ VARIANTS = {
     "loftq": {},  # 2310.08659: starts from what quantisation lost
 }
 
+# What peft raises for an adapter on another model: other shapes, layers or tensors, or a package that is missing.
+MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, UserWarning)
+# Kinds of peft that no chat can use.
+REFUSED = dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "want the number of a task, which chats do not have")
+WHOLE_TEXT = "weigh the whole text anew for each token, and a chat goes on from the keys and values of earlier ones"
+REFUSED |= dict.fromkeys(("XLORA", "LILY", "SHADOW"), WHOLE_TEXT)
+# Which dimension of a tensor is the vocabulary's, by the rest of its name after that of embeddings or head.
 VOCABULARY_DIMENSIONS = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
 
@@ -95,14 +102,20 @@ def add_bias(layer, args, output):
 
 
 def read_config(folder: str) -> PeftConfig:
-    """The config of the adapter in a folder; UserError for a kind that peft does not know, or of another task."""
+    """The config of the adapter in a folder, without its base, which MODEL may have named.
+
+    UserError for a kind that peft does not know, or for another task.
+    """
     try:
         config = PeftConfig.from_pretrained(folder)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"its adapter_config.json is not one of peft's ({type(error).__name__}: {error})"
         raise UserError(f"ADAPTER={folder}: {problem}. A newer peft may know it, or the file is damaged.") from error
+    if reason := REFUSED.get(config.peft_type):
+        raise UserError(f"ADAPTER={folder}: adapters of the kind {config.peft_type.value} {reason}.")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise UserError(f"ADAPTER={folder} is for {config.task_type}, not for a language model that writes.")
+    config.base_model_name_or_path = config.revision = None
     return config
 
 
@@ -120,18 +133,20 @@ def no_merge(name: str, kind: str) -> UserError:
 def load_adapter(model, folder: str, trainable: bool = False):
     """The model with the adapter in a folder, whose rows its embeddings get; UserError where it does not fit."""
     config = read_config(folder)
-    fit_rows(model, folder, config)
     try:
+        fit_rows(model, folder, config)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
         # Once more, for the tensors that found no place.
         unused = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable).unexpected_keys
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UserWarning) as error:
+    except SafetensorError as error:
+        raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
+    except MISFITS as error:
         raise does_not_fit(model, folder, str(error).strip()) from error
-    if unused:
+    if unused and not config.is_prompt_learning:  # whose tensors have a place of their own
         raise does_not_fit(model, folder, f"no layer for {unused[0]}")
     return keep_head_bias(adapted)
 

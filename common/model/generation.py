@@ -40,16 +40,16 @@ def load_for_chat(
     quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     templates.choose_for_chat(tokenizer, template, options)
-    run = location.run_of(source)
-    if run is not None and run.get("QUANTIZATION") != quantization:
-        difference = f"with QUANTIZATION={run.get('QUANTIZATION')}, here it is {quantization}"
+    run = location.run_folder(source) if source.adapter else None
+    if run and (trained := location.run_settings(run).get("QUANTIZATION")) != quantization:
+        difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     attention = choose_attention(load.load_config(source), attention)
     arguments = source, quantization, load.choose_dtype(dtype), attention
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         try:
-            model = merge_adapter(model, model_name)
+            model = merge_adapter(model, source.adapter)
         except UserError as error:
             print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
             model = load.load_model(*arguments, vocabulary=len(tokenizer))

@@ -38,7 +38,7 @@ def from_hub(load, source: Source, **kwargs):
     except (OSError, ValueError, ImportError) as error:
         hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
         if hint and source.adapter:
-            hint += f" Another base is named by MODEL=<base> ADAPTER={source.adapter}."
+            hint += " Or name its base: MODEL=<base> ADAPTER=<this adapter>."
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
 
@@ -159,6 +159,8 @@ def load_model(
         from common.model.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, source.adapter, trainable)
+        config = model.active_peft_config  # as it is saved again
+        config.base_model_name_or_path, config.revision = source.name, source.revision
     return model
 
 
@@ -172,6 +174,8 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         options["quantization_config"] = UNPACKED[own](dequantize=True)
     elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
         options["quantization_config"] = quantization_config(quantization, dtype, config)
+    if Path(source.path).is_dir():  # transformers would put an adapter that was left over there on the model
+        options["adapter_kwargs"] = {"subfolder": "none"}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(
@@ -180,7 +184,6 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         config=config,
         dtype=dtype,
         attn_implementation=attention,
-        adapter_kwargs={"subfolder": "none"},  # transformers would put an adapter left over in the folder on the model
         device_map=None if elsewhere else {"": distributed.device()},
         use_safetensors=True,
         **options,

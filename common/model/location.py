@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME
+from huggingface_hub import constants
 
 from common.cli import UserError, exit_with, nearest
 from common.files import hash_file
@@ -65,7 +65,7 @@ def locate(model: str, setting: str = "MODEL", adapter: str | None = None) -> So
         file = embedded_gguf(model) if model in EMBEDDED else path
         if not file.is_file():
             raise UserError(f"{setting}={model}: file not found.")
-        folder = Path(HF_HOME) / "converted-gguf" / f"{file.stem}-{hash_file(file)[:12]}"
+        folder = Path(constants.HF_HOME) / "converted-gguf" / f"{file.stem}-{hash_file(file)[:12]}"
         return Source(model if model in EMBEDDED else str(path.resolve()), str(folder), gguf=str(file))
     if path.is_dir():
         return locate_folder(path, f"{setting}={model}")
@@ -153,12 +153,9 @@ def read_json(file: Path, label: str) -> dict:
     """The object in a JSON file; UserError where it is damaged."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        problem = "no JSON object"
-    except (OSError, ValueError) as error:
-        problem = error
-    raise UserError(f"{label}: {file.name} is damaged ({problem}). Copy or fetch it again.")
+        return dict(value)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{label}: {file.name} is damaged ({error}). Copy or fetch it again.") from error
 
 
 def run_settings(folder: Path) -> dict | None:
@@ -182,9 +179,10 @@ def put_on(base: Source, model: str, adapter: str) -> Source:
         raise UserError(f"{label}: {problem}. Set MODEL={base.name}, or leave ADAPTER out.")
     if not path.is_dir():
         check_hub_id(adapter, "ADAPTER")
-    folder = inner_folder(path, label) if path.is_dir() else Path(fetch_adapter(adapter) or path)
+    folder = inner_folder(path, label) if path.is_dir() else Path(fetch_adapter(adapter) or "nowhere")
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{label} holds no adapter (no {CONFIG}).")
+        hint = "" if path.is_dir() else " Is the name right, the network there, and access granted?"
+        raise UserError(f"{label} holds no adapter (no {CONFIG}).{hint}")
     named = check_adapter(folder, label).get("base_model_name_or_path")
     if named != base.name:
         tell(f"{label} goes on MODEL={model}; its own {CONFIG} names {named}")
@@ -196,11 +194,12 @@ def on_its_base(folder: Path, label: str) -> Source:
     config = check_adapter(folder, label)
     named, (setting, _, value) = config.get("base_model_name_or_path"), label.partition("=")
     remedy = f"{'Name its base' if setting == 'MODEL' else 'Merge it first'}: MODEL=<base> ADAPTER={value}"
-    if not isinstance(named, str) or not named.strip():
+    named = named.strip() if isinstance(named, str) else ""
+    # As it stands, or beside the adapter.
+    places = [path for path in (Path(named).expanduser(), folder.parent / named, folder / named) if path.is_dir()]
+    found = next((path for path in places if named and path.resolve() != folder.resolve()), None)
+    if not named or places and not found:  # or itself
         raise UserError(f"{label}: {CONFIG} names no base. {remedy}")
-    # As it stands, or beside the adapter; a run's adapter is below its folder.
-    places = [Path(named).expanduser(), folder.parent / named, folder / named]
-    found = next((path for path in places if path.is_dir() and path.resolve() != folder.resolve()), None)
     if found and is_adapter(inner_folder(found, f"{label}, base model")):
         first = f"Merge that first (merge_and_export.py MODEL={found} RUN_NAME=merged), then MODEL=out/merged"
         raise UserError(f"{label}: its base {named} is an adapter itself. {first} ADAPTER={folder}")
@@ -237,8 +236,11 @@ def fetch_adapter(name: str) -> str | None:
         get_hf_file_metadata(hf_hub_url(name, CONFIG), retry_on_errors=False)
     except EntryNotFoundError:
         return None
-    except (OSError, httpx2.TransportError):  # offline, no access, no such name: the cache, or the loading, will tell
+    except (OSError, httpx2.TransportError) as error:  # no access or no such name: the loading will tell
         is_online = False
+        if isinstance(error, httpx2.TransportError):  # the libraries would try for minutes
+            constants.HF_HUB_OFFLINE = True
+            tell("the hub cannot be reached: models are taken from the cache")
         if not isinstance(try_to_load_from_cache(name, CONFIG), str):
             return None
     return snapshot_download(name, allow_patterns=FETCHED, local_files_only=not is_online)
@@ -253,6 +255,7 @@ def embedded_gguf(name: str) -> Path:
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
 
 
-def run_of(source: Source) -> dict | None:
-    """The settings of the run of ours that trained the adapter; None where there is none."""
-    return run_settings(Path(source.adapter).parent) if source.adapter else None
+def run_folder(source: Source) -> Path | None:
+    """The folder of the run of ours that made adapter or model; None for others."""
+    folder = Path(source.adapter or source.path).parent
+    return None if run_settings(folder) is None else folder
