@@ -38,7 +38,7 @@ def from_hub(load, source: Source, **kwargs):
     except (OSError, ValueError, ImportError) as error:
         hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
         if hint and source.adapter:
-            hint += " Or name its base: MODEL=<base> ADAPTER=<this adapter>."
+            hint += " Or name its base: MODEL=<base>, with ADAPTER=<adapter> where the script has that."
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
 

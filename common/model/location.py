@@ -84,9 +84,6 @@ def check_hub_id(model: str, setting: str) -> None:
         raise UserError(f"{setting}={model}: {problem}")
 
 
-# Folders
-
-
 def locate_folder(folder: Path, label: str) -> Source:
     """The model in a folder: of a run (its `final`), of an adapter (with its base) or a full model."""
     folder = inner_folder(folder, label)
@@ -113,9 +110,9 @@ def inner_folder(folder: Path, label: str) -> Path:
             hint = f"Take a checkpoint: {folder}/checkpoint-N."
             raise UserError(f"{label}: this run has no final/ yet. {hint}")
         return folder / "final"
-    if holds_model(folder):
+    if is_adapter(folder) or holds_weights(folder):
         return folder
-    inner = [path for path in folder.iterdir() if path.is_dir() and (holds_model(path) or run_settings(path))]
+    inner = [path for path in folder.iterdir() if holds_model(path)]
     inner.sort(key=lambda path: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", path.name)])
     if len(inner) == 1:
         tell(f"{label}: its {inner[0].name} is taken")
@@ -128,7 +125,7 @@ def inner_folder(folder: Path, label: str) -> Path:
 
 
 def holds_model(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() or holds_weights(folder)
+    return (folder / CONFIG).is_file() or holds_weights(folder) or run_settings(folder) is not None
 
 
 def holds_weights(folder: Path) -> bool:
@@ -196,15 +193,16 @@ def on_its_base(folder: Path, label: str) -> Source:
     remedy = f"{'Name its base' if setting == 'MODEL' else 'Merge it first'}: MODEL=<base> ADAPTER={value}"
     named = named.strip() if isinstance(named, str) else ""
     # As it stands, or beside the adapter.
-    places = [path for path in (Path(named).expanduser(), folder.parent / named, folder / named) if path.is_dir()]
-    found = next((path for path in places if named and path.resolve() != folder.resolve()), None)
-    if not named or places and not found:  # or itself
+    places = [path for path in (Path(named).expanduser(), folder.parent / named, folder / named) if holds_model(path)]
+    found = next((path for path in places if path.resolve() != folder.resolve()), Path(named).expanduser())
+    inner = inner_folder(found, f"{label}, base model") if named and found.is_dir() else None
+    if not named or inner and inner.resolve() == folder.resolve():  # which is no base
         raise UserError(f"{label}: {CONFIG} names no base. {remedy}")
-    if found and is_adapter(inner_folder(found, f"{label}, base model")):
+    if inner and is_adapter(inner):
         first = f"Merge that first (merge_and_export.py MODEL={found} RUN_NAME=merged), then MODEL=out/merged"
         raise UserError(f"{label}: its base {named} is an adapter itself. {first} ADAPTER={folder}")
     try:
-        base = locate(str(found or named), f"{label}, base model")
+        base = locate(str(found) if inner else named, f"{label}, base model")
     except UserError as error:
         raise UserError(f"{error} {remedy}") from error
     return replace(base, adapter=str(folder), revision=config.get("revision"))
