@@ -1,5 +1,6 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def load_adapter(model, folder: str, trainable: bool = False):
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
         # Once more, for the tensors that found no place.
         unused = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable).unexpected_keys
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except SafetensorError as error:
         raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
@@ -149,6 +150,12 @@ def load_adapter(model, folder: str, trainable: bool = False):
     if unused and not config.is_prompt_learning:  # whose tensors have a place of their own
         raise does_not_fit(model, folder, f"no layer for {unused[0]}")
     return keep_head_bias(adapted)
+
+
+def check_fit(empty, folder: str) -> None:
+    """UserError where the adapter in a folder does not fit a model, which is on the meta device."""
+    with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
+        load_adapter(empty, folder)
 
 
 def does_not_fit(model, folder: str, error: str) -> UserError:

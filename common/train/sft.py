@@ -13,6 +13,7 @@ from common.data.account import describe
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
+from common.model.adapters import check_fit
 from common.model.attention import can_pack, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
@@ -85,7 +86,10 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
     attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe)
+    job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe)
+    if source.adapter:
+        check_fit(job.empty_model(), source.adapter)
+    return job
 
 
 def load_data(job: Job, run, trained_rows: list[int]) -> None:

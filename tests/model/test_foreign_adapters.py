@@ -158,6 +158,9 @@ def test_the_base_is_named_told_and_checked_by_shapes(base, tiny, tmp_path, run_
             "chat_pipe.py", f"MODEL={model}", f"ADAPTER={deeper}", "CHAT_TEMPLATE=zephyr", "PROMPT=Hi"
         )
         assert code == 2 and words in error, error
+        code, _, error = run_here("qlora_train.py", f"MODEL={model}", f"ADAPTER={deeper}", "CHAT_TEMPLATE=zephyr",
+            f"OUT_DIR={tmp_path}/none", "MAX_LENGTH=64")  # fmt: skip
+        assert code == 2 and words in error and not (tmp_path / "none").exists(), error
 
 
 @pytest.mark.parametrize("config, rows, of_base", [
