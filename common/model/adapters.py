@@ -1,6 +1,5 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
-import contextlib
 import warnings
 from pathlib import Path
 
@@ -139,29 +138,20 @@ def load_adapter(model, folder: str, trainable: bool = False):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
-        # Once more, for the tensors that found no place.
+        # Once more, for the tensors that found no place; those of prompt learning have one of their own.
         unused = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable).unexpected_keys
+        if unused and not config.is_prompt_learning:
+            raise ValueError(f"no layer for {unused[0]}.")
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except SafetensorError as error:
         raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
     except MISFITS as error:
-        raise does_not_fit(model, folder, str(error).strip()) from error
-    if unused and not config.is_prompt_learning:  # whose tensors have a place of their own
-        raise does_not_fit(model, folder, f"no layer for {unused[0]}")
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
+        problem = f"does not fit MODEL={model.name_or_path}: {reason} Set MODEL to its base."
+        raise UserError(f"ADAPTER={folder} {problem}") from error
     return keep_head_bias(adapted)
-
-
-def check_fit(empty, folder: str) -> None:
-    """UserError where the adapter in a folder does not fit a model, which is on the meta device."""
-    with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
-        load_adapter(empty, folder)
-
-
-def does_not_fit(model, folder: str, error: str) -> UserError:
-    lines = [line.strip() for line in error.splitlines()]
-    reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
-    return UserError(f"ADAPTER={folder} does not fit MODEL={model.name_or_path}: {reason} Set MODEL to its base.")
 
 
 def fit_rows(model, folder: str, config: PeftConfig) -> None:

@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import json
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,20 +106,18 @@ def inner_folder(folder: Path, label: str) -> Path:
     """The folder itself, `final` of a run of ours, or the only one in it that holds a model; UserError for several."""
     if run_settings(folder) is not None:
         if not (folder / "final").is_dir():
-            hint = f"Take a checkpoint: {folder}/checkpoint-N."
-            raise UserError(f"{label}: this run has no final/ yet. {hint}")
+            raise UserError(f"{label}: this run has no final/ yet. Take a checkpoint: {folder}/checkpoint-N.")
         return folder / "final"
     if is_adapter(folder) or holds_weights(folder):
         return folder
-    inner = [path for path in folder.iterdir() if holds_model(path)]
-    inner.sort(key=lambda path: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", path.name)])
+    inner = sorted((path for path in folder.iterdir() if holds_model(path)), key=lambda path: (len(path.name), path))
     if len(inner) == 1:
         tell(f"{label}: its {inner[0].name} is taken")
         return inner_folder(inner[0], label)
     if inner:
         names = ", ".join(path.name for path in inner[-9:])
-        setting = label.partition("=")[0]
-        raise UserError(f"{label} holds {len(inner)} models: {names}. Name one: {setting}={inner[-1]}")
+        last = f"{label.partition('=')[0]}={inner[-1]}"
+        raise UserError(f"{label} holds {len(inner)} models: {names}. Name one: {last}")
     return folder
 
 
@@ -219,7 +216,8 @@ def check_adapter(folder: Path, label: str) -> dict:
     if (folder / WEIGHTS).is_file():
         return config
     refuse_pickles(folder, label, "adapter_model.bin")
-    raise UserError(f"{label}: the adapter has no {WEIGHTS}. Copy it completely, or fetch it again.")
+    hint = "one with .bin files on the hub: hf download <id> --local-dir theirs, then name theirs"
+    raise UserError(f"{label}: the adapter has no {WEIGHTS}. Copy it completely; {hint}.")
 
 
 @functools.cache
@@ -241,7 +239,10 @@ def fetch_adapter(name: str) -> str | None:
             tell("the hub cannot be reached: models are taken from the cache")
         if not isinstance(try_to_load_from_cache(name, CONFIG), str):
             return None
-    return snapshot_download(name, allow_patterns=FETCHED, local_files_only=not is_online)
+    try:
+        return snapshot_download(name, allow_patterns=FETCHED, local_files_only=not is_online)
+    except (OSError, httpx2.TransportError) as error:
+        raise UserError(f"the adapter {name} cannot be fetched ({error}). The same command tries again.") from error
 
 
 def embedded_gguf(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 
 from common.cli import UserError
@@ -22,16 +22,13 @@ def merge_adapter(model: PeftModel, name: str):
 
     name: what MODEL names, for the error. On the meta device nothing is compared.
     """
-    kind = model.active_peft_config.peft_type
-    if not isinstance(model.base_model, BaseTuner):
-        raise no_merge(name, kind)
     ids = probe(model)
     expected = None if ids.is_meta else (predict(model, ids), *ends(model, ids))
     separate_head(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
-        raise no_merge(name, kind) from error
+        raise no_merge(name, model.active_peft_config.peft_type) from error
     # An adapter may bring a head of its own to a base whose head is tied to the embeddings.
     is_tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     merged.config.get_text_config().tie_word_embeddings = is_tied
