@@ -15,6 +15,7 @@ from common.model.targets import find_targets, ia3_layers, short_names
 
 # Of adapters on one side of tied embeddings, which merging.py gives a matrix each.
 warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
+warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)  # peft makes its own
 # Papers: https://arxiv.org/abs/ and the number. IA3, which scales activations: 2205.05638.
 VARIANTS = {
     "lora": {},  # 2106.09685

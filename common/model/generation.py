@@ -89,10 +89,12 @@ def shared(one: list[int], other: list[int]) -> int:
 
 def identify_weights(source: location.Source) -> str:
     """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
-    folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
-    times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
-    return f"{source.name}-{max(times, default=commit)}"
+    parts = [source.name]
+    for folder in filter(None, (source.path, source.adapter)):
+        times = [file.stat().st_mtime_ns for file in Path(folder).glob("*.safetensors")]
+        parts.append(str(max(times, default=commit)))
+    return "-".join(parts)
 
 
 class Answer(NamedTuple):

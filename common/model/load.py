@@ -159,8 +159,7 @@ def load_model(
         from common.model.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, source.adapter, trainable)
-        config = model.active_peft_config  # as it is saved again
-        config.base_model_name_or_path, config.revision = source.name, source.revision
+        model.active_peft_config.revision = source.revision  # as it is saved again, with the model's name
     return model
 
 

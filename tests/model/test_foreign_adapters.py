@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from common.cli import UserError
 from common.eval import suites
 from common.model import generation, location
+from common.model import load as loading
 from common.model.adapters import prompt_cache
+from common.train.meta_model import empty_adapter, empty_model
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(3, 60)[None]
@@ -175,6 +177,9 @@ def test_embeddings_get_the_rows_of_the_adapter(config, rows, of_base, base, tmp
     folder = save_adapter(tmp_path / "theirs", base, lora(**config), rows)
     model, _ = generation.load_for_chat(str(padded), dtype="float32", adapter=str(folder))
     assert model.get_input_embeddings().weight.shape[0] >= (rows if of_base > rows else 701)
+    source = location.locate(str(padded), adapter=str(folder))
+    empty = empty_adapter(empty_model(loading.load_config(source), None, torch.float32, "sdpa"), source.adapter)
+    assert empty.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
     logits, expected = (logits[..., :640] for logits in (model(input_ids=IDS).logits, peft_logits(folder, base, rows)))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
@@ -284,9 +289,11 @@ def test_a_whole_model_counts_beside_a_left_over_adapter(base, tmp_path, capsys)
 
 def test_folders_around_an_adapter_and_bases_beside_it_are_found(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
-    save_adapter(tmp_path / "out" / "adapter", base, lora(), named="../base")
+    save_adapter(tmp_path / "out" / "adapter", base, lora(), named="../base", revision="v2")
     source = location.locate(str(tmp_path / "out"))
     assert source.adapter == str(tmp_path / "out" / "adapter") and source.name == str((tmp_path / "base").resolve())
+    assert source.revision == "v2" and location.locate(str(base), adapter=str(tmp_path / "out")).revision is None
+    assert loading.load_model(source, None, torch.float32, "sdpa").active_peft_config.revision == "v2"
 
 
 def test_an_adapter_on_the_hub_is_found_in_its_cache(base, tmp_path, monkeypatch):
