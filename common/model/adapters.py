@@ -170,6 +170,7 @@ def fit_rows(model, folder: str, config: PeftConfig) -> None:
         model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
+@torch.no_grad()
 def prompt_cache(model):
     """Keys and values of the tokens that prompt learning puts before every chat; None for other models."""
     if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):

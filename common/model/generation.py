@@ -117,10 +117,10 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
         prompt = prompt_cache(model)  # tokens of an adapter, before all others
         self.prompt_tokens = 0 if prompt is None else prompt.get_seq_length()
+        self.context = load.context_length(model.config) - self.prompt_tokens
         self.forward = model if prompt is None else model.get_base_model()
         # A sliding window cannot be cropped: such models get plain layers, which keep everything. A running
         # state cannot go back: each turn is read from the start.
@@ -131,7 +131,7 @@ class Generator:
 
     def limit(self, context: int | None) -> int:
         """Tokens in view: CONTEXT, but not more than the model takes."""
-        return min(context or self.context, self.context) - self.prompt_tokens
+        return min(context or self.context, self.context)
 
     def fit_context(self, messages: list[dict], max_new_tokens: int, context: int | None = None):
         """(messages, their token ids) without the oldest turns, so that the answer fits, too.
