@@ -7,6 +7,7 @@ Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, 
 checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
 """
 
+from common.bounds import ADAPTERS
 from common.cli import UserError, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
@@ -14,7 +15,7 @@ from common.settings import apply_overrides, current
 
 # LoRA
 QUANTIZATION: str | None = None  # nf4: 0.6 bytes a weight; int8: 1; hqq-4bit to hqq-1bit: 0.6 to 0.2; None: 2
-ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; a run folder to continue; None: full fine-tuning
+ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; folder, run or hub id of one to continue; None: full
 LORA_R = 16  # rank; memory and time grow with it, slowly
 LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0
@@ -80,16 +81,14 @@ ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LE
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL)
+    check_models(MODEL=MODEL, ADAPTER=None if ADAPTER in ADAPTERS else ADAPTER)
     check_files(current(globals()), "DATA", "EVAL_DATA")
 
 from dataclasses import replace
 
 import torch
-from peft import PeftConfig
 
 from common import distributed
-from common.bounds import ADAPTERS
 from common.model import adapters, load, location
 from common.model.quantize import BITS
 from common.run.training_run import open_run
@@ -123,19 +122,16 @@ def main():
 
 def locate_base() -> location.Source:
     """The base, with the adapter to continue, if any."""
-    source = location.locate(MODEL)
-    if ADAPTER in ADAPTERS or ADAPTER is None:
-        return source
-    return location.with_adapter(source, location.locate(ADAPTER, "ADAPTER"), "ADAPTER")
+    return location.locate(MODEL, adapter=None if ADAPTER in ADAPTERS else ADAPTER)
 
 
 def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization: str | None):
     """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
     full, quantised, half = ADAPTER is None, quantization is not None, dtype == torch.float16
     on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
-    is_lora = ADAPTER not in (None, "ia3")
-    if LORA_PLUS_RATIO and source.adapter:
-        is_lora = PeftConfig.from_pretrained(source.adapter).peft_type == "LORA"
+    continued = adapters.read_config(source.adapter) if source.adapter else None
+    is_prompt = continued is not None and continued.is_prompt_learning
+    is_lora = continued.peft_type == "LORA" if continued else ADAPTER not in (None, "ia3")
     has_16_bits = load.find_quantization(source, None) is None
     remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
     for wrong, reason in (
@@ -143,6 +139,7 @@ def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
         (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to continue it."),
         (source.adapter and is_new and ADAPTER != "lora", "MODEL has an adapter. Set ADAPTER=lora to continue it."),
+        (is_prompt, "peft does not go on training virtual tokens (prompt tuning and the like). Train a new adapter."),
         (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
         (ADAPTER == "pissa" and quantised, f"PiSSA rewrites the base weights. {remedy}"),
         (ADAPTER == "ia3" and quantization in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
@@ -160,14 +157,14 @@ def reference(source: location.Source) -> location.Source | None:
     """The model that KL_WEIGHT pulls towards: the base without its adapter. PiSSA and LoftQ change the base itself."""
     variant = ADAPTER
     if source.adapter:
-        variant = PeftConfig.from_pretrained(source.adapter).to_dict().get("init_lora_weights", True)
+        variant = adapters.read_config(source.adapter).to_dict().get("init_lora_weights", True)
     return None if variant in (None, "pissa", "loftq") else replace(source, adapter=None)
 
 
 def trained_rows(source: location.Source, new_token_ids: list[int]) -> list[int]:
     """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
     if source.adapter:
-        return adapters.trained_rows(PeftConfig.from_pretrained(source.adapter))
+        return adapters.trained_rows(adapters.read_config(source.adapter))
     rows = [] if ADAPTER == "ia3" else new_token_ids
     if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(

@@ -89,6 +89,9 @@ def check_setting(name: str, value, script: str = "") -> None:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
     if choices:
         check_choice(name, value, choices)
+    elif name == "ADAPTER" and script == "qlora_train" and value and not re.search(r"[/\\]", value):
+        if not Path(value).is_dir():
+            check_choice(name, value, [None, *ADAPTERS, "an adapter folder", "a run folder", "a hub id"])
     elif value is None:
         return
     elif name in LISTS:
@@ -144,8 +147,6 @@ def find_problem(name: str, value) -> str | None:
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():
         return "file not found."
-    if name == "ADAPTER" and value not in ADAPTERS and not path.is_dir():
-        check_choice(name, value, [None, *ADAPTERS, "a run folder"])
     if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."
     if name == "COLUMNS" and not re.fullmatch(f"{COLUMN}(,{COLUMN})*", value):

@@ -78,7 +78,7 @@ def write_answers(generator: generation.Generator, prompts: Prompts, file: Path,
     limit = generator.limit(settings["CONTEXT"])
     rows = [row for row, _ in prompts]
     views = [generator.fit_context(chat, length, limit) for _, chat in prompts]
-    by = {"MODEL": generation.identify_weights(location.locate(settings["MODEL"]))}
+    by = {"MODEL": generation.identify_weights(location.locate(settings["MODEL"], adapter=settings["ADAPTER"]))}
     by |= {name: settings[name] for name in GENERATED_BY}
     lines = answered_before(file, rows, by)
     done = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size

@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.model import load, location, responses
+from common.model.adapters import prompt_cache
 from common.model.attention import choose_attention, model_class
 from common.model.merging import merge_adapter
 
@@ -29,17 +30,18 @@ PARTS[1]["thinking"] = PARTS[1]["reasoning_content"]  # as gpt-oss has it
 
 def load_for_chat(
     model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None,
-    template: str | None = None, options: str = "",
+    template: str | None = None, options: str = "", adapter: str | None = None,
 ):  # fmt: skip
-    """(model, tokenizer), the adapter merged in memory unless the base is quantised.
+    """(model, tokenizer), the adapter merged in memory unless the base is quantised or its kind has no merge.
 
     template, options: as CHAT_TEMPLATE and TEMPLATE_OPTIONS. UserError for a model that nothing gives a template.
     """
-    source = location.locate(model_name)
+    source = location.locate(model_name, adapter=adapter)
     quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     templates.choose_for_chat(tokenizer, template, options)
-    if (trained := location.trained_with(source)) != quantization and source.adapter:
+    run = location.run_folder(source) if source.adapter else None
+    if run and (trained := location.run_settings(run).get("QUANTIZATION")) != quantization:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     attention = choose_attention(load.load_config(source), attention)
@@ -47,7 +49,7 @@ def load_for_chat(
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         try:
-            model = merge_adapter(model, model_name)
+            model = merge_adapter(model, source.adapter)
         except UserError as error:
             print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
             model = load.load_model(*arguments, vocabulary=len(tokenizer))
@@ -87,10 +89,12 @@ def shared(one: list[int], other: list[int]) -> int:
 
 def identify_weights(source: location.Source) -> str:
     """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
-    folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
-    times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
-    return f"{source.name}-{max(times, default=commit)}"
+    parts = [source.name]
+    for folder in filter(None, (source.path, source.adapter)):
+        times = [file.stat().st_mtime_ns for file in Path(folder).glob("*.safetensors")]
+        parts.append(str(max(times, default=commit)))
+    return "-".join(parts)
 
 
 class Answer(NamedTuple):
@@ -113,8 +117,11 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
+        prompt = prompt_cache(model)  # tokens of an adapter, before all others
+        self.prompt_tokens = 0 if prompt is None else prompt.get_seq_length()
+        self.context = load.context_length(model.config) - self.prompt_tokens
+        self.forward = model if prompt is None else model.get_base_model()
         # A sliding window cannot be cropped: such models get plain layers, which keep everything. A running
         # state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
@@ -160,7 +167,7 @@ class Generator:
         try:
             while True:
                 ids = torch.tensor([new], device=self.model.device)  # (1, T)
-                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                output = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.cache = output.past_key_values
                 self.seen += new
                 new = [choose_token(output.logits[:, -1], temperature, top_p)]
@@ -184,9 +191,9 @@ class Generator:
         same = shared(self.seen, prompt[:-1])
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
-                layer.crop(same - layer.get_seq_length())
+                layer.crop(self.prompt_tokens + same - layer.get_seq_length())
         else:
-            same, self.cache = 0, DynamicCache() if self.can_rewind else None
+            same, self.cache = 0, prompt_cache(self.model) or (DynamicCache() if self.can_rewind else None)
         self.seen = self.seen[:same]
         return prompt[same:]
 

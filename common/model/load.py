@@ -34,9 +34,11 @@ def from_hub(load, source: Source, **kwargs):
     if source.gguf and not Path(source.path).is_dir():
         convert_gguf(Path(source.gguf), Path(source.path))
     try:
-        return load(source.path, trust_remote_code=False, **kwargs)
+        return load(source.path, trust_remote_code=False, revision=source.revision, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
+        if hint and source.adapter:
+            hint += " Or name its base: MODEL=<base>, with ADAPTER=<adapter> where the script has that."
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
 
@@ -70,7 +72,7 @@ def load_config(source: Source):
 def load_tokenizer(source: Source):
     """The adapter's tokenizer, else the base's, which must not be larger than the embeddings."""
     is_adapters = source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists()
-    holder = Source(source.name, source.adapter) if is_adapters else source
+    holder = Source(source.adapter, source.adapter) if is_adapters else source
     tokenizer = from_hub(AutoTokenizer.from_pretrained, holder)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         templates = tokenizer.chat_template
@@ -162,6 +164,7 @@ def load_model(
         from common.model.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, source.adapter, trainable)
+        model.active_peft_config.revision = source.revision  # as it is saved again, with the model's name
     return model
 
 
@@ -175,6 +178,8 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         options["quantization_config"] = UNPACKED[own](dequantize=True)
     elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
         options["quantization_config"] = quantization_config(quantization, dtype, config)
+    if Path(source.path).is_dir():  # transformers would put an adapter that was left over there on the model
+        options["adapter_kwargs"] = {"subfolder": "none"}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = from_hub(
@@ -205,13 +210,12 @@ def fingerprint(model) -> list[float]:
 
 
 def check_adapter(model, source: Source) -> None:
-    folder = Path(source.adapter)
-    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle another file
-        raise UserError(f"MODEL={folder}: the adapter has no adapter_model.safetensors.")
-    file = folder / "base_fingerprint.json"
+    file = Path(source.adapter) / "base_fingerprint.json"
     if file.is_file() and not same_weights(json.loads(file.read_text()), model.base_fingerprint):
-        problem = f"the adapter was trained on other weights than {source.name} holds now."
-        raise UserError(f"MODEL={folder}: {problem}")
+        problem = f"the adapter was trained on other weights than {source.name} holds now"
+        raise UserError(
+            f"MODEL={source.name} ADAPTER={source.adapter}: {problem}. Set MODEL to its base as it was then."
+        )
 
 
 def same_weights(one: list[float], other: list[float]) -> bool:
