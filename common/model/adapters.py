@@ -31,6 +31,8 @@ MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, Import
 REFUSED = dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "want the number of a task, which chats do not have")
 WHOLE_TEXT = "weigh the whole text anew for each token, and a chat goes on from the keys and values of earlier ones"
 REFUSED |= dict.fromkeys(("XLORA", "LILY", "SHADOW"), WHOLE_TEXT)
+# What peft saves once more of embeddings and head where these were resized.
+COPIES = (".modules_to_save.weight", ".original_module.weight", ".base_layer.weight")
 # Which dimension of a tensor is the vocabulary's, by the rest of its name after that of embeddings or head.
 VOCABULARY_DIMENSIONS = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
@@ -140,7 +142,8 @@ def load_adapter(model, folder: str, trainable: bool = False):
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
         # Once more, for the tensors that found no place; those of prompt learning have one of their own.
-        unused = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable).unexpected_keys
+        found = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable)
+        unused = [name for name in found.unexpected_keys if not name.endswith(COPIES)]
         if unused and not config.is_prompt_learning:
             raise ValueError(f"no layer for {unused[0]}.")
     except (torch.OutOfMemoryError, NotImplementedError):
@@ -165,6 +168,9 @@ def fit_rows(model, folder: str, config: PeftConfig) -> None:
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as tensors:
         for key in tensors.keys():
             found += [tensors.get_slice(key).get_shape()[i] for end, i in dimensions.items() if key.endswith(end)]
+            if not tensors.get_tensor(key).isfinite().all():
+                problem = f"its weights are not finite ({key}). Take an earlier checkpoint, or fetch it again."
+                raise UserError(f"ADAPTER={folder}: {problem}")
     wanted = max([*(found or [rows]), *(token + 1 for token in trained_rows(config))])
     if wanted != rows:
         model.resize_token_embeddings(wanted, mean_resizing=False)

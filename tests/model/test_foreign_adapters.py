@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, save_tiny
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common.cli import UserError
@@ -168,6 +168,7 @@ def test_the_base_is_named_told_and_checked_by_shapes(base, tiny, tmp_path, run_
 @pytest.mark.parametrize("config, rows, of_base", [
     (dict(trainable_token_indices={"embed_tokens": [700], "lm_head": [700]}), PADDED, 640),
     (dict(target_modules=["embed_tokens", "q_proj", "lm_head"]), PADDED, 640),
+    (dict(modules_to_save=["embed_tokens", "lm_head"]), PADDED, 640),
     (dict(modules_to_save=["embed_tokens", "lm_head"]), 645, 768),
 ])  # fmt: skip
 def test_embeddings_get_the_rows_of_the_adapter(config, rows, of_base, base, tmp_path):
@@ -175,6 +176,11 @@ def test_embeddings_get_the_rows_of_the_adapter(config, rows, of_base, base, tmp
     load(base, of_base).save_pretrained(padded)
     AutoTokenizer.from_pretrained(base).save_pretrained(padded)
     folder = save_adapter(tmp_path / "theirs", base, lora(**config), rows)
+    weights = load_file(folder / WEIGHTS)
+    if "modules_to_save" in config:  # peft writes them once more where it knows that the base had other rows
+        copies = {f"base_model.model.lm_head.{name}.weight": weights["base_model.model.lm_head.weight"].clone()
+                  for name in ("modules_to_save", "original_module")}  # fmt: skip
+        save_file(weights | copies, folder / WEIGHTS, {"format": "pt"})
     model, _ = generation.load_for_chat(str(padded), dtype="float32", adapter=str(folder))
     assert model.get_input_embeddings().weight.shape[0] >= (rows if of_base > rows else 701)
     source = location.locate(str(padded), adapter=str(folder))
@@ -215,6 +221,11 @@ def pickled(folder, base):
     (folder / WEIGHTS).unlink()
 
 
+def not_a_number(folder, base):
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
 def mlx(folder, base):
     (folder / WEIGHTS).rename(folder / "adapters.safetensors")
 
@@ -242,6 +253,7 @@ def two_checkpoints(folder, base):
 @pytest.mark.parametrize("change, words", [
     (pickled, "Convert them: python -c"),
     (mlx, "mlx-lm's, not peft's"),
+    (not_a_number, "weights are not finite"),
     (lambda folder, base: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
     (lambda folder, base: (folder / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
     (lambda folder, base: (folder / WEIGHTS).write_bytes(b"abc"), "weights are damaged"),
