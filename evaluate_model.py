@@ -125,6 +125,8 @@ def read_chats(models) -> dict[str, list]:
     for source in sources.parse(CHATS, "CHATS"):
         sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
         chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
+        if not chats[source.name]:
+            raise UserError(f"CHATS={CHATS}: no chat of {source.name} is left. Take more of its rows.")
     return chats
 
 

@@ -73,15 +73,20 @@ BOUNDS = {
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "TOOLS", "VOCAB")
+PATHS = (*FILES, "MODEL", "ADAPTER", "CHAT_TEMPLATE", "LLAMA_CPP", "OUT_DIR")
 SIZES = ("MEMORY_LIMIT", "FIT")
 SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")
+TEXTS = ("PROMPT", "SYSTEM")  # settings that may have several lines
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"  # the last: bytes that are no UTF-8
 COLUMN = r'\s*("[^"\r\n]+"|[^",\r\n]+):\s*\w+\s*'  # a field of the rows and the name it is read as
 LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Python has it
 
 
 def check_setting(name: str, value, script: str = "") -> None:
     """Raise UserError unless the value is possible. script: its name, for the choices of OPTIM."""
+    if isinstance(value, str) and re.search(CONTROL, value):
+        raise UserError(f"{name}={value!a}: a control character, or not UTF-8. Type it again, or rename the file.")
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
@@ -95,8 +100,13 @@ def check_setting(name: str, value, script: str = "") -> None:
                 these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
                 raise UserError(f"{name}={value}: {item} cannot change within a run; start a new one.{these}")
             check_choice(name, item, LISTS[name])
-    elif problem := find_problem(name, value):
-        raise UserError(f"{name}={value}: {problem}")
+    else:
+        try:
+            problem = find_problem(name, value)
+        except (OSError, RuntimeError) as error:  # too long a name; a home folder that is not known
+            problem = f"{getattr(error, 'strerror', error)} Choose another."
+        if problem:
+            raise UserError(f"{name}={value}: {problem}")
 
 
 def split_list(value: str | None) -> list[str]:
@@ -119,7 +129,7 @@ def find_problem(name: str, value) -> str | None:
     for words, (keeps, names) in BOUNDS.items():
         if name in names.split() and not keeps(value):
             return f"it must be {words}."
-    path = Path(str(value)).expanduser()
+    path = Path(str(value)).expanduser() if name in PATHS else None
     if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
         return "it must be a whole number, or a share below 1; 0 means none."
     if name in FILES and not path.is_file():
@@ -153,7 +163,7 @@ def find_problem(name: str, value) -> str | None:
     if name == "DROP_PATTERN" and value != "auto" or name in TARGETS and is_pattern(value):
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             return f"not a regular expression: {error}."
 
 

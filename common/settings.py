@@ -6,12 +6,13 @@ import io
 import itertools
 import math
 import os
+import re
 import sys
 import tokenize
 from pathlib import Path
 
-from common.bounds import check_setting
-from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, redact
+from common.bounds import TEXTS, check_setting
+from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, open_streams, redact
 
 SECRET_ADVICE = "{name} holds a secret. Set it in the environment (HF_TOKEN), or use `hf auth login`."
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
@@ -68,10 +69,11 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
+    open_streams(goes_on="OUT_DIR" in settings)
     if RANK:  # the first process prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if {"--help", "-h", "help"} & set(argv):
-        print(help_text(namespace, settings.values()))
+        print(help_text(namespace, settings.values()), flush=True)
         raise SystemExit(0)
     try:
         count = os.environ.get("WORLD_SIZE", "1")
@@ -94,6 +96,8 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             namespace[name] = value
         for name, setting in settings.items():  # defaults edited in the script, too
             value, types = namespace[name], setting["types"]
+            if isinstance(value, str) and name not in TEXTS:
+                value = namespace[name] = re.sub(r"[\t\r\n]+", " ", value)  # a list on several lines
             if type(value) not in types and not (type(value) is int and float in types):  # a bool is no int
                 raise UserError(f"{name} = {value!r} in the script has the wrong type.")
             if SECRET.search(str(value)):  # by form: a default may equal some environment variable

@@ -29,6 +29,9 @@ def check_models(**settings: str | None) -> None:
                 locate(model, setting)
     except UserError as error:
         exit_with(error)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"a file of it cannot be read, or is damaged ({type(error).__name__}: {error})"
+        exit_with(UserError(f"{setting}={model}: {problem}. Copy it again, or name another."))
 
 
 def locate(model: str, setting: str = "MODEL") -> Source:
