@@ -85,8 +85,6 @@ LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Pytho
 
 def check_setting(name: str, value, script: str = "") -> None:
     """Raise UserError unless the value is possible. script: its name, for the choices of OPTIM."""
-    if isinstance(value, str) and re.search(CONTROL, value):
-        raise UserError(f"{name}={value!a}: a control character, or not UTF-8. Type it again, or rename the file.")
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")

@@ -84,9 +84,12 @@ def explain_file(error: OSError) -> UserError:
     """Name the setting or variable that a file lies in, and what to do."""
     from huggingface_hub.constants import HF_HOME
 
-    place, folders = str(error.filename or "standard output"), {"HF_HOME": HF_HOME, "TMPDIR": tempfile.tempdir}
+    place = str(error.filename or script.get("OUT_DIR") or "standard output")
+    folders = {"HF_HOME": HF_HOME, "TMPDIR": tempfile.tempdir}
     folders |= {name: value for name, value in script.items() if name.isupper() and isinstance(value, str)}
-    owner = max((name for name in folders if place.startswith(folders[name] or "\0")), key=len, default="")
+    around = [name for name, folder in folders.items() if folder and place.startswith(folder)]
+    below = [name for name, folder in folders.items() if folder and folder.startswith(f"{place}{os.sep}")]
+    owner = max(around or below, key=lambda name: len(folders[name]), default="")
     remedy = f"Set {owner or 'HOME'} to a place that exists and can be written."
     if error.errno in FULL:
         remedy = "Make room, then the same command again."
@@ -111,6 +114,8 @@ def open_streams(goes_on: bool) -> None:
 
 def outlive_reader(stream, goes_on: bool) -> None:
     """Replace the methods of a stream, so that a handler which holds it already gets them, too."""
+    if "write" in vars(stream):  # by an earlier script in this process
+        return
     gone = False
 
     def guarded(method):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 
-from common.cli import RANK
+from common.cli import RANK, explain
 
 
 def count() -> int:
@@ -67,8 +67,10 @@ def on_first(function):
     if not RANK:
         try:
             result = function()
-        except (Exception, SystemExit) as raised:
+        except SystemExit as raised:
             error = raised
+        except Exception as raised:
+            error = explain(raised)  # others would not have its traceback
     result, error = gather((result, error))[0]
     if error:
         raise error

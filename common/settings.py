@@ -11,7 +11,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-from common.bounds import TEXTS, check_setting
+from common.bounds import CONTROL, TEXTS, check_setting
 from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, open_streams, redact
 
 SECRET_ADVICE = "{name} holds a secret. Set it in the environment (HF_TOKEN), or use `hf auth login`."
@@ -90,14 +90,18 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
                 raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
             if redact(text) != text:
                 raise UserError(SECRET_ADVICE.format(name=name))
+            if re.search(CONTROL, text):
+                raise UserError(
+                    f"{name}={text!a}: a control character, or not UTF-8. Type it again, or rename the file."
+                )
+            if name not in TEXTS:
+                text = re.sub(r"[\t\r\n]+", " ", text)  # a list on several lines
             value = parse_value(name, text, settings[name]["types"])
             if value != namespace[name]:
                 print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value
         for name, setting in settings.items():  # defaults edited in the script, too
             value, types = namespace[name], setting["types"]
-            if isinstance(value, str) and name not in TEXTS:
-                value = namespace[name] = re.sub(r"[\t\r\n]+", " ", value)  # a list on several lines
             if type(value) not in types and not (type(value) is int and float in types):  # a bool is no int
                 raise UserError(f"{name} = {value!r} in the script has the wrong type.")
             if SECRET.search(str(value)):  # by form: a default may equal some environment variable
