@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
 }
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
 CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO MAX_GRAD_NORM KL_WEIGHT NEFTUNE_NOISE_ALPHA
@@ -52,10 +53,13 @@ LISTS = {
 }
 # The words of a bound: whether a value keeps it, and the settings it is for.
 BOUNDS = {
-    "at least 1": (
-        lambda x: x >= 1,
-        """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
-        LOGGING_STEPS SAVE_TOTAL_LIMIT GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS GENERATION_BATCH_SIZE PROOF_TOKENS
+    "at least 1 and at most 1000000": (
+        lambda x: 1 <= x <= 10**6,
+        """BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS GENERATION_BATCH_SIZE SAVE_TOTAL_LIMIT""",
+    ),
+    "at least 1 and at most 1000000000": (
+        lambda x: 1 <= x <= 10**9,
+        """MAX_LENGTH MAX_SAMPLES MAX_STEPS LOGGING_STEPS GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS PROOF_TOKENS
         MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
     ),
     "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
@@ -65,10 +69,11 @@ BOUNDS = {
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "WARMUP_RATIO"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "TOP_P"),
     "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
-    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
+    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY"),
+    "0, or at least 0.001 and at most 100": (lambda x: x == 0 or 0.001 <= x <= 100, "TEMPERATURE"),
     "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
-    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
-    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT"),
+    "above 0 and at most 1000000": (lambda x: 0 < x <= 10**6, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
+    "at least 0 and at most 1000000": (lambda x: 0 <= x <= 10**6, "MAX_GRAD_NORM KL_WEIGHT"),
     "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
@@ -128,8 +133,8 @@ def find_problem(name: str, value) -> str | None:
         if name in names.split() and not keeps(value):
             return f"it must be {words}."
     path = Path(str(value)).expanduser() if name in PATHS else None
-    if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
-        return "it must be a whole number, or a share below 1; 0 means none."
+    if name in WHOLE_OR_SHARE and (not 0 <= value <= 10**9 or value > 1 and value % 1):
+        return "it must be a whole number below a billion, or a share below 1; 0 means none."
     if name in FILES and not path.is_file():
         return "file not found."
     if name == "ENCODING" and not is_encoding(value):
@@ -144,8 +149,14 @@ def find_problem(name: str, value) -> str | None:
         size = re.fullmatch(SIZE, value.strip())
         if not size or float(size[1]) <= 0 or (not size[2] and float(size[1]) > 1):
             return 'it must be a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
+    if name == "HUB_ID" and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return "it must be org/name."
     if name == "RUN_NAME" and (not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) or not value.strip(".")):
         return "use 1 to 64 letters, digits, dots, dashes and underscores."
+    if name == "ATTN_IMPLEMENTATION" and "/" in value:  # of the hub
+        check_package(name, value, "kernels", "kernels")
+    elif name == "ATTN_IMPLEMENTATION":
+        check_choice(name, value, (None, *ATTENTIONS))
     if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Settings that libraries load models by, and data.
-MODELS = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE")
+MODELS = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID")
 DATA = (*MODELS, "DATA", "EVAL_DATA", "CHATS")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)

@@ -202,6 +202,10 @@ def load_weights(source: Source, **options):
     if wrong:
         problem = f"its weights are not those of its config.json: {min(wrong)}, and {len(wrong) - 1} more like it"
         raise UserError(f"MODEL={source.name}: {problem}. Copy its files again, or name another.")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # settings of sampling without it, as Llama 2 came: they could not be saved
+        model.generation_config.do_sample = True
     return model
 
 
