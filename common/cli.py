@@ -13,9 +13,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Settings that libraries load models by, and data.
-MODELS = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID")
-DATA = (*MODELS, "DATA", "EVAL_DATA", "CHATS")
+# Settings that libraries are given, and in the modules of data these, too.
+LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE")
+READ = ("DATA", "EVAL_DATA", "CHATS")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 READER_GONE = (errno.EPIPE, errno.EINVAL)  # the latter on Windows
@@ -71,7 +71,8 @@ def explain(error: Exception) -> Exception:
     is_library = type(error).__module__.partition(".")[0] not in ("builtins", "common")
     if ours[-1] == file and not is_library and type(error) is not RuntimeError:  # torch's functions have no frames
         return error
-    named = [f"{name}={script[name]}" for name in (DATA if "data" in ours[-1].parts else MODELS) if script.get(name)]
+    names = LOADED + READ * (ours[-1].parent.name == "data")
+    named = [f"{name}={script[name]}" for name in names if script.get(name)]
     head = f"{' '.join(named)}: something that it needs is damaged, or newer than the libraries installed here."
     head = getattr(error, "__notes__", [head])[0]
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]

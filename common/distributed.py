@@ -67,10 +67,10 @@ def on_first(function):
     if not RANK:
         try:
             result = function()
-        except SystemExit as raised:
+        except (OSError, SystemExit) as raised:  # of which callers catch some
             error = raised
         except Exception as raised:
-            error = explain(raised)  # others would not have its traceback
+            error = explain(raised)  # the others get no traceback
     result, error = gather((result, error))[0]
     if error:
         raise error

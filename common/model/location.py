@@ -26,7 +26,7 @@ def check_models(**settings: str | None) -> None:
     try:
         for setting, model in settings.items():
             if model is not None:
-                locate(model, setting)
+                trained_with(locate(model, setting))
     except UserError as error:
         exit_with(error)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
