@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
 }
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
 CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO MAX_GRAD_NORM KL_WEIGHT NEFTUNE_NOISE_ALPHA
@@ -30,6 +30,7 @@ EVAL_FACTS EVAL_PROMPTS SAVE_STEPS SAVE_TOTAL_LIMIT REPORT_TO""".split()  # with
 CHOICES = {
     "QUANTIZATION": (None, "nf4", "int8", *HQQ),
     "DTYPE": (None, *DTYPES),
+    "ATTN_IMPLEMENTATION": ATTENTIONS,
     "PROOF_DTYPE": DTYPES,
     "MERGE_INTO": (None, "original", "dequantized"),
     "TRAIN_ON": ("assistant", "last", "content", "all"),
@@ -85,6 +86,15 @@ TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")
 TEXTS = ("PROMPT", "SYSTEM")  # settings that may have several lines
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"  # the last: bytes that are no UTF-8
 COLUMN = r'\s*("[^"\r\n]+"|[^",\r\n]+):\s*\w+\s*'  # a field of the rows and the name it is read as
+# Forms, and their words.
+PATTERNS = {
+    "HUB_ID": (r"[\w.-]+/[\w.-]+", "it must be org/name."),
+    "RUN_NAME": (r"(?!\.+$)[A-Za-z0-9._-]{1,64}", "use 1 to 64 letters, digits, dots, dashes and underscores."),
+    "COLUMNS": (
+        f"{COLUMN}(,{COLUMN})*",
+        'it must be a list of "field:name", the name one of user, assistant, messages and so on.',
+    ),
+}
 LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Python has it
 
 
@@ -93,7 +103,9 @@ def check_setting(name: str, value, script: str = "") -> None:
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
-    if choices:
+    if name == "ATTN_IMPLEMENTATION" and "/" in str(value):  # of the hub
+        check_package(name, value, "kernels", "kernels")
+    elif choices:
         check_choice(name, value, choices)
     elif value is None:
         return
@@ -149,14 +161,8 @@ def find_problem(name: str, value) -> str | None:
         size = re.fullmatch(SIZE, value.strip())
         if not size or float(size[1]) <= 0 or (not size[2] and float(size[1]) > 1):
             return 'it must be a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
-    if name == "HUB_ID" and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-        return "it must be org/name."
-    if name == "RUN_NAME" and (not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) or not value.strip(".")):
-        return "use 1 to 64 letters, digits, dots, dashes and underscores."
-    if name == "ATTN_IMPLEMENTATION" and "/" in value:  # of the hub
-        check_package(name, value, "kernels", "kernels")
-    elif name == "ATTN_IMPLEMENTATION":
-        check_choice(name, value, (None, *ATTENTIONS))
+    if name in PATTERNS and not re.fullmatch(PATTERNS[name][0], value):
+        return PATTERNS[name][1]
     if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():
@@ -165,8 +171,6 @@ def find_problem(name: str, value) -> str | None:
         check_choice(name, value, [None, *ADAPTERS, "a run folder"])
     if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."
-    if name == "COLUMNS" and not re.fullmatch(f"{COLUMN}(,{COLUMN})*", value):
-        return 'it must be a list of "field:name", the name one of user, assistant, messages and so on.'
     if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
         return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'
     if name == "DROP_PATTERN" and value != "auto" or name in TARGETS and is_pattern(value):
