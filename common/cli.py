@@ -75,6 +75,8 @@ def explain(error: Exception) -> Exception:
     named = [f"{name}={script[name]}" for name in names if script.get(name)]
     head = f"{' '.join(named)}: something that it needs is damaged, or newer than the libraries installed here."
     head = getattr(error, "__notes__", [head])[0]
+    for name in names:  # the setting of this value
+        head = head.replace(f"MODEL={script.get(name)} ", f"{name}={script.get(name)} ")
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False, encoding="utf-8") as stream:
         stream.write(redact("".join(traceback.format_exception(error))))
