@@ -142,7 +142,7 @@ def sound(tmp_path_factory, tokenizer, chats_file):
 def test_damaged_folders_are_answered_in_one_line(script, sound, chats_file, tmp_path, run_here, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     draw = random.Random(script)
-    for number in range(10):
+    for number in range(8):
         folder, out = tmp_path / f"model-{number}", tmp_path / f"out-{number}"
         shutil.copytree(sound[number % 4 == 3 and script != "estimate_memory.py"], folder)
         out.mkdir()
