@@ -1,5 +1,6 @@
 """Edges: readers that go away, bytes that are no text, prompts that are too long, folders that cannot be written."""
 
+import io
 import json
 import os
 import re
@@ -24,6 +25,17 @@ def talking(tmp_path_factory, tokenizer_folder, tokenizer):
     folder = save_tiny("llama", tmp_path_factory.mktemp("talking"), tokenizer_folder, endless=True)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def pipe(monkeypatch, run_here):
+    """pipe(bytes, "NAME=value", ...): chat_pipe.py with these at its standard input."""
+
+    def run(data: bytes, *settings):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+        return run_here("chat_pipe.py", *settings)
+
+    return run
 
 
 def shell(command: str, **options) -> subprocess.CompletedProcess:
@@ -60,24 +72,21 @@ def test_a_conversation_ends_quietly_with_its_reader(talking):
     ("encoding", "text"),
     [("latin-1", "Hi\nschön\r\nlast"), ("utf-16", "Hi\nschön\r\nlast"), ("utf-8-sig", "Hi\nschön\r\n\n\0\nlast\n")],
 )
-def test_piped_bytes_lose_no_answer(encoding, text, talking):
-    done = subprocess.run(
-        [sys.executable, "chat_pipe.py", f"MODEL={talking}", "MAX_NEW_TOKENS=3", "TEMPERATURE=0"],
-        cwd=ROOT, input=text.encode(encoding), capture_output=True, timeout=300,
-    )  # fmt: skip
-    error = done.stderr.decode()
-    assert done.returncode == 0 and done.stdout.count(b"\n") == sum(map(bool, map(str.strip, text.split("\n")))), error
+def test_piped_bytes_lose_no_answer(encoding, text, talking, pipe):
+    settings = [f"MODEL={talking}", "MAX_NEW_TOKENS=3", "TEMPERATURE=0"]
+    code, out, error = pipe(text.encode(encoding), *settings)
+    assert code == 0 and out.count("\n") == sum(map(bool, map(str.strip, text.split("\n")))), error
     told = re.findall(r"note: line (\d) .*iconv", error)
     assert told == {"latin-1": ["2"], "utf-16": [], "utf-8-sig": ["4"]}[encoding]
 
 
-def test_a_long_prompt_loses_no_other_answer(talking, tmp_path, run_here):
+def test_a_long_prompt_loses_no_other_answer(talking, tmp_path, run_here, pipe):
     settings = [f"MODEL={talking}", "MAX_NEW_TOKENS=12", "TEMPERATURE=0"]
-    piped = run_script("chat_pipe.py", *settings, stdin=f"Hi\n{LONG}\nBye\n")
-    answers = piped.stdout.split("\n")
-    assert piped.returncode == 2 and len(answers) == 4 and not answers[1]
-    assert "line 2 is not answered: CONTEXT=512: the prompt has" in piped.stderr
-    assert piped.stderr.splitlines()[-1].startswith("error: 1 prompts were not answered (lines [2])")
+    code, out, error = pipe(f"Hi\n{LONG}\nBye\n".encode(), *settings)
+    answers = out.split("\n")
+    assert code == 2 and len(answers) == 4 and not answers[1]
+    assert "line 2 is not answered: CONTEXT=512: the prompt has" in error
+    assert error.splitlines()[-1].startswith("error: 1 prompts were not answered (lines [2])")
 
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("Hi", LONG, "Bye")])
     file = tmp_path / "prompts-answers.jsonl"
