@@ -73,7 +73,8 @@ def explain(error: Exception) -> Exception:
         return error
     names = LOADED + READ * (ours[-1].parent.name == "data")
     named = [f"{name}={script[name]}" for name in names if script.get(name)]
-    head = f"{' '.join(named)}: something that it needs is damaged, or newer than the libraries installed here."
+    head = f"{' '.join(named)}: a library cannot use it as it is: damaged, of another kind, or newer than the library."
+    head += " Name another, or pip install -U transformers peft."
     head = getattr(error, "__notes__", [head])[0]
     for name in names:  # the setting of this value
         head = head.replace(f"MODEL={script.get(name)} ", f"{name}={script.get(name)} ")
