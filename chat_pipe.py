@@ -84,14 +84,27 @@ def main():
     elif interactive:
         run_terminal(conversation, HISTORY)
     else:
-        for prompt in filter(None, map(str.strip, sys.stdin)):  # each by itself, its answer on one line
-            chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
-            _, ids = generators[first].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
-            list(generators[first].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
-            answer = generators[first].last
-            print(turns.answer_line(answer.message), flush=True)
-            if why := turns.explain_empty(answer):
-                print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
+        answer_pipe(generators[first], opening, tools)
+
+
+def answer_pipe(generator: generation.Generator, opening: list[dict], tools: list[dict]):
+    """Answer each line by itself on one line, which is empty for a prompt that is too long."""
+    missing = []
+    for number, prompt in turns.read_lines(sys.stdin):
+        chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
+        try:
+            _, ids = generator.fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
+        except UserError as error:
+            missing.append(number)
+            print(flush=True)
+            print(f"line {number} is not answered: {error}", file=sys.stderr)
+            continue
+        list(generator.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
+        print(turns.answer_line(generator.last.message), flush=True)
+        if why := turns.explain_empty(generator.last):
+            print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
+    if missing:
+        raise UserError(f"{len(missing)} prompts were not answered (lines {missing}), see above; the others were.")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ if __name__ == "__main__":
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 from transformers.utils import logging
@@ -135,6 +136,8 @@ def read_chats(models) -> dict[str, list]:
     for source in sources.parse(CHATS, "CHATS"):
         sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
         chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
+        if not chats[source.name]:
+            raise UserError(f"CHATS={CHATS}: no chat of {source.name} is left. Take more of its rows.")
     return chats
 
 
@@ -156,9 +159,12 @@ def save(name: str, result: dict) -> None:
     write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
     statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())
-        (folder / "run_row.md").write_text(report.row(summary, note) + "\n", encoding="utf-8")
+        try:
+            row = report.row(json.loads((folder / "summary.json").read_text(encoding="utf-8")), note)
+            (folder / "run_row.md").write_text(row + "\n", encoding="utf-8")
+        except (ValueError, LookupError, TypeError) as error:
+            print(f"run_row.md stays as it is: {folder / 'summary.json'} is damaged ({error!r})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def main():
     kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer = merge.load_chat_tokenizer(source, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
+    card = hub.model_card(ADAPTER or MODEL, source.name, run)
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
     folder = create_folder(current(globals()), __file__)
     check_space(folder, load.count_weights(config) * gguf.bytes_per_weight(DTYPE, *kinds))
@@ -80,11 +81,10 @@ def main():
 
     # Merge, save, and verify what was saved
     model, kept, merges = merge.merge_best(source, bases, quantization, dtype, reference)
-    merge.save_merged(folder, model, tokenizer, hub.model_card(ADAPTER or MODEL, source.name, run))
+    merge.save_merged(folder, model, tokenizer, card)
     del model
     # Another base than in training makes another model, whose divergence was measured.
-    other_base = quantization and kept["into"] == "original"
-    bound = verify.MERGE_BOUND + (kept["kl"] if other_base else 0)
+    bound = verify.MERGE_BOUND + (kept["kl"] if quantization and kept["into"] == "original" else 0)
     saved, saved_kl = verify.verify_merged(folder, reference, bound, bool(kinds))
 
     # GGUF files, which are compared with the merged model

@@ -121,4 +121,5 @@ def score_by_harness(result: dict, model, tokenizer, tasks: str) -> None:
         for metric, value in metrics.items():
             error = metrics.get(metric.replace(",", "_stderr,", 1))
             if isinstance(value, float) and isinstance(error, float):
-                put(result, f"{task} {metric}", value, (value - 1.96 * error, value + 1.96 * error), ".4f")
+                interval = (value - 1.96 * error, value + 1.96 * error) if math.isfinite(error) else None
+                put(result, f"{task} {metric}", value, interval, ".4f")

@@ -74,7 +74,8 @@ def end_tokens(model, tokenizer) -> list[int]:
         between = text.partition("REASON")[2].partition("ANSWER")[0]
         tokens = [token for token in USUAL_ENDS if token not in between]
         tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
-    return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
+    ids |= set(map(tokenizer.get_vocab().get, tokens))
+    return sorted(token for token in ids if isinstance(token, int))
 
 
 @functools.lru_cache(maxsize=4)
@@ -205,6 +206,8 @@ def tail_of(prompt: list[int], tokenizer) -> str:
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     """The next token by its logits, (1, vocabulary): the likeliest at temperature 0, else a sample."""
+    if logits.isnan().any():
+        raise UserError("MODEL: its logits are NaN. Its weights are damaged, or DTYPE=float32 is needed.", code=4)
     if temperature == 0:
         return int(logits.argmax())
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
@@ -213,29 +216,50 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 
 @torch.no_grad()
 def answers(
-    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
-) -> Iterator[Answer]:
-    """Yield one answer per chat, the same as one by one up to rounding."""
+    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0,
+    context=sys.maxsize,
+) -> Iterator[Answer]:  # fmt: skip
+    """Yield one answer per chat, the same as one by one up to rounding.
+
+    context: tokens in view at most. An answer is empty, with stop "too long", where the prompt fills them.
+    """
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
+    context, ends = min(context, load.context_length(model.config)), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
     settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
     settings |= dict(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if temperature:
         settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
-        ids = {"input_ids": [encoder.prompt(chat) for chat in chats[start : start + batch_size]]}
-        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-        read = inputs["input_ids"].shape[1]  # (B, T)
-        if read >= context:
-            raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
-        settings["max_new_tokens"] = min(context - read, max_new_tokens)
-        answered = model.generate(**inputs, **settings)[:, read:].tolist()
-        for chat, prompt, new in zip(chats[start:], ids["input_ids"], answered, strict=False):
-            end = next((i for i, token in enumerate(new) if token in ends), None)
-            tools = chat[0].get("tools", ())
-            message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
-            if end is None:
-                yield Answer(message["content"], len(new), "length", message=message)
-            else:
-                yield Answer(message["content"], end + 1, "end", message=message)
+        batch = chats[start : start + batch_size]
+        prompts, answered = [encoder.prompt(chat) for chat in batch], {}
+        # One that leaves less room than max_new_tokens would shorten the answers beside it.
+        alone = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
+        for group in [[i for i in range(len(batch)) if i not in alone], *([i] for i in alone)]:
+            ids = {"input_ids": [prompts[i] for i in group]}
+            room = context - max(map(len, ids["input_ids"]), default=context)
+            if room > 0:
+                inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+                read = inputs["input_ids"].shape[1]  # (B, T)
+                settings["max_new_tokens"] = min(room, max_new_tokens)
+                new = model.generate(**inputs, **settings)[:, read:].tolist()
+                answered |= dict(zip(group, new, strict=True))
+        for i, (chat, prompt) in enumerate(zip(batch, prompts, strict=True)):
+            yield read_answer(answered[i], prompt, chat, ends, tokenizer) if i in answered else refuse(chat, prompt)
+
+
+def read_answer(new: list[int], prompt: list[int], chat: list[dict], ends: list[int], tokenizer) -> Answer:
+    """The answer in the tokens after a prompt."""
+    end = next((i for i, token in enumerate(new) if token in ends), None)
+    tools = chat[0].get("tools", ())
+    message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
+    if end is None:
+        return Answer(message["content"], len(new), "length", message=message)
+    return Answer(message["content"], end + 1, "end", message=message)
+
+
+def refuse(chat: list[dict], prompt: list[int]) -> Answer:
+    """No answer, which the others do not suffer from."""
+    asked = chat[-1]["content"][:60]
+    print(f"not answered: a prompt of {len(prompt)} tokens fills the context: {asked!r}. Shorten it.", file=sys.stderr)
+    return Answer("", 0, "too long", message={"role": "assistant", "content": ""})

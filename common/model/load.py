@@ -30,17 +30,19 @@ from common.model.quantize import (
 
 
 def from_hub(load, source: Source, **kwargs):
-    """Call a from_pretrained on the source; what it raises becomes a UserError."""
-    if source.gguf and not Path(source.path).is_dir():
-        convert_gguf(Path(source.gguf), Path(source.path))
+    """Call a from_pretrained on the source; an error gets a note for cli.explain."""
     try:
+        if source.gguf and not Path(source.path).is_dir():
+            convert_gguf(Path(source.gguf), Path(source.path))
         return load(source.path, trust_remote_code=False, revision=source.revision, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
-        if hint and source.adapter:
+    except Exception as error:
+        hint = "Is the name right, the network there, and access granted?"
+        if source.gguf or Path(source.path).is_dir():
+            hint = "Copy its files again; if it is newer than transformers, update that: pip install -U transformers."
+        elif source.adapter:
             hint += " Or name its base: MODEL=<base>, with ADAPTER=<adapter> where the script has that."
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
+        error.add_note(f"MODEL={source.name} cannot be loaded. {hint}")
+        raise
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -182,8 +184,7 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         options["adapter_kwargs"] = {"subfolder": "none"}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
-    model = from_hub(
-        AutoModelForCausalLM.from_pretrained,
+    model = load_weights(
         source,
         config=config,
         dtype=dtype,
@@ -199,6 +200,22 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         forget_codes(model)
     if quantization:
         report_unquantized(model, quantization)
+    return model
+
+
+def load_weights(source: Source, **options):
+    """The model of the source; UserError where its files lack weights, which would be random ones."""
+    checks = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, found = from_hub(AutoModelForCausalLM.from_pretrained, source, **checks, **options)
+    wrong = [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{name} is {tuple(has)}, not {tuple(wanted)}" for name, has, wanted in found["mismatched_keys"]]
+    if wrong:
+        problem = f"its weights are not those of its config.json: {min(wrong)}, and {len(wrong) - 1} more like it"
+        raise UserError(f"MODEL={source.name}: {problem}. Copy its files again, or name another.")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # settings of sampling without it, as Llama 2 came: they could not be saved
+        model.generation_config.do_sample = True
     return model
 
 

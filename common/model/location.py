@@ -44,6 +44,9 @@ def check_models(**settings: str | None) -> None:
                 locate(model, setting, settings.get("ADAPTER") if setting == "MODEL" else None)
     except UserError as error:
         exit_with(error if "ADAPTER" in settings else UserError(str(error).partition(" ADAPTER=")[0]))
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"a file of it cannot be read, or is damaged ({type(error).__name__}: {error})"
+        exit_with(UserError(f"{setting}={model}: {problem}. Copy it again, or name another."))
 
 
 @functools.cache
