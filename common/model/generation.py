@@ -83,11 +83,6 @@ def encoder_of(tokenizer, template: str) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def shared(one: list[int], other: list[int]) -> int:
-    """The length of the longest common prefix of two lists of tokens."""
-    return len(os.path.commonprefix([one, other]))
-
-
 def identify_weights(source: location.Source) -> str:
     """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
     commit = getattr(load.load_config(source), "_commit_hash", None)
@@ -189,7 +184,7 @@ class Generator:
 
     def rewind(self, prompt: list[int]) -> list[int]:
         """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
-        same = shared(self.seen, prompt[:-1])
+        same = len(os.path.commonprefix([self.seen, prompt[:-1]]))
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
                 layer.crop(self.prompt_tokens + same - layer.get_seq_length())
@@ -245,21 +240,18 @@ def answers(
                 new = model.generate(**inputs, **settings)[:, read:].tolist()
                 answered |= dict(zip(group, new, strict=True))
         for i, (chat, prompt) in enumerate(zip(batch, prompts, strict=True)):
-            yield read_answer(answered[i], prompt, chat, ends, tokenizer) if i in answered else refuse(chat, prompt)
+            yield read_answer(answered.get(i), prompt, chat, ends, tokenizer)
 
 
-def read_answer(new: list[int], prompt: list[int], chat: list[dict], ends: list[int], tokenizer) -> Answer:
-    """The answer in the tokens after a prompt."""
+def read_answer(new: list[int] | None, prompt: list[int], chat: list[dict], ends: list[int], tokenizer) -> Answer:
+    """The answer in the tokens after a prompt; None: the prompt was too long, which no other suffers from."""
+    if new is None:
+        problem = f"a prompt of {len(prompt)} tokens fills the context: {chat[-1]['content'][:60]!r}. Shorten it."
+        print(f"not answered: {problem}", file=sys.stderr)
+        return Answer("", 0, "too long", message={"role": "assistant", "content": ""})
     end = next((i for i, token in enumerate(new) if token in ends), None)
     tools = chat[0].get("tools", ())
     message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
     if end is None:
         return Answer(message["content"], len(new), "length", message=message)
     return Answer(message["content"], end + 1, "end", message=message)
-
-
-def refuse(chat: list[dict], prompt: list[int]) -> Answer:
-    """No answer, which the others do not suffer from."""
-    asked = chat[-1]["content"][:60]
-    print(f"not answered: a prompt of {len(prompt)} tokens fills the context: {asked!r}. Shorten it.", file=sys.stderr)
-    return Answer("", 0, "too long", message={"role": "assistant", "content": ""})

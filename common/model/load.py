@@ -82,8 +82,7 @@ def load_tokenizer(source: Source):
     vocab_size = load_config(source).get_text_config().vocab_size
     if len(tokenizer) > vocab_size and not is_adapters:  # an adapter has rows for its own
         problem = f"its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows"
-        remedy = "Use the tokenizer that the model came with, or resize the embeddings first."
-        raise UserError(f"MODEL={source.name}: {problem}. {remedy}")
+        raise UserError(f"MODEL={source.name}: {problem}. Use the tokenizer that it came with, or resize these first.")
     return tokenizer
 
 
