@@ -77,7 +77,8 @@ BOUNDS = {
     "0, or at least 0.001 and at most 100": (lambda x: x == 0 or 0.001 <= x <= 100, "TEMPERATURE"),
     "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
     "above 0 and at most 1000000": (lambda x: 0 < x <= 10**6, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
-    "at least 0 and at most 1000000": (lambda x: 0 <= x <= 10**6, "MAX_GRAD_NORM KL_WEIGHT WARMUP_STEPS"),
+    "at least 0 and at most 1000000": (lambda x: 0 <= x <= 10**6, "KL_WEIGHT WARMUP_STEPS"),
+    "at least 0 and at most 1e30": (lambda x: 0 <= x <= 1e30, "MAX_GRAD_NORM"),
     "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
