@@ -14,6 +14,7 @@ from common.settings import apply_overrides, current
 
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
+ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 COMPARE: str | None = None  # a second model, which answers the same prompts; each continues from its own answers
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
@@ -38,7 +39,7 @@ SEED = 0
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL, COMPARE=COMPARE)
+    check_models(MODEL=MODEL, ADAPTER=ADAPTER, COMPARE=COMPARE)
 
 import sys
 from pathlib import Path
@@ -66,31 +67,44 @@ def main():
     prompts = [(row, turns.begin(chat, opening, tools)) for row, chat in prompts]
 
     # Models
-    generators = {}
-    for name in filter(None, (MODEL, COMPARE)):
-        generators[name] = generation.Generator(
-            *generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
-        )
+    generators, first = {}, ADAPTER or MODEL
+    for name, model, adapter in ((first, MODEL, ADAPTER), (COMPARE, COMPARE, None)):
+        how = QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS, adapter
+        if name:
+            generators[name] = generation.Generator(*generation.load_for_chat(model, *how))
     conversation = Conversation(generators, current(globals()), opening, tools)
     set_seed(SEED)
 
     # Answers: to a file, to one prompt, to piped lines, or in the terminal
     if PROMPTS:
         file = Path(ANSWERS or f"{PROMPTS.removesuffix('.jsonl')}-answers.jsonl")
-        answers.write_answers(generators[MODEL], prompts, file, conversation.settings)
+        answers.write_answers(generators[first], prompts, file, conversation.settings)
     elif PROMPT is not None:
         conversation.ask(PROMPT, show_stats=False)
     elif interactive:
         run_terminal(conversation, HISTORY)
     else:
-        for prompt in filter(None, map(str.strip, sys.stdin)):  # each by itself, its answer on one line
-            chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
-            _, ids = generators[MODEL].fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
-            list(generators[MODEL].stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
-            answer = generators[MODEL].last
-            print(turns.answer_line(answer.message), flush=True)
-            if why := turns.explain_empty(answer):
-                print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
+        answer_pipe(generators[first], opening, tools)
+
+
+def answer_pipe(generator: generation.Generator, opening: list[dict], tools: list[dict]):
+    """Answer each line by itself on one line, which is empty for a prompt that is too long."""
+    missing = []
+    for number, prompt in turns.read_lines(sys.stdin):
+        chat = turns.begin([{"role": "user", "content": prompt}], opening, tools)
+        try:
+            _, ids = generator.fit_context(chat, MAX_NEW_TOKENS, CONTEXT)
+        except UserError as error:
+            missing.append(number)
+            print(flush=True)
+            print(f"line {number} is not answered: {error}", file=sys.stderr)
+            continue
+        list(generator.stream(ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, CONTEXT, tools))
+        print(turns.answer_line(generator.last.message), flush=True)
+        if why := turns.explain_empty(generator.last):
+            print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
+    if missing:
+        raise UserError(f"{len(missing)} prompts were not answered (lines {missing}), see above; the others were.")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def find_runs() -> dict[str, dict]:
 
 
 def read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"RUNS={RUNS}: {file} is not what a run wrote. Take it away, or leave this run out.")
+    return content
 
 
 def print_table(runs: dict[str, dict]) -> None:

@@ -7,13 +7,14 @@ Prints tables, each score with a 95 % interval; writes scores.json into the run 
 run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, where the same command continues.
 """
 
-from common.cli import UserError, run_main
+from common.cli import UserError, exit_with, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
 from common.settings import apply_overrides, current
 
 # Models
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
+ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 MODELS: str | None = None  # several, comma-separated, in place of MODEL; each is compared with the first
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
 QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
@@ -47,7 +48,9 @@ ANSWER_TOKENS = 512  # at most, for an answer to be judged
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=None if MODELS else MODEL, BASE=BASE)
+    check_models(MODEL=None if MODELS else MODEL, ADAPTER=ADAPTER, BASE=BASE)
+    if ADAPTER and MODELS:
+        exit_with(UserError(f"ADAPTER={ADAPTER} goes on MODEL, not on MODELS={MODELS}. Leave one of both out."))
     for name in MODELS.split(",") if MODELS else ():
         check_models(MODELS=name.strip())
     check_files(current(globals()), "CHATS")
@@ -55,6 +58,7 @@ if __name__ == "__main__":
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 from transformers.utils import logging
@@ -72,8 +76,8 @@ def main():
     # Settings: every mistake that can be found without a model
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [MODEL])]
-    located = {name: location.locate(name) for name in names}
+    names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
+    located = {name: location.locate(*where(name)) for name in names}
     for source in located.values():
         load.find_quantization(source, QUANTIZATION)
     chats = read_chats(located.values()) if "loss" in SUITES else {}
@@ -110,8 +114,15 @@ def main():
         save(name, result)
 
 
+def where(name: str) -> tuple[str, str, str | None]:
+    """What a name that is scored means: its model, setting and adapter."""
+    return (MODEL, "MODEL", ADAPTER) if name == ADAPTER else (name, "MODEL", None)
+
+
 def load_model(name: str):
-    return generation.load_for_chat(name, QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
+    model, _, adapter = where(name)
+    how = QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS
+    return generation.load_for_chat(model, *how, adapter)
 
 
 def read_chats(models) -> dict[str, list]:
@@ -125,6 +136,8 @@ def read_chats(models) -> dict[str, list]:
     for source in sources.parse(CHATS, "CHATS"):
         sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
         chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
+        if not chats[source.name]:
+            raise UserError(f"CHATS={CHATS}: no chat of {source.name} is left. Take more of its rows.")
     return chats
 
 
@@ -140,15 +153,18 @@ def open_judge(names: list[str]) -> Server:
 def save(name: str, result: dict) -> None:
     """Write scores.json, the picture and the row into the run folder, or else into OUT_DIR."""
     folder = Path(name)
-    if not (folder / "settings.json").is_file():
+    if location.run_settings(folder) is None:
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
     statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())
-        (folder / "run_row.md").write_text(report.row(summary, note) + "\n", encoding="utf-8")
+        try:
+            row = report.row(json.loads((folder / "summary.json").read_text(encoding="utf-8")), note)
+            (folder / "run_row.md").write_text(row + "\n", encoding="utf-8")
+        except (ValueError, LookupError, TypeError) as error:
+            print(f"run_row.md stays as it is: {folder / 'summary.json'} is damaged ({error!r})", file=sys.stderr)
 
 
 if __name__ == "__main__":

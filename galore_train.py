@@ -19,6 +19,7 @@ GALORE_SCALE = 0.25  # factor on the updates of projected matrices, beside LEARN
 GALORE_TARGET_MODULES = "auto"  # auto: linear layers but the head; or names: "q_proj,v_proj"; or a regex of whole paths
 OPTIM = "galore"  # galore, galore_8bit (CUDA: faster), galore_torch, adamw, adamw_8bit (CUDA), adamw_anyprecision
 LEARNING_RATE = 7e-4  # peak
+ADAPTER: str | None = None  # adapter folder, run folder or hub id that is merged into MODEL first; None: MODEL's own
 # Model
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
 DTYPE: str | None = None  # of weights and compute; None: bfloat16; older GPUs float16 (full: float32), CPUs float32
@@ -76,7 +77,7 @@ ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LE
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL)
+    check_models(MODEL=MODEL, ADAPTER=ADAPTER)
     check_files(current(globals()), "DATA", "EVAL_DATA")
 
 import sys
@@ -85,7 +86,7 @@ import torch
 from peft import PeftModel
 
 from common import distributed
-from common.model import load, location, merging
+from common.model import adapters, load, location, merging
 from common.run.training_run import open_run
 from common.train import galore, sft
 
@@ -100,10 +101,11 @@ TRANSFORMERS_NAMES = {
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
     settings = current(globals())
-    source, dtype = location.locate(MODEL), load.choose_dtype(DTYPE, full=True)
+    source, dtype = location.locate(MODEL, adapter=ADAPTER), load.choose_dtype(DTYPE, full=True)
     refuse_untrainable(source, dtype)
     check_galore_settings()
-    job = sft.start(settings, source, dtype, source, settings_for_trainer(settings))
+    whole = settings | {"ADAPTER": None}  # which is merged: all weights are trained
+    job = sft.start(whole, source, dtype, source, settings_for_trainer(whole))
     if OPTIM.startswith("galore"):  # layers that the model does not have are found here
         galore.split_weights(job.empty_model(), GALORE_RANK, GALORE_TARGET_MODULES)
 
@@ -172,6 +174,8 @@ def check_galore_settings():
 
 def refuse_untrainable(source: location.Source, dtype: torch.dtype):
     """Refuse weights that cannot be trained by a gradient, with the reason."""
+    if source.adapter:
+        adapters.check_merge(source.adapter)
     if load.find_quantization(source, None):
         raise UserError(
             f"MODEL={source.name} is quantised: its weights have no gradient to train by. Take the 16-bit model, or "

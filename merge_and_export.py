@@ -14,6 +14,7 @@ from common.settings import apply_overrides, current
 
 # Model
 MODEL = "out/demo"  # run folder, adapter, local folder, hub id or .gguf file
+ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 QUANTIZATION: str | None = None  # base: nf4, int8, hqq-4bit ...; None: as in training
 MERGE_INTO: str | None = None  # original or dequantized base, after quantized training; None: the better
 DTYPE = "bfloat16"  # merged weights
@@ -37,7 +38,7 @@ RUN_NAME: str | None = None  # None: merge_and_export-<time>
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL)
+    check_models(MODEL=MODEL, ADAPTER=ADAPTER)
     check_files(current(globals()), "CHATS")
 
 import json
@@ -60,14 +61,15 @@ def main():
     # Settings: find every mistake before loading weights
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = location.locate(MODEL)
-    config = load.load_config(source)
-    quantization = load.find_quantization(source, QUANTIZATION or location.trained_with(source))
+    source = location.locate(MODEL, adapter=ADAPTER)
+    config, run = load.load_config(source), location.run_folder(source)
+    trained_with = run and location.run_settings(run).get("QUANTIZATION")
+    quantization = load.find_quantization(source, QUANTIZATION or trained_with)
     bases = merge.choose_bases(source, quantization, MERGE_INTO)
     kinds = split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
-    tokenizer, path = merge.load_chat_tokenizer(source, CHAT_TEMPLATE, TEMPLATE_OPTIONS), Path(MODEL).expanduser()
-    run = next((run for run in (path, path.parent) if (run / "settings.json").is_file()), None)
+    tokenizer = merge.load_chat_tokenizer(source, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
+    card = hub.model_card(ADAPTER or MODEL, source.name, run)
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
     folder = create_folder(current(globals()), __file__)
     check_space(folder, load.count_weights(config) * gguf.bytes_per_weight(DTYPE, *kinds))
@@ -75,20 +77,19 @@ def main():
     # The trained model, with which the merged one is compared
     dtype, proof_dtype = map(load.choose_dtype, (DTYPE, PROOF_DTYPE))
     reference = verify.Reference(source, quantization, proof_dtype, ATTN_IMPLEMENTATION, tokenizer, rows)
-    print(f"{MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens")
+    print(f"{ADAPTER or MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens")
 
     # Merge, save, and verify what was saved
     model, kept, merges = merge.merge_best(source, bases, quantization, dtype, reference)
-    merge.save_merged(folder, model, tokenizer, hub.model_card(MODEL, source.name, run))
+    merge.save_merged(folder, model, tokenizer, card)
     del model
     # Another base than in training makes another model, whose divergence was measured.
-    other_base = quantization and kept["into"] == "original"
-    bound = verify.MERGE_BOUND + (kept["kl"] if other_base else 0)
+    bound = verify.MERGE_BOUND + (kept["kl"] if quantization and kept["into"] == "original" else 0)
     saved, saved_kl = verify.verify_merged(folder, reference, bound, bool(kinds))
 
     # GGUF files, which are compared with the merged model
     files = write_files(kinds, folder, saved) if kinds else []
-    report = dict(model=MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=saved_kl)
+    report = dict(model=ADAPTER or MODEL, base=source.name, quantization=quantization, merges=merges, saved_kl=saved_kl)
     write_atomic(folder / "export.json", json.dumps(report | {"files": files}, indent=1))
     print(f"\nmerged model: {folder / 'final'}\ntalk to it: python chat_pipe.py MODEL={folder}")
     if rejected := [file["file"] for file in files if file["faults"]]:
@@ -101,7 +102,7 @@ def main():
 def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> list[dict]:
     """Write and verify a GGUF file of each kind; returns measurements and faults."""
     config, tokenizer = reference.config, reference.tokenizer
-    name, results = Path(MODEL).name.removesuffix(".gguf"), []
+    name, results = Path(ADAPTER or MODEL).name.removesuffix(".gguf"), []
     row = f"{{:<{len(name) + 14}}}{{:>7}}{{:>10}}{{:>12}}{{:>15}}{{:>10}}"
     print(row.format("file", "MiB", "KL", "perplexity", "answers ended", "tokens/s"))
     if (change := gguf_config.last_change(config)) > verify.LONGEST:

@@ -7,7 +7,8 @@ Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, 
 checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/preferred
 """
 
-from common.cli import UserError, run_main
+from common.bounds import ADAPTERS
+from common.cli import run_main
 from common.data.sources import check_files
 from common.model.location import check_models
 from common.settings import apply_overrides, current
@@ -21,7 +22,7 @@ GAMMA = 0.5  # simpo: margin to reach
 REFERENCE = "kept"  # kept: computed once before the first step; live: at each step, by the model without its adapter
 # LoRA
 QUANTIZATION: str | None = None  # nf4: 0.6 bytes a weight; int8: 1; hqq-4bit to hqq-1bit: 0.6 to 0.2; None: 2
-ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; a run folder to continue; None: full fine-tuning
+ADAPTER: str | None = "lora"  # lora dora rslora pissa loftq ia3; folder, run or hub id of one to continue; None: full
 LORA_R = 16  # rank; memory and time grow with it, slowly
 LORA_ALPHA = 32  # the adapter is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT = 0.0
@@ -87,37 +88,19 @@ ALLOW_CHANGE = ""  # settings that may differ from those the run began with: "LE
 
 if __name__ == "__main__":
     apply_overrides(globals())  # mistakes are answered here, before the slow imports
-    check_models(MODEL=MODEL)
+    check_models(MODEL=MODEL, ADAPTER=None if ADAPTER in ADAPTERS else ADAPTER)
     check_files(current(globals()), "DATA", "EVAL_DATA")
 
-from dataclasses import replace
-
-import torch
-from peft import PeftConfig
-
-from common import distributed
-from common.bounds import ADAPTERS
-from common.model import adapters, load, location
-from common.model.quantize import BITS
 from common.run.training_run import open_run
-from common.train import sft
+from common.train import frozen_base, sft
 
 
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
-    source, dtype = locate_base(), load.choose_dtype(DTYPE)
-    quantization = load.find_quantization(source, QUANTIZATION)
-    refuse_untrainable(source, dtype, quantization)
-    settings = current(globals()) | {"QUANTIZATION": quantization}
-    job = sft.start(settings, source, dtype, reference(source))
-    rows = trained_rows(source, job.encoder.new_token_ids)
-
-    def build(load_base):
-        model = load_base()
-        if source.adapter or ADAPTER is None:
-            return model
-        return adapters.add_adapter(model, settings, job.encoder.new_token_ids)
-
+    source, dtype, settings = frozen_base.locate_base(current(globals()))
+    job = sft.start(settings, source, dtype, frozen_base.reference(settings, source))
+    rows = frozen_base.trained_rows(settings, source, job.encoder.new_token_ids)
+    build = frozen_base.builder(job)
     build(job.empty_model)  # names and numbers of layers that the model does not have are found here
 
     # Run folder and data
@@ -126,57 +109,6 @@ def main():
 
     # Memory, training, result
     sft.train(job, run, build)
-
-
-def locate_base() -> location.Source:
-    """The base, with the adapter to continue, if any."""
-    source = location.locate(MODEL)
-    if ADAPTER in ADAPTERS or ADAPTER is None:
-        return source
-    return location.with_adapter(source, location.locate(ADAPTER, "ADAPTER"), "ADAPTER")
-
-
-def refuse_untrainable(source: location.Source, dtype: torch.dtype, quantization: str | None):
-    """Refuse combinations that elsewhere fail silently or with a bare assertion, with the reason."""
-    full, quantised, half = ADAPTER is None, quantization is not None, dtype == torch.float16
-    on_gpu, is_new = torch.cuda.is_available(), ADAPTER in ADAPTERS
-    has_16_bits = load.find_quantization(source, None) is None
-    remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
-    for wrong, reason in (
-        (full and quantised, f"quantised weights have no gradient to train by. {remedy}"),
-        (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
-        (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to continue it."),
-        (source.adapter and is_new and ADAPTER != "lora", "MODEL has an adapter. Set ADAPTER=lora to continue it."),
-        (half and not on_gpu, "float16 is trained on a GPU only. Set DTYPE=None."),
-        (ADAPTER == "pissa" and quantised, f"PiSSA rewrites the base weights. {remedy}"),
-        (ADAPTER == "ia3" and quantization in BITS, "peft has no IA3 for hqq's layers. Set ADAPTER=lora."),
-        (ADAPTER == "loftq" and quantization != "nf4", "LoftQ makes up for what NF4 loses. Set QUANTIZATION=nf4."),
-        (ADAPTER == "loftq" and not has_16_bits, "LoftQ needs the 16-bit weights, too. Set ADAPTER=lora."),
-        (ADAPTER == "loftq" and not on_gpu, "peft computes LoftQ on a GPU only. Set ADAPTER=lora."),
-    ):
-        if wrong:
-            raise UserError(f"ADAPTER={ADAPTER} QUANTIZATION={quantization} DTYPE={DTYPE}: {reason}")
-
-
-def reference(source: location.Source) -> location.Source | None:
-    """The model that KL_WEIGHT pulls towards: the base without its adapter. PiSSA and LoftQ change the base itself."""
-    variant = ADAPTER
-    if source.adapter:
-        variant = PeftConfig.from_pretrained(source.adapter).to_dict().get("init_lora_weights", True)
-    return None if variant in (None, "pissa", "loftq") else replace(source, adapter=None)
-
-
-def trained_rows(source: location.Source, new_token_ids: list[int]) -> list[int]:
-    """Ids of tokens that the base has hardly seen and whose rows of embeddings and head this run trains."""
-    if source.adapter:
-        return adapters.trained_rows(PeftConfig.from_pretrained(source.adapter))
-    rows = [] if ADAPTER == "ia3" else new_token_ids
-    if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
-        raise UserError(
-            f"CHAT_TEMPLATE={CHAT_TEMPLATE} has tokens whose rows must be trained; FSDP cannot shard these where "
-            f"embeddings and head are one matrix, as in {source.name}. launch/ddp.yaml or launch/zero2.yaml works."
-        )
-    return rows
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
 }
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
 CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO WARMUP_STEPS MAX_GRAD_NORM KL_WEIGHT
@@ -31,6 +32,7 @@ LOGGING_STEPS EVAL_STEPS EVAL_FACTS EVAL_PROMPTS EARLY_STOPPING_PATIENCE SAVE_ST
 CHOICES = {
     "QUANTIZATION": (None, "nf4", "int8", *HQQ),
     "DTYPE": (None, *DTYPES),
+    "ATTN_IMPLEMENTATION": ATTENTIONS,
     "PROOF_DTYPE": DTYPES,
     "MERGE_INTO": (None, "original", "dequantized"),
     "TRAIN_ON": ("assistant", "last", "content", "all"),
@@ -57,11 +59,15 @@ LISTS = {
 }
 # The words of a bound: whether a value keeps it, and the settings it is for.
 BOUNDS = {
-    "at least 1": (
-        lambda x: x >= 1,
-        """MAX_LENGTH MAX_SAMPLES MAX_STEPS BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS
-        LOGGING_STEPS EARLY_STOPPING_PATIENCE SAVE_TOTAL_LIMIT GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS LORA_PLUS_RATIO
-        GENERATION_BATCH_SIZE PROOF_TOKENS MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
+    "at least 1 and at most 1000000": (
+        lambda x: 1 <= x <= 10**6,
+        """BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS GENERATION_BATCH_SIZE SAVE_TOTAL_LIMIT
+        LORA_PLUS_RATIO EARLY_STOPPING_PATIENCE""",
+    ),
+    "at least 1 and at most 1000000000": (
+        lambda x: 1 <= x <= 10**9,
+        """MAX_LENGTH MAX_SAMPLES MAX_STEPS LOGGING_STEPS GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS PROOF_TOKENS
+        MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
     ),
     "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
     "at least 1 and at most 8192": (lambda x: 1 <= x <= 8192, "LORA_R GALORE_RANK"),
@@ -70,19 +76,34 @@ BOUNDS = {
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "WARMUP_RATIO"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "TOP_P"),
     "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
-    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
+    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY"),
+    "0, or at least 0.001 and at most 100": (lambda x: x == 0 or 0.001 <= x <= 100, "TEMPERATURE"),
     "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
     "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, "LABEL_SMOOTHING"),
-    "above 0": (lambda x: x > 0, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT BETA"),
-    "at least 0": (lambda x: x >= 0, "MAX_GRAD_NORM KL_WEIGHT WARMUP_STEPS SFT_WEIGHT GAMMA"),
+    "above 0 and at most 1000000": (lambda x: 0 < x <= 10**6, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
+    "above 0 and at most 1000": (lambda x: 0 < x <= 1000, "BETA"),
+    "at least 0 and at most 1000000": (lambda x: 0 <= x <= 10**6, "KL_WEIGHT WARMUP_STEPS SFT_WEIGHT GAMMA"),
+    "at least 0 and at most 1e30": (lambda x: 0 <= x <= 1e30, "MAX_GRAD_NORM"),
     "at least 0 and at most 4294967295": (lambda x: 0 <= x < 2**32, "SEED"),
 }
 WHOLE_OR_SHARE = ("EVAL_SIZE", "EVAL_STEPS", "SAVE_STEPS")  # a number, or a share below 1
 FILES = ("EVAL_FACTS", "EVAL_PROMPTS", "FACTS", "PROMPTS", "TOOLS", "VOCAB")
+PATHS = (*FILES, "MODEL", "ADAPTER", "CHAT_TEMPLATE", "LLAMA_CPP", "OUT_DIR")
 SIZES = ("MEMORY_LIMIT", "FIT")
 SIZE = r"(\d+\.?\d*|\.\d+) *(MiB|GiB|)"
 TARGETS = ("LORA_TARGET_MODULES", "GALORE_TARGET_MODULES")
+TEXTS = ("PROMPT", "SYSTEM")  # settings that may have several lines
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"  # the last: bytes that are no UTF-8
 COLUMN = r'\s*("[^"\r\n]+"|[^",\r\n]+):\s*\w+\s*'  # a field of the rows and the name it is read as
+# Forms, and their words.
+PATTERNS = {
+    "HUB_ID": (r"[\w.-]+/[\w.-]+", "it must be org/name."),
+    "RUN_NAME": (r"(?!\.+$)[A-Za-z0-9._-]{1,64}", "use 1 to 64 letters, digits, dots, dashes and underscores."),
+    "COLUMNS": (
+        f"{COLUMN}(,{COLUMN})*",
+        'it must be a list of "field:name", the name one of user, assistant, messages and so on.',
+    ),
+}
 LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Python has it
 
 
@@ -91,8 +112,13 @@ def check_setting(name: str, value, script: str = "") -> None:
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
-    if choices:
+    if name == "ATTN_IMPLEMENTATION" and "/" in str(value):  # of the hub
+        check_package(name, value, "kernels", "kernels")
+    elif choices:
         check_choice(name, value, choices)
+    elif name == "ADAPTER" and script == "qlora_train" and value and not re.search(r"[/\\]", value):
+        if not Path(value).is_dir():
+            check_choice(name, value, [None, *ADAPTERS, "an adapter folder", "a run folder", "a hub id"])
     elif value is None:
         return
     elif name in LISTS:
@@ -101,8 +127,13 @@ def check_setting(name: str, value, script: str = "") -> None:
                 these = f"{nearest(item, CHANGEABLE)} These can: {', '.join(CHANGEABLE)}."
                 raise UserError(f"{name}={value}: {item} cannot change within a run; start a new one.{these}")
             check_choice(name, item, LISTS[name])
-    elif problem := find_problem(name, value):
-        raise UserError(f"{name}={value}: {problem}")
+    else:
+        try:
+            problem = find_problem(name, value)
+        except (OSError, RuntimeError) as error:  # too long a name; a home folder that is not known
+            problem = f"{getattr(error, 'strerror', error)} Choose another."
+        if problem:
+            raise UserError(f"{name}={value}: {problem}")
 
 
 def split_list(value: str | None) -> list[str]:
@@ -125,9 +156,9 @@ def find_problem(name: str, value) -> str | None:
     for words, (keeps, names) in BOUNDS.items():
         if name in names.split() and not keeps(value):
             return f"it must be {words}."
-    path = Path(str(value)).expanduser()
-    if name in WHOLE_OR_SHARE and (value < 0 or (value > 1 and value % 1)):
-        return "it must be a whole number, or a share below 1; 0 means none."
+    path = Path(str(value)).expanduser() if name in PATHS else None
+    if name in WHOLE_OR_SHARE and (not 0 <= value <= 10**9 or value > 1 and value % 1):
+        return "it must be a whole number below a billion, or a share below 1; 0 means none."
     if name in FILES and not path.is_file():
         return "file not found."
     if name == "ENCODING" and not is_encoding(value):
@@ -142,24 +173,20 @@ def find_problem(name: str, value) -> str | None:
         size = re.fullmatch(SIZE, value.strip())
         if not size or float(size[1]) <= 0 or (not size[2] and float(size[1]) > 1):
             return 'it must be a share of the memory such as "0.9", or a size such as "7500MiB" or "8GiB".'
-    if name == "RUN_NAME" and (not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) or not value.strip(".")):
-        return "use 1 to 64 letters, digits, dots, dashes and underscores."
+    if name in PATTERNS and not re.fullmatch(PATTERNS[name][0], value):
+        return PATTERNS[name][1]
     if name == "CHAT_TEMPLATE" and not value.endswith(".jinja"):
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():
         return "file not found."
-    if name == "ADAPTER" and value not in ADAPTERS and not path.is_dir():
-        check_choice(name, value, [None, *ADAPTERS, "a run folder"])
     if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
         return "it must not be empty."
-    if name == "COLUMNS" and not re.fullmatch(f"{COLUMN}(,{COLUMN})*", value):
-        return 'it must be a list of "field:name", the name one of user, assistant, messages and so on.'
     if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
         return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'
     if name == "DROP_PATTERN" and value != "auto" or name in TARGETS and is_pattern(value):
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             return f"not a regular expression: {error}."
 
 

@@ -7,14 +7,25 @@ import io
 import os
 import re
 import sys
+import tempfile
 import threading
 import traceback
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+# Settings that libraries are given, and in the modules of data these, too.
+LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE")
+READ = ("DATA", "EVAL_DATA", "CHATS")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+READER_GONE = (errno.EPIPE, errno.EINVAL)  # the latter on Windows
 # What a secret looks like, and the names of environment variables that hold one.
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{40,}|gh[a-z]_\w{30,}|github_pat_\w{30,})")
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY)(_\d+)?$", re.IGNORECASE)
 RANK = int(os.environ.get("RANK", 0))  # of this process, where a launcher has started several
 exit_code = None  # with which run_main has ended
+script: dict = {}  # the globals of the script that runs, with its settings
+is_training = False  # from the first optimizer step on
 
 
 class UserError(Exception):
@@ -40,8 +51,98 @@ def nearest(name: str, names) -> str:
     return f" Did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
 
 
+def explain(error: Exception) -> Exception:
+    """A UserError for what a library or the system raised before the first optimizer step, else the error itself.
+
+    Such a line begins with a note on the error, or else with the settings that it may be about.
+    """
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    known = FULL if is_training else (*FULL, *REFUSED)
+    failed = next((e for e in chain if isinstance(e, OSError) and e.errno in known), None)
+    if isinstance(error, UserError) or is_training and not failed:
+        return error
+    if failed or isinstance(error, OSError) and error.filename:
+        return explain_file(failed or error)
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [file for file, _ in frames if ROOT / "common" in file.parents or file.parent == ROOT]
+    file, line = frames[-1]
+    is_library = type(error).__module__.partition(".")[0] not in ("builtins", "common")
+    if ours[-1] == file and not is_library and type(error) is not RuntimeError:  # torch's functions have no frames
+        return error
+    names = LOADED + READ * (ours[-1].parent.name == "data")
+    named = [f"{name}={script[name]}" for name in names if script.get(name)]
+    head = f"{' '.join(named)}: a library cannot use it as it is: damaged, of another kind, or newer than the library."
+    head += " Name another, or pip install -U transformers peft."
+    head = getattr(error, "__notes__", [head])[0]
+    for name in names:  # the setting of this value
+        head = head.replace(f"MODEL={script.get(name)} ", f"{name}={script.get(name)} ")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False, encoding="utf-8") as stream:
+        stream.write(redact("".join(traceback.format_exception(error))))
+    return UserError(f"{head} ({reason}, {file.name}:{line}; all of it in {stream.name})")
+
+
+def explain_file(error: OSError) -> UserError:
+    """Name the setting or variable that a file lies in, and what to do."""
+    from huggingface_hub.constants import HF_HOME
+
+    place = str(error.filename or script.get("OUT_DIR") or "standard output")
+    folders = {"HF_HOME": HF_HOME, "TMPDIR": tempfile.tempdir}
+    folders |= {name: value for name, value in script.items() if name.isupper() and isinstance(value, str)}
+    around = [name for name, folder in folders.items() if folder and place.startswith(folder)]
+    below = [name for name, folder in folders.items() if folder and folder.startswith(f"{place}{os.sep}")]
+    owner = max(around or below, key=lambda name: len(folders[name]), default="")
+    remedy = f"Set {owner or 'HOME'} to a place that exists and can be written."
+    if error.errno in FULL:
+        remedy = "Make room, then the same command again."
+    named = f"{owner}={folders[owner]}: " if owner and folders[owner] != place else f"{owner}=" * bool(owner)
+    return UserError(f"{named}{place}: {error.strerror}. {remedy}")
+
+
+def open_streams(goes_on: bool) -> None:
+    """Standard streams in UTF-8 that outlive their reader: `| head`, a closed terminal, a full disk under a log.
+
+    goes_on: the results are in files, so the program goes on; else it ends with exit code 0 (2 on a full disk).
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed from the start
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # Windows would use a code page
+    outlive_reader(sys.stdout, goes_on)
+    outlive_reader(sys.stderr, True)
+
+
+def outlive_reader(stream, goes_on: bool) -> None:
+    """Replace the methods of a stream, so that a handler which holds it already gets them, too."""
+    if "write" in vars(stream):  # by an earlier script in this process
+        return
+    gone = False
+
+    def guarded(method):
+        def call(*arguments):
+            nonlocal gone
+            try:
+                return method(*arguments)
+            except OSError as error:
+                was_gone, gone = gone, True
+                if was_gone or goes_on:
+                    return 0
+                if error.errno not in READER_GONE:
+                    raise
+                raise SystemExit(0) from None
+
+        return call
+
+    stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
+
+
 def exit_with(error: UserError):
-    print_error(f"error: {error}\n")
+    message = re.sub(r"[^\s/]{300,}", lambda found: f"{found[0][:100]}...", str(error))
+    print_error(f"error: {message}\n")
     raise SystemExit(error.code)
 
 
@@ -53,13 +154,10 @@ def print_error(text: str) -> None:
 
 def run_main(main) -> None:
     """Run a script's main; mistakes become one line and an exit code, Ctrl-C exit code 130."""
-    global exit_code
+    global exit_code, script, is_training
     sys.excepthook = lambda *error: print_error("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # Windows would use a code page
-    exit_code = 1
+    exit_code, script, is_training = 1, main.__globals__, False
     try:
         report_errors(main)
         exit_code = 0
@@ -71,16 +169,14 @@ def run_main(main) -> None:
 def report_errors(main) -> None:
     try:
         main()
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = error.filename or "OUT_DIR"
-        exit_with(UserError(f"{place}: {error.strerror}. Make room, then the same command again."))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if not isinstance(explained := explain(error), UserError):
+            raise
+        exit_with(explained)
 
 
 def exit_without_teardown() -> None:

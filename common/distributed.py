@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 
-from common.cli import RANK
+from common.cli import RANK, explain
 
 
 def count() -> int:
@@ -72,8 +72,10 @@ def on_first(function):
     if not RANK:
         try:
             result = function()
-        except (Exception, SystemExit) as raised:
+        except (OSError, SystemExit) as raised:  # of which callers catch some
             error = raised
+        except Exception as raised:
+            error = explain(raised)  # the others get no traceback
     result, error = gather((result, error))[0]
     if error:
         raise error

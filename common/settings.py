@@ -6,12 +6,13 @@ import io
 import itertools
 import math
 import os
+import re
 import sys
 import tokenize
 from pathlib import Path
 
-from common.bounds import check_setting
-from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, redact
+from common.bounds import CONTROL, TEXTS, check_setting
+from common.cli import RANK, SECRET, SECRET_NAME, UserError, exit_with, nearest, open_streams, redact
 
 SECRET_ADVICE = "{name} holds a secret. Set it in the environment (HF_TOKEN), or use `hf auth login`."
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
@@ -61,6 +62,25 @@ def parse_value(name: str, text: str, types: list[type]):
     raise UserError(f"{name}={text} has the wrong type: {name} takes {wanted}.")
 
 
+def parse_argument(argument: str, settings: dict) -> tuple:
+    """(name, value) of NAME=value. Raises UserError."""
+    name, equals, text = argument.partition("=")
+    if name not in settings:
+        hint = f"{nearest(name, settings)} --help lists all settings."
+        if SECRET_NAME.search(name):
+            hint = " Secrets are read from the environment, or `hf auth login`."
+        raise UserError(f"unknown setting {name}.{hint}")
+    if not equals:
+        raise UserError(f"{name} needs a value: {name}=...")
+    if redact(text) != text:
+        raise UserError(SECRET_ADVICE.format(name=name))
+    if re.search(CONTROL, text):
+        raise UserError(f"{name}={text!a}: a control character, or not UTF-8. Type it again, or rename the file.")
+    if name not in TEXTS:
+        text = re.sub(r"[\t\r\n]+", " ", text)  # a list on several lines
+    return name, parse_value(name, text, settings[name]["types"])
+
+
 def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     """Set a script's constants (its globals()) from NAME=value, or list them for `--help`.
 
@@ -68,27 +88,18 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {s["name"]: s for s in declared(namespace["__file__"])}
+    open_streams(goes_on="OUT_DIR" in settings)
     if RANK:  # the first process prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
     if {"--help", "-h", "help"} & set(argv):
-        print(help_text(namespace, settings.values()))
+        print(help_text(namespace, settings.values()), flush=True)
         raise SystemExit(0)
     try:
         count = os.environ.get("WORLD_SIZE", "1")
         if int(count) > 1 and "SAVE_STEPS" not in settings:
             raise UserError(f"WORLD_SIZE={count}: only training uses several processes. Use python.")
         for argument in argv:
-            name, equals, text = argument.partition("=")
-            if name not in settings:
-                hint = f"{nearest(name, settings)} --help lists all settings."
-                if SECRET_NAME.search(name):
-                    hint = " Secrets are read from the environment, or `hf auth login`."
-                raise UserError(f"unknown setting {name}.{hint}")
-            if not equals:
-                raise UserError(f"{name} needs a value: {name}={namespace[name]}.")
-            if redact(text) != text:
-                raise UserError(SECRET_ADVICE.format(name=name))
-            value = parse_value(name, text, settings[name]["types"])
+            name, value = parse_argument(argument, settings)
             if value != namespace[name]:
                 print(f"{name} = {value!r} (was {namespace[name]!r})", file=sys.stderr)
             namespace[name] = value

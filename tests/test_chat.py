@@ -501,10 +501,10 @@ def test_one_shot_and_pipes_give_the_content_or_the_call(answering, chatty, tool
         code, out, error = run_here("chat_pipe.py", *settings, "PROMPT=Hi")
         assert (code, out.strip()) == (0, expected), error
         settings = [*answering(text), f"MODEL={chatty}", f"TOOLS={tools_file}"]
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"Hi\n"))))
         code, out, error = run_here("chat_pipe.py", *settings)
         assert (code, out) == (0, " ".join(expected.split()) + "\n"), error
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"Hi\n"))))
     code, out, error = run_here("chat_pipe.py", *answering("<think>\nHm"), f"MODEL={chatty}")
     assert (code, out) == (0, "\n") and "'Hi': all of the answer was reasoning" in error
 

@@ -224,7 +224,7 @@ def mistakes(tmp_path, tiny, trained):
         "prepared folder that is none": ([f"DATA={tmp_path}/folder"], "report.json"),
         "output folder not writable": ([f"OUT_DIR={tmp_path}/file"], "OUT_DIR"),
         "run exists": ([f"OUT_DIR={trained.parent}", f"RUN_NAME={trained.name}", "RESUME=None"], "RUN_NAME=first"),
-        "adapter for another base": ([f"MODEL={tiny('mistral')}", f"ADAPTER={trained}"], "ADAPTER="),
+        "adapter for another base": ([f"MODEL={tiny('gpt2')}", f"ADAPTER={trained}"], "ADAPTER="),
         "quantised full fine-tune": (["ADAPTER=None", "QUANTIZATION=nf4"], "ADAPTER=lora"),
         "float16 full fine-tune": (["ADAPTER=None", "DTYPE=float16"], "DTYPE=float32"),
         "loftq without a GPU": (["ADAPTER=loftq", "QUANTIZATION=nf4"], "ADAPTER=lora"),

@@ -43,8 +43,8 @@ def run_terminal(conversation: Conversation, history_file: str | None) -> None:
         if history_file:
             open(Path(history_file).expanduser(), "ab").close()
             history = FileHistory(Path(history_file).expanduser())
-    except OSError as error:
-        print(f"HISTORY={history_file} cannot be written ({error.strerror}): prompts are not kept")
+    except (OSError, RuntimeError) as error:  # the latter: no home folder is known
+        print(f"HISTORY={history_file} cannot be written ({error}): prompts are not kept")
     session = PromptSession(history=history)
     print(f"{' and '.join(conversation.generators)}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:

@@ -1,12 +1,18 @@
 """Turns of a chat: its tools, its calls and their results."""
 
+import codecs
+import io
 import json
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError
 from common.data import tools
 from common.data.rows import RowError
 
+WRONG = re.compile("[\0\udc80-\udcff]")  # what UTF-8 text does not have, bytes by surrogateescape
 REMEDY = 'Write [{"type": "function", "function": {"name": "get_time", "description": ..., "parameters": {...}}}].'
 
 
@@ -64,3 +70,19 @@ def answer_line(message: dict) -> str:
     if calls := [call["function"] for call in message.get("tool_calls", [])]:
         return json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
     return " ".join(message["content"].split())
+
+
+def read_lines(stream: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that are not empty; bytes that are no text are told, and lose no line.
+
+    UTF-8, or UTF-16 with a byte order mark.
+    """
+    is_wide = stream.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    stream.reconfigure(encoding="utf-16" if is_wide else "utf-8-sig", errors="surrogateescape", newline="\n")
+    for number, line in enumerate(stream, 1):
+        text, count = WRONG.subn("\ufffd", line.strip())
+        if count:
+            remedy = "Convert it before (iconv -f latin1 -t utf-8)."
+            print(f"note: line {number} is not UTF-8: {count} bytes were read as \ufffd. {remedy}", file=sys.stderr)
+        if text:
+            yield number, text

@@ -1,6 +1,7 @@
 """A file of prompts becomes a file of answers, which the same command continues."""
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -72,13 +73,14 @@ def with_answer(row: dict) -> dict:
 def write_answers(generator: generation.Generator, prompts: Prompts, file: Path, settings: dict) -> None:
     """Write each row with its answer, in whole batches, so that a continued file is the same.
 
-    settings: those of chat_pipe.py by name. Raises UserError (exit code 3) for a file with other content.
+    settings: those of chat_pipe.py by name. A row whose prompt is too long gets the answer null, and in the end a
+    UserError tells of it. Raises UserError (exit code 3) for a file with other content.
     """
     length, batch_size = settings["MAX_NEW_TOKENS"], settings["GENERATION_BATCH_SIZE"]
     limit = generator.limit(settings["CONTEXT"])
     rows = [row for row, _ in prompts]
-    views = [generator.fit_context(chat, length, limit) for _, chat in prompts]
-    by = {"MODEL": generation.identify_weights(location.locate(settings["MODEL"]))}
+    views = [fit(generator, chat, length, limit, number) for number, (_, chat) in enumerate(prompts, 1)]
+    by = {"MODEL": generation.identify_weights(location.locate(settings["MODEL"], adapter=settings["ADAPTER"]))}
     by |= {name: settings[name] for name in GENERATED_BY}
     lines = answered_before(file, rows, by)
     done = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
@@ -86,19 +88,32 @@ def write_answers(generator: generation.Generator, prompts: Prompts, file: Path,
         stream.truncate(sum(map(len, lines[:done])))
         starts = range(done, len(rows), batch_size)
         for start in track(starts, f"{done} of {len(rows)} answered before;", console=Console(stderr=True)):
-            batch = slice(start, start + batch_size)
-            chats, ids = zip(*views[batch], strict=True)
-            left = min(length, limit - max(map(len, ids)))
-            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"], max_new_tokens=left)
+            batch = range(start, min(start + batch_size, len(rows)))
+            fitting = [i for i in batch if not isinstance(views[i], str)]
+            how = dict(temperature=settings["TEMPERATURE"], top_p=settings["TOP_P"], max_new_tokens=length)
             set_seed(settings["SEED"] + start)
-            model, tokenizer = generator.model, generator.tokenizer
-            answers = generation.answers(model, tokenizer, chats, batch_size, **how)
-            for row, answer in zip(rows[batch], answers, strict=True):
-                parts = {name: answer.message[name] for name in PARTS if name in answer.message}
-                added = {"answer": answer.text, **parts, "tokens": answer.tokens, "stop": answer.stop, "by": by}
-                stream.write(to_line(row | added))
+            chats = [views[i] for i in fitting]
+            made = generation.answers(generator.model, generator.tokenizer, chats, batch_size, context=limit, **how)
+            answers = dict(zip(fitting, made, strict=True))
+            for i in batch:
+                added = {"answer": None, "tokens": 0, "stop": views[i]}
+                if answer := answers.get(i):
+                    parts = {name: answer.message[name] for name in PARTS if name in answer.message}
+                    added = {"answer": answer.text, **parts, "tokens": answer.tokens, "stop": answer.stop}
+                stream.write(to_line(rows[i] | added | {"by": by}))
             stream.flush()
+    if missing := sum(isinstance(view, str) for view in views):
+        raise UserError(f"PROMPTS: {missing} of {len(rows)} were not answered, see above; the others are in {file}.")
     print(f"{len(rows)} answers: {file}")
+
+
+def fit(generator: generation.Generator, chat: list[dict], length: int, limit: int, number: int) -> list[dict] | str:
+    """The chat as it fits the context; or why it cannot be answered, which is printed."""
+    try:
+        return generator.fit_context(chat, length, limit)[0]
+    except UserError as error:
+        print(f"row {number} is not answered: {error}", file=sys.stderr)
+        return f"not answered: {error}"
 
 
 def answered_before(file: Path, rows: list[dict], by: dict) -> list[bytes]:

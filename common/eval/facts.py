@@ -28,7 +28,7 @@ def ask(model, tokenizer, facts: list[dict]) -> list[dict]:
     chats = [[{"role": "user", "content": fact["question"]}] for fact in facts]
     answers = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
     return [
-        {**fact, "answer": answer.text, "right": bool(re.search(fact["pattern"], answer.text))}
+        {**fact, "answer": answer.text, "right": bool(answer.tokens and re.search(fact["pattern"], answer.text))}
         for fact, answer in zip(facts, answers, strict=True)
     ]
 

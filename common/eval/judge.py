@@ -203,10 +203,10 @@ def score_pairs(result: dict, versus: str, points: dict) -> None:
     both = [(points[i, "A"], 1 - points[i, "B"]) for i in questions]
     shares = [one if one == other else 0.5 for one, other in both]
     if shares:
-        low, high = mean_interval(shares)
+        interval = mean_interval(shares)
         won, lost = shares.count(1), shares.count(0)
         tied = len(shares) - won - lost
-        more = f", {won} won, {tied} tied, {lost} lost: {verdict(low - 0.5, high - 0.5)}"
-        put(result, f"points of {versus}", statistics.fmean(shares), (low, high), ".0%", more)
+        more = f", {won} won, {tied} tied, {lost} lost: {verdict(interval, equal=0.5)}"
+        put(result, f"points of {versus}", statistics.fmean(shares), interval, ".0%", more)
         agreed = sum(one == other for one, other in both)
         print(f"  both orders agree on {agreed} of {len(both)}")

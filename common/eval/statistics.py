@@ -28,34 +28,36 @@ def mean_loss(losses: Losses) -> float:
     nats, tokens = map(sum, zip(*losses, strict=True))
     if not tokens:
         raise UserError("MAX_LENGTH: no answer of CHATS begins before it. Raise it.")
+    if not math.isfinite(nats):
+        raise UserError("MODEL: its loss is not finite. Its weights are damaged, or DTYPE=float32 is needed.", code=4)
     return nats / tokens
 
 
-def loss_interval(losses: Losses) -> Interval:
+def loss_interval(losses: Losses) -> Interval | None:
     """Of mean_loss."""
     return jackknife(losses, lambda nats, tokens: nats / tokens)
 
 
-def change_interval(before: Losses, after: Losses) -> Interval:
+def change_interval(before: Losses, after: Losses) -> Interval | None:
     """Of mean_loss(after) / mean_loss(before) - 1 on the same chats."""
     pairs = [(*one, *other) for one, other in zip(before, after, strict=True)]
     return jackknife(pairs, lambda nats, tokens, later, later_tokens: later / later_tokens * tokens / nats - 1)
 
 
-def mean_interval(values) -> Interval:
+def mean_interval(values) -> Interval | None:
     """Of the mean of values, one for each question."""
     return jackknife([(value, 1) for value in values], lambda total, count: total / count)
 
 
-def jackknife(units: list[tuple], statistic) -> Interval:
+def jackknife(units: list[tuple], statistic) -> Interval | None:
     """Of a statistic of the sums of units' columns, leaving out each unit once (Tukey 1958), with Student's t.
 
-    Units whose second column, a count, is 0 do not matter.
+    None for a single unit. Units whose second column, a count, is 0 do not matter.
     """
     table = numpy.array([unit for unit in units if unit[1]], dtype=float)  # (units, columns)
     freedom = len(table) - 1
     if freedom < 1:
-        return -math.inf, math.inf
+        return None
     if freedom <= len(STUDENT):
         student = STUDENT[freedom - 1]
     else:  # by its expansion (Abramowitz and Stegun 26.7.5)
@@ -74,17 +76,26 @@ def means_by_question(values) -> list[float]:
     return [statistics.fmean(found) for found in by_question.values()]
 
 
-def verdict(low: float, high: float) -> str:
-    """What the interval of a difference shows."""
-    return "no difference shown" if low <= 0 <= high else "better" if low > 0 else "worse"
+def verdict(interval: Interval | None, equal: float = 0, less_is_better: bool = False) -> str:
+    """What the interval of a difference shows; equal: its value where there is none."""
+    if interval is None:
+        return "nothing shown"
+    low, high = interval
+    if low <= equal <= high:
+        return "no difference shown"
+    return "better" if (low > equal) != less_is_better else "worse"
 
 
-def put(result: dict, name: str, value: float, interval: Interval, form: str, more: str = "") -> None:
+def describe(interval: Interval | None, form: str) -> str:
+    if interval is None:
+        return "no interval: it takes two chats or questions"
+    return f"95 % interval {interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def put(result: dict, name: str, value: float, interval: Interval | None, form: str, more: str = "") -> None:
     """Keep a score with its interval, and print it."""
-    known = all(map(math.isfinite, interval))  # a single question has none
-    result["scores"][name], result["intervals"][name] = value, interval if known else None
-    shown = f"95 % interval {interval[0]:{form}} to {interval[1]:{form}}" if known else "no interval"
-    print(f"  {name}: {value:{form}} ({shown}){more}")
+    result["scores"][name], result["intervals"][name] = value, interval
+    print(f"  {name}: {value:{form}} ({describe(interval, form)}){more}")
 
 
 def put_share(result: dict, name: str, hits: int, trials: int) -> None:
@@ -98,9 +109,9 @@ def compare(first: str, name: str, results: dict) -> None:
     versus = f"{name} against {first}"
     for source, losses in after.get("losses", {}).items():
         earlier = before["losses"][source]
-        low, high = interval = change_interval(earlier, losses)
+        interval = change_interval(earlier, losses)
         what = "that loss" if len(after["losses"]) == 1 else f"the loss on {source}"
-        print(f"\n{versus}: {verdict(-high, -low)}")
+        print(f"\n{versus}: {verdict(interval, less_is_better=True)}")
         put(after, f"change of {what}", mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
         if [tokens for _, tokens in earlier] != [tokens for _, tokens in losses]:
             print("  their tokenizers differ, and so do their tokens: such losses do not compare")
@@ -108,9 +119,9 @@ def compare(first: str, name: str, results: dict) -> None:
     both = [(at.partition(",")[0], grades[at] - earlier[at]) for at in grades if at in earlier]
     if both:
         differences = means_by_question(both)
-        low, high = mean_interval(differences)
-        found = f"{statistics.fmean(differences):+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
-        print(f"\n{versus}: grades {found}: {verdict(low, high)}")
+        interval = mean_interval(differences)
+        found = f"{statistics.fmean(differences):+.2f} ({describe(interval, '+.2f')})"
+        print(f"\n{versus}: grades {found}: {verdict(interval)}")
 
 
 def draw(file: Path, title: str, result: dict) -> None:

@@ -16,6 +16,7 @@ from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.eval.statistics import Losses, loss_interval, mean_loss, put, put_share
 from common.model import generation
+from common.model.adapters import prompt_cache
 
 REPEATS = 0.3  # share of runs of four words that stood in the answer before
 ROLE = re.compile(r"(?im)<\|[a-z_]+\|>|\[/?INST\]|^\s*(###\s*)?(user|human|assistant|system)\s*:")
@@ -49,7 +50,10 @@ def sequence_loss(model, ids, mask) -> tuple[float, int]:
     """The summed negative log-likelihood (nats) of the tokens of a sequence, (T,), that a mask names; their number."""
     ids = torch.tensor(ids, dtype=torch.long, device=model.device)  # (T,)
     learned = torch.tensor(mask[1:], device=model.device).nonzero().flatten()  # (K,)
-    logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=learned).logits[0]  # (K, vocabulary)
+    if (cache := prompt_cache(model)) is not None:  # peft would count its tokens as ours
+        model = model.get_base_model()
+    output = model(input_ids=ids[None], past_key_values=cache, use_cache=cache is not None, logits_to_keep=learned)
+    logits = output.logits[0]  # (K, vocabulary)
     return torch.nn.functional.cross_entropy(logits.float(), ids[learned + 1], reduction="sum").item(), len(learned)
 
 
@@ -117,4 +121,5 @@ def score_by_harness(result: dict, model, tokenizer, tasks: str) -> None:
         for metric, value in metrics.items():
             error = metrics.get(metric.replace(",", "_stderr,", 1))
             if isinstance(value, float) and isinstance(error, float):
-                put(result, f"{task} {metric}", value, (value - 1.96 * error, value + 1.96 * error), ".4f")
+                interval = (value - 1.96 * error, value + 1.96 * error) if math.isfinite(error) else None
+                put(result, f"{task} {metric}", value, interval, ".4f")

@@ -7,14 +7,16 @@ from common.cli import UserError
 
 
 def model_card(model: str, base: str, run: Path | None) -> str:
-    """The README.md of a model: base, settings; of a final one also summary and scores."""
+    """The README.md of a model: base, settings; of a final one also summary and scores. Raises UserError."""
     text = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     text += f"# {Path(model).name.removesuffix('.gguf')}\n\nFine-tuned from {base}.\n"
     is_final = run and Path(model).expanduser() in (run, run / "final")
     for name in ("settings", "summary", "scores") if is_final else ("settings",):
         file = run and run / f"{name}.json"
-        if file and file.is_file():
-            text += table(name, json.loads(file.read_text(encoding="utf-8")))
+        try:
+            text += table(name, json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else ""
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"MODEL={model}: {file} is damaged ({error!r}). Take it away.") from error
     return text
 
 

@@ -14,7 +14,7 @@ from common.data.encoder import ChatEncoder
 from common.export.verify import Reference, predict
 from common.files import write_atomic
 from common.model import generation, load, merging
-from common.model.adapters import load_adapter
+from common.model.adapters import check_merge, load_adapter
 from common.model.location import Source
 from common.model.quantize import BITS, BITSANDBYTES, dequantize_hqq
 
@@ -32,6 +32,8 @@ def choose_bases(source: Source, quantization: str | None, merge_into: str | Non
         raise UserError(f"MODEL={source.name} is quantised ({own}) and has no adapter. Take the 16-bit model.")
     if own not in (None, *BITSANDBYTES):
         raise UserError(f"MODEL={source.name} is quantised ({own}): no adapter is merged into it. Use it as it is.")
+    if source.adapter:
+        check_merge(source.adapter)
     if not own:
         check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     bases = () if own else ("original",)

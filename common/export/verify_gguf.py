@@ -1,6 +1,7 @@
 """Verify a GGUF file in transformers and in llama.cpp: predictions, tokens, and that answers end."""
 
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from common.data.tool_form import QUESTION, TOOL, ToolForm, try_to, write_tools
 from common.export import verify
 from common.export.llama_cpp import LlamaCpp, trained_context
 from common.export.verify import Reference, Row, divergence, predict
-from common.model import generation
 
 # Highest mean KL divergence from the merged model, in nats a token: f32, f16 and bf16 may differ by
 # rounding only, the others leave room for small models, which lose most (docs/benchmarks.md).
@@ -163,7 +163,7 @@ def token_faults(llama: LlamaCpp, tokenizer) -> Iterator[str]:
             yield "a chat begins with two BOS tokens"
             return
         if actual != expected:
-            at = generation.shared(actual, expected)
+            at = len(os.path.commonprefix([actual, expected]))
             name = tokenizer.convert_ids_to_tokens
             there, trained = name(actual[at : at + 3]), name(expected[at : at + 3])
             yield f"its tokens of a chat differ: {there} where training had {trained}"

@@ -3,14 +3,19 @@
 import warnings
 from pathlib import Path
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError, safe_open
 
 from common.cli import UserError
 from common.model.targets import find_targets, ia3_layers, short_names
 
 # Of adapters on one side of tied embeddings, which merging.py gives a matrix each.
 warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
+warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)  # peft makes its own
 # Papers: https://arxiv.org/abs/ and the number. IA3, which scales activations: 2205.05638.
 VARIANTS = {
     "lora": {},  # 2106.09685
@@ -19,6 +24,17 @@ VARIANTS = {
     "pissa": {"init_lora_weights": "pissa"},  # 2404.02948: starts from the principal singular vectors
     "loftq": {},  # 2310.08659: starts from what quantisation lost
 }
+
+# What peft raises for an adapter on another model: other shapes, layers or tensors, or a package that is missing.
+MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, UserWarning)
+# Kinds of peft that no chat can use.
+REFUSED = dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "want the number of a task, which chats do not have")
+WHOLE_TEXT = "weigh the whole text anew for each token, and a chat goes on from the keys and values of earlier ones"
+REFUSED |= dict.fromkeys(("XLORA", "LILY", "SHADOW"), WHOLE_TEXT)
+# What peft saves once more of embeddings and head where these were resized.
+COPIES = (".modules_to_save.weight", ".original_module.weight", ".base_layer.weight")
+# Which dimension of a tensor is the vocabulary's, by the rest of its name after that of embeddings or head.
+VOCABULARY_DIMENSIONS = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
 
 def add_adapter(model, settings: dict, new_rows=()):
@@ -69,7 +85,8 @@ def embedding_rows(model, rows: list[int], targets: list[str]) -> dict[str, list
 
 def trained_rows(config) -> list[int]:
     """Token ids whose rows an adapter trains, by its PeftConfig."""
-    rows = config.to_dict().get("trainable_token_indices") or []
+    fields = config.to_dict()
+    rows = fields.get("trainable_token_indices") or fields.get("token_indices") or []
     return sum(rows.values(), []) if isinstance(rows, dict) else rows
 
 
@@ -87,6 +104,84 @@ def add_bias(layer, args, output):
     return output if uses_base else output + layer.base_layer.bias
 
 
+def read_config(folder: str) -> PeftConfig:
+    """The config of the adapter in a folder, without its base, which MODEL may have named.
+
+    UserError for a kind that peft does not know, or for another task.
+    """
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"its adapter_config.json is not one of peft's ({type(error).__name__}: {error})"
+        raise UserError(f"ADAPTER={folder}: {problem}. A newer peft may know it, or the file is damaged.") from error
+    if reason := REFUSED.get(config.peft_type):
+        raise UserError(f"ADAPTER={folder}: adapters of the kind {config.peft_type.value} {reason}.")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"ADAPTER={folder} is for {config.task_type}, not for a language model that writes.")
+    config.base_model_name_or_path = config.revision = None
+    return config
+
+
+def check_merge(folder: str) -> None:
+    """UserError where the kind of the adapter in a folder has no weights of the base to merge into."""
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[kind := read_config(folder).peft_type], BaseTuner):
+        raise no_merge(folder, kind)
+
+
+def no_merge(name: str, kind: str) -> UserError:
+    remedy = "chat_pipe.py and evaluate_model.py use it beside its base"
+    return UserError(f"MODEL={name}: adapters of the kind {kind.value} cannot be merged; {remedy}.")
+
+
 def load_adapter(model, folder: str, trainable: bool = False):
-    """The model with the adapter in a folder."""
-    return keep_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=trainable))
+    """The model with the adapter in a folder, whose rows its embeddings get; UserError where it does not fit."""
+    config = read_config(folder)
+    try:
+        fit_rows(model, folder, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
+        # Once more, for the tensors that found no place; those of prompt learning have one of their own.
+        found = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable)
+        unused = [name for name in found.unexpected_keys if not name.endswith(COPIES)]
+        if unused and not config.is_prompt_learning:
+            raise ValueError(f"no layer for {unused[0]}.")
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except SafetensorError as error:
+        raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
+    except MISFITS as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
+        problem = f"does not fit MODEL={model.name_or_path}: {reason} Set MODEL to its base."
+        raise UserError(f"ADAPTER={folder} {problem}") from error
+    return keep_head_bias(adapted)
+
+
+def fit_rows(model, folder: str, config: PeftConfig) -> None:
+    """Give embeddings and head as many rows as the adapter has: other tools pad them, or cut them to the tokens."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    # Dimension of the vocabulary, by what follows the layer's name.
+    dimensions = {f".{name}.{rest}": i for name in names for rest, i in VOCABULARY_DIMENSIONS.items()}
+    rows, found = ends[0].weight.shape[0], []
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as tensors:
+        for key in tensors.keys():
+            found += [tensors.get_slice(key).get_shape()[i] for end, i in dimensions.items() if key.endswith(end)]
+            if not tensors.get_tensor(key).isfinite().all():
+                problem = f"its weights are not finite ({key}). Take an earlier checkpoint, or fetch it again."
+                raise UserError(f"ADAPTER={folder}: {problem}")
+    wanted = max([*(found or [rows]), *(token + 1 for token in trained_rows(config))])
+    if wanted != rows:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+@torch.no_grad()
+def prompt_cache(model):
+    """Keys and values of the tokens that prompt learning puts before every chat; None for other models."""
+    if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+        return None
+    prompt = model.get_prompt(batch_size=1)  # (1, N, hidden), or the keys and values themselves
+    if not isinstance(prompt, torch.Tensor):
+        return prompt
+    return model.get_base_model()(inputs_embeds=prompt.to(model.dtype), use_cache=True).past_key_values

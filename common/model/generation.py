@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
 from common.model import load, location, responses
+from common.model.adapters import prompt_cache
 from common.model.attention import choose_attention, model_class
 from common.model.merging import merge_adapter
 
@@ -29,17 +30,18 @@ PARTS[1]["thinking"] = PARTS[1]["reasoning_content"]  # as gpt-oss has it
 
 def load_for_chat(
     model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None,
-    template: str | None = None, options: str = "",
+    template: str | None = None, options: str = "", adapter: str | None = None,
 ):  # fmt: skip
-    """(model, tokenizer), the adapter merged in memory unless the base is quantised.
+    """(model, tokenizer), the adapter merged in memory unless the base is quantised or its kind has no merge.
 
     template, options: as CHAT_TEMPLATE and TEMPLATE_OPTIONS. UserError for a model that nothing gives a template.
     """
-    source = location.locate(model_name)
+    source = location.locate(model_name, adapter=adapter)
     quantization = load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     templates.choose_for_chat(tokenizer, template, options)
-    if (trained := location.trained_with(source)) != quantization and source.adapter:
+    run = location.run_folder(source) if source.adapter else None
+    if run and (trained := location.run_settings(run).get("QUANTIZATION")) != quantization:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     attention = choose_attention(load.load_config(source), attention)
@@ -47,7 +49,7 @@ def load_for_chat(
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         try:
-            model = merge_adapter(model, model_name)
+            model = merge_adapter(model, source.adapter)
         except UserError as error:
             print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
             model = load.load_model(*arguments, vocabulary=len(tokenizer))
@@ -72,7 +74,8 @@ def end_tokens(model, tokenizer) -> list[int]:
         between = text.partition("REASON")[2].partition("ANSWER")[0]
         tokens = [token for token in USUAL_ENDS if token not in between]
         tokens.append(encoder_of(tokenizer, tokenizer.chat_template).end_token)
-    return sorted((ids | set(map(tokenizer.get_vocab().get, tokens))) - {None})
+    ids |= set(map(tokenizer.get_vocab().get, tokens))
+    return sorted(token for token in ids if isinstance(token, int))
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,17 +83,14 @@ def encoder_of(tokenizer, template: str) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def shared(one: list[int], other: list[int]) -> int:
-    """The length of the longest common prefix of two lists of tokens."""
-    return len(os.path.commonprefix([one, other]))
-
-
 def identify_weights(source: location.Source) -> str:
     """Tells apart models of one name: by the time of their weights, or their commit on the hub."""
-    folders = [Path(folder) for folder in (source.path, source.adapter) if folder]
-    times = [file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.safetensors")]
     commit = getattr(load.load_config(source), "_commit_hash", None)
-    return f"{source.name}-{max(times, default=commit)}"
+    parts = [source.name]
+    for folder in filter(None, (source.path, source.adapter)):
+        times = [file.stat().st_mtime_ns for file in Path(folder).glob("*.safetensors")]
+        parts.append(str(max(times, default=commit)))
+    return "-".join(parts)
 
 
 class Answer(NamedTuple):
@@ -113,8 +113,11 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.encoder = encoder_of(tokenizer, tokenizer.chat_template)
         self.ends = set(end_tokens(model, tokenizer))
-        self.context = load.context_length(model.config)
         self.seen: list[int] = []  # tokens whose keys and values are in the cache
+        prompt = prompt_cache(model)  # tokens of an adapter, before all others
+        self.prompt_tokens = 0 if prompt is None else prompt.get_seq_length()
+        self.context = load.context_length(model.config) - self.prompt_tokens
+        self.forward = model if prompt is None else model.get_base_model()
         # A sliding window cannot be cropped: such models get plain layers, which keep everything. A running
         # state cannot go back: each turn is read from the start.
         layers = DynamicCache(config=model.config).layers
@@ -160,7 +163,7 @@ class Generator:
         try:
             while True:
                 ids = torch.tensor([new], device=self.model.device)  # (1, T)
-                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                output = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.cache = output.past_key_values
                 self.seen += new
                 new = [choose_token(output.logits[:, -1], temperature, top_p)]
@@ -181,12 +184,12 @@ class Generator:
 
     def rewind(self, prompt: list[int]) -> list[int]:
         """Crop the cache to what the prompt begins with; returns the tokens to read, one at least."""
-        same = shared(self.seen, prompt[:-1])
+        same = len(os.path.commonprefix([self.seen, prompt[:-1]]))
         if self.seen and self.can_rewind:
             for layer in self.cache.layers:  # an interrupted forward pass leaves some longer than others
-                layer.crop(same - layer.get_seq_length())
+                layer.crop(self.prompt_tokens + same - layer.get_seq_length())
         else:
-            same, self.cache = 0, DynamicCache() if self.can_rewind else None
+            same, self.cache = 0, prompt_cache(self.model) or (DynamicCache() if self.can_rewind else None)
         self.seen = self.seen[:same]
         return prompt[same:]
 
@@ -198,6 +201,8 @@ def tail_of(prompt: list[int], tokenizer) -> str:
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     """The next token by its logits, (1, vocabulary): the likeliest at temperature 0, else a sample."""
+    if logits.isnan().any():
+        raise UserError("MODEL: its logits are NaN. Its weights are damaged, or DTYPE=float32 is needed.", code=4)
     if temperature == 0:
         return int(logits.argmax())
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
@@ -206,29 +211,47 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 
 @torch.no_grad()
 def answers(
-    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0
-) -> Iterator[Answer]:
-    """Yield one answer per chat, the same as one by one up to rounding."""
+    model, tokenizer, chats: list[list[dict]], batch_size=32, *, max_new_tokens: int, temperature=0.0, top_p=1.0,
+    context=sys.maxsize,
+) -> Iterator[Answer]:  # fmt: skip
+    """Yield one answer per chat, the same as one by one up to rounding.
+
+    context: tokens in view at most. An answer is empty, with stop "too long", where the prompt fills them.
+    """
     encoder = encoder_of(tokenizer, tokenizer.chat_template)
-    context, ends = load.context_length(model.config), end_tokens(model, tokenizer)
+    context, ends = min(context, load.context_length(model.config)), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
     settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
     settings |= dict(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if temperature:
         settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
-        ids = {"input_ids": [encoder.prompt(chat) for chat in chats[start : start + batch_size]]}
-        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-        read = inputs["input_ids"].shape[1]  # (B, T)
-        if read >= context:
-            raise UserError(f"a prompt has {read} tokens, the model's context {context}.")
-        settings["max_new_tokens"] = min(context - read, max_new_tokens)
-        answered = model.generate(**inputs, **settings)[:, read:].tolist()
-        for chat, prompt, new in zip(chats[start:], ids["input_ids"], answered, strict=False):
-            end = next((i for i, token in enumerate(new) if token in ends), None)
-            tools = chat[0].get("tools", ())
-            message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
-            if end is None:
-                yield Answer(message["content"], len(new), "length", message=message)
-            else:
-                yield Answer(message["content"], end + 1, "end", message=message)
+        batch = chats[start : start + batch_size]
+        prompts, answered = [encoder.prompt(chat) for chat in batch], {}
+        # One that leaves less room than max_new_tokens would shorten the answers beside it.
+        alone = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
+        for group in [[i for i in range(len(batch)) if i not in alone], *([i] for i in alone)]:
+            ids = {"input_ids": [prompts[i] for i in group]}
+            room = context - max(map(len, ids["input_ids"]), default=context)
+            if room > 0:
+                inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+                read = inputs["input_ids"].shape[1]  # (B, T)
+                settings["max_new_tokens"] = min(room, max_new_tokens)
+                new = model.generate(**inputs, **settings)[:, read:].tolist()
+                answered |= dict(zip(group, new, strict=True))
+        for i, (chat, prompt) in enumerate(zip(batch, prompts, strict=True)):
+            yield read_answer(answered.get(i), prompt, chat, ends, tokenizer)
+
+
+def read_answer(new: list[int] | None, prompt: list[int], chat: list[dict], ends: list[int], tokenizer) -> Answer:
+    """The answer in the tokens after a prompt; None: the prompt was too long, which no other suffers from."""
+    if new is None:
+        problem = f"a prompt of {len(prompt)} tokens fills the context: {chat[-1]['content'][:60]!r}. Shorten it."
+        print(f"not answered: {problem}", file=sys.stderr)
+        return Answer("", 0, "too long", message={"role": "assistant", "content": ""})
+    end = next((i for i, token in enumerate(new) if token in ends), None)
+    tools = chat[0].get("tools", ())
+    message = responses.parse(tokenizer.decode(new[:end]), tail_of(prompt, tokenizer), tokenizer, tools)
+    if end is None:
+        return Answer(message["content"], len(new), "length", message=message)
+    return Answer(message["content"], end + 1, "end", message=message)

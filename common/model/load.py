@@ -30,15 +30,19 @@ from common.model.quantize import (
 
 
 def from_hub(load, source: Source, **kwargs):
-    """Call a from_pretrained on the source; what it raises becomes a UserError."""
-    if source.gguf and not Path(source.path).is_dir():
-        convert_gguf(Path(source.gguf), Path(source.path))
+    """Call a from_pretrained on the source; an error gets a note for cli.explain."""
     try:
-        return load(source.path, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        hint = "" if Path(source.path).is_dir() else " Is the name right, the network there, and access granted?"
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(f"MODEL={source.name} cannot be loaded.{hint} ({reason})") from error
+        if source.gguf and not Path(source.path).is_dir():
+            convert_gguf(Path(source.gguf), Path(source.path))
+        return load(source.path, trust_remote_code=False, revision=source.revision, **kwargs)
+    except Exception as error:
+        hint = "Is the name right, the network there, and access granted?"
+        if source.gguf or Path(source.path).is_dir():
+            hint = "Copy its files again; if it is newer than transformers, update that: pip install -U transformers."
+        elif source.adapter:
+            hint += " Or name its base: MODEL=<base>, with ADAPTER=<adapter> where the script has that."
+        error.add_note(f"MODEL={source.name} cannot be loaded. {hint}")
+        raise
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -70,7 +74,7 @@ def load_config(source: Source):
 def load_tokenizer(source: Source):
     """The adapter's tokenizer, else the base's, which must not be larger than the embeddings."""
     is_adapters = source.adapter and (Path(source.adapter) / "tokenizer_config.json").exists()
-    holder = Source(source.name, source.adapter) if is_adapters else source
+    holder = Source(source.adapter, source.adapter) if is_adapters else source
     tokenizer = from_hub(AutoTokenizer.from_pretrained, holder)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         templates = tokenizer.chat_template
@@ -78,8 +82,7 @@ def load_tokenizer(source: Source):
     vocab_size = load_config(source).get_text_config().vocab_size
     if len(tokenizer) > vocab_size and not is_adapters:  # an adapter has rows for its own
         problem = f"its tokenizer has {len(tokenizer)} tokens, its embeddings {vocab_size} rows"
-        remedy = "Use the tokenizer that the model came with, or resize the embeddings first."
-        raise UserError(f"MODEL={source.name}: {problem}. {remedy}")
+        raise UserError(f"MODEL={source.name}: {problem}. Use the tokenizer that it came with, or resize these first.")
     return tokenizer
 
 
@@ -162,6 +165,7 @@ def load_model(
         from common.model.adapters import load_adapter  # imports peft, which is slow
 
         model = load_adapter(model, source.adapter, trainable)
+        model.active_peft_config.revision = source.revision  # as it is saved again, with the model's name
     return model
 
 
@@ -175,10 +179,11 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         options["quantization_config"] = UNPACKED[own](dequantize=True)
     elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
         options["quantization_config"] = quantization_config(quantization, dtype, config)
+    if Path(source.path).is_dir():  # transformers would put an adapter that was left over there on the model
+        options["adapter_kwargs"] = {"subfolder": "none"}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
-    model = from_hub(
-        AutoModelForCausalLM.from_pretrained,
+    model = load_weights(
         source,
         config=config,
         dtype=dtype,
@@ -197,6 +202,22 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
     return model
 
 
+def load_weights(source: Source, **options):
+    """The model of the source; UserError where its files lack weights, which would be random ones."""
+    checks = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, found = from_hub(AutoModelForCausalLM.from_pretrained, source, **checks, **options)
+    wrong = [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{name} is {tuple(has)}, not {tuple(wanted)}" for name, has, wanted in found["mismatched_keys"]]
+    if wrong:
+        problem = f"its weights are not those of its config.json: {min(wrong)}, and {len(wrong) - 1} more like it"
+        raise UserError(f"MODEL={source.name}: {problem}. Copy its files again, or name another.")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # settings of sampling without it, as Llama 2 came: they could not be saved
+        model.generation_config.do_sample = True
+    return model
+
+
 def fingerprint(model) -> list[float]:
     """Mean absolute value of 16 embedding rows, to tell two models of one shape apart."""
     weight = model.get_input_embeddings().weight
@@ -205,13 +226,12 @@ def fingerprint(model) -> list[float]:
 
 
 def check_adapter(model, source: Source) -> None:
-    folder = Path(source.adapter)
-    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle another file
-        raise UserError(f"MODEL={folder}: the adapter has no adapter_model.safetensors.")
-    file = folder / "base_fingerprint.json"
+    file = Path(source.adapter) / "base_fingerprint.json"
     if file.is_file() and not same_weights(json.loads(file.read_text()), model.base_fingerprint):
-        problem = f"the adapter was trained on other weights than {source.name} holds now."
-        raise UserError(f"MODEL={folder}: {problem}")
+        problem = f"the adapter was trained on other weights than {source.name} holds now"
+        raise UserError(
+            f"MODEL={source.name} ADAPTER={source.adapter}: {problem}. Set MODEL to its base as it was then."
+        )
 
 
 def same_weights(one: list[float], other: list[float]) -> bool:

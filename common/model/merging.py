@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 
 from common.cli import UserError
-from common.model.adapters import trained_rows
+from common.model.adapters import no_merge, trained_rows
 
 PROBE_TOKENS = 64  # of the sequence on which both are compared, spread over the vocabulary
 # Highest KL divergence of the merged model from the one with the adapter, in nats: the median over the tokens, since in
@@ -25,7 +25,10 @@ def merge_adapter(model: PeftModel, name: str):
     ids = probe(model)
     expected = None if ids.is_meta else (predict(model, ids), *ends(model, ids))
     separate_head(model)
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        raise no_merge(name, model.active_peft_config.peft_type) from error
     # An adapter may bring a head of its own to a base whose head is tied to the embeddings.
     is_tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     merged.config.get_text_config().tie_word_embeddings = is_tied

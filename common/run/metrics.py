@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from common import hardware
+from common import cli, hardware
 from common.monitor import StepWatch
 
 # What metrics.jsonl takes from Trainer's logs.
@@ -35,6 +35,7 @@ class MetricsLog(TrainerCallback):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        cli.is_training = True
         seconds, monitor = self.trainer.step_seconds[-1], self.trainer.monitor
         for event in self.watch.step(seconds, monitor.gpu(), monitor.hot_readings):
             print(f"step {state.global_step}: {event}", file=sys.stderr)

@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from common.model.adapters import keep_head_bias
+from common.model.adapters import fit_rows, keep_head_bias, read_config
 from common.model.attention import choose_attention
 from common.model.quantize import BITS, quantization_config, quantize_hqq
 
@@ -63,6 +63,7 @@ def empty_quantized(module, dtype: torch.dtype) -> None:
 
 def empty_adapter(model, folder: str):
     """A model on the meta device with an adapter of the form of the one in a folder, as if it went on training."""
-    config = PeftConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.inference_mode, config.init_lora_weights = False, True
+    fit_rows(model, folder, config)
     return keep_head_bias(get_peft_model(model, config))

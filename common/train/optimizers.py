@@ -59,6 +59,17 @@ def make_schedule(optimizer, steps: int, settings: dict) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, name, warmup, floor))
 
 
+def set_peak(schedule: LambdaLR, optimizer, peak: float) -> None:
+    """Give a schedule and its optimizer, as they were loaded, another peak learning rate."""
+    old = schedule.base_lrs[0]
+    # LORA_PLUS_RATIO gives groups rates of their own; all that are the same as then stay so to the last bit.
+    schedule.base_lrs = [peak if rate == old else rate * (peak / old) for rate in schedule.base_lrs]
+    parts = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, rate, factor in parts:
+        group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def learning_rate_factor(step: int, steps: int, name: str, warmup: int, floor: float) -> float:
     """The learning rate at `step` (from 0) as a share of its peak: linear warm-up, then down to `floor`."""
     if step < warmup:

@@ -16,7 +16,7 @@ from common.bounds import CHANGEABLE
 from common.cli import RANK, UserError
 from common.files import LineLog, write_atomic
 from common.model.load import same_weights
-from common.train import checkpoints
+from common.train import checkpoints, optimizers
 from common.train.checkpoints import CheckpointWriter
 from common.train.guard import StepGuard
 
@@ -177,13 +177,7 @@ class SavingTrainer:
         self._total_loss_scalar, self._globalstep_last_logged, self._initial_global_step = account
         self._tr_loss.fill_(running_loss)
         # The states just loaded bring the old peak learning rate with them; ALLOW_CHANGE may have changed it.
-        scheduler, peak, (old, *_) = self.lr_scheduler, self.args.learning_rate, self.lr_scheduler.base_lrs
-        # LORA_PLUS_RATIO gives groups rates of their own; all that are the same as then stay so to the last bit.
-        scheduler.base_lrs = [peak if rate == old else rate * (peak / old) for rate in scheduler.base_lrs]
-        parts = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, rate, factor in parts:
-            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        optimizers.set_peak(self.lr_scheduler, self.optimizer, self.args.learning_rate)
         if "paged" in self.args.optim:
             page_states(self.optimizer.optimizer)
         if self.progress.evaluation_due:

@@ -1,5 +1,6 @@
 """The stages that the training scripts share: tokenizer and template, data, memory, training."""
 
+import contextlib
 import copy
 import functools
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.files import hash_file
 from common.model import load
+from common.model.adapters import load_adapter
 from common.model.attention import can_pack, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
@@ -104,7 +106,11 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
     attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
-    return Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
+    job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
+    if source.adapter:  # one that does not fit is found here
+        with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
+            load_adapter(job.empty_model(), source.adapter)
+    return job
 
 
 def load_data(job: Job, run, trained_rows: list[int]) -> None:

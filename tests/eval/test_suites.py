@@ -59,7 +59,7 @@ def test_health_sees_what_is_wrong():
 def test_scores_reach_the_run_folder_and_its_row(chatty, chats_file, tmp_path, run_here):
     run = tmp_path / "run"
     shutil.copytree(chatty(), run / "final")
-    (run / "settings.json").write_text(json.dumps({"settings": {}}))
+    (run / "settings.json").write_text(json.dumps({"script": "qlora_train", "settings": {}}))
     summary = dict.fromkeys("peak_vram_gib eval_loss tokens_per_second mean_power_w commit".split())
     summary |= dict(peak_rss_gib=1.0, train_seconds=61.0, command="c", device="d", verdict="done")
     (run / "summary.json").write_text(json.dumps(summary))

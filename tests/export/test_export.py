@@ -536,7 +536,9 @@ def test_wrong_inputs_end_with_2_and_one_line(chat_model, tiny, tmp_path, export
     os.makedirs(tmp_path / "used" / "final")
     lost = tmp_path / "lost"
     lost.mkdir()
-    (lost / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    config = {"base_model_name_or_path": str(tmp_path / "gone"), "peft_type": "LORA"}
+    (lost / "adapter_config.json").write_text(json.dumps(config))
+    (lost / "adapter_model.safetensors").touch()
     for settings, word in (
         (["GGUF=q4_k"], "q4_k_m"),
         (["MERGE_INTO=quantized"], "dequantized"),

@@ -18,8 +18,10 @@ def test_locate_finds_each_form(tiny, tmp_path):
     assert location.locate("org/name") == location.Source("org/name", "org/name")
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
-    (run / "settings.json").write_text("{}")
-    (run / "final" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    (run / "settings.json").write_text('{"script": "qlora_train", "settings": {}}')
+    config = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
+    (run / "final" / "adapter_config.json").write_text(json.dumps(config))
+    (run / "final" / "adapter_model.safetensors").touch()
     assert location.locate(str(run)) == location.Source(str(folder), str(folder), str(run / "final"))
 
 
@@ -32,14 +34,14 @@ def test_locate_names_what_is_missing(name):
 
 
 def test_a_run_that_did_not_finish(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "settings.json").write_text('{"script": "qlora_train", "settings": {}}')
     with pytest.raises(UserError, match="checkpoint-N"):
         location.locate(str(tmp_path))
 
 
 @pytest.mark.slow
 def test_the_embedded_model_is_converted_once_and_answers(monkeypatch, tmp_path):
-    monkeypatch.setattr(location, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(location.constants, "HF_HOME", str(tmp_path))
     source = location.locate("smollm2-135m-instruct")
     load.load_config(source)
     assert (Path(source.path) / "model.safetensors").exists() and source.name == "smollm2-135m-instruct"
