@@ -68,7 +68,7 @@ def trained_rows(settings: dict, source: location.Source, new_token_ids: list[in
     if rows and distributed.engine() == "fsdp" and load.load_config(source).get_text_config().tie_word_embeddings:
         raise UserError(
             f"CHAT_TEMPLATE={settings['CHAT_TEMPLATE']} has tokens whose rows must be trained; FSDP cannot shard these "
-            f"where embeddings and head are one matrix, as in {source.name}. launch/ddp.yaml or launch/zero2.yaml works."
+            f"where embeddings and head are one matrix, as in {source.name}. Use launch/ddp.yaml or launch/zero2.yaml."
         )
     return rows
 

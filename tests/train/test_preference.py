@@ -145,14 +145,10 @@ def peer(loss: str, rows: list[dict], sft_weight: float):
         return in_order(CPOTrainer, tokenize_row=lambda self, row, model=None: row), config, odds_rows(rows)
     # TRL takes the loss of the prompt in, too; the paper does not.
     source = textwrap.dedent(inspect.getsource(ORPOTrainer.concatenated_forward))
-    inputs, labels = (
-        'concatenated_batch["concatenated_input_ids"].clone()',
-        'concatenated_batch["concatenated_labels"]',
-    )
-    assert f"labels = {inputs}.clone()" in source and "torch.where(attention_mask == 1, labels, -100)" in source
-    source = source.replace(f"labels = {inputs}.clone()", f"labels = {labels}.clone()").replace(
-        "torch.where(attention_mask == 1, labels, -100)", "labels"
-    )
+    inputs, labels = (f'labels = concatenated_batch["concatenated_{name}"].clone()' for name in ("input_ids", "labels"))
+    of_all = "labels = torch.where(attention_mask == 1, labels, -100)"
+    assert inputs in source and of_all in source
+    source = source.replace(inputs, labels).replace(of_all, "pass")
     names = vars(sys.modules[ORPOTrainer.__module__]) | {}
     exec(source, names)
     methods = {"concatenated_forward": names["concatenated_forward"], "tokenize_row": lambda self, row, model=None: row}
