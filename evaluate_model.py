@@ -7,6 +7,7 @@ Prints tables, each score with a 95 % interval; writes scores.json into the run 
 run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, where the same command continues.
 """
 
+from common.bounds import split_list
 from common.cli import UserError, exit_with, run_main
 from common.data.sources import check_files
 from common.model.location import check_models
@@ -22,13 +23,14 @@ DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on ol
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
 TEMPLATE_OPTIONS = ""  # variables of the template: "enable_thinking=False, date_string=26 Jul 2024"
-SUITES = "loss,facts,health"  # comma-separated: loss, facts, health, judge
+SUITES = "loss,facts,health"  # comma-separated: loss, pairs, facts, health, judge
 LM_EVAL_TASKS: str | None = None  # tasks of EleutherAI's harness, comma-separated, where lm-eval is installed
 OUT_DIR = "out/evaluation"
-# Loss
+# Loss and pairs
 CHATS: str | None = None  # sources (as DATA in training) that no training saw, for the loss on answers; None: skip
+PAIRS: str | None = None  # sources of preferences that no training saw, two answers a row, for pairs; None: skip
 MAX_CHATS = 100  # the first rows of each source
-MAX_LENGTH = 768  # tokens of each chat, the rest is cut
+MAX_LENGTH = 768  # tokens of each chat, the rest is cut; longer pairs are left out
 # Facts and health
 FACTS: str | None = "data/facts.jsonl"  # rows of {"kind", "question", "pattern"}; None: skip
 PROMPTS = "data/prompts.jsonl"  # rows of {"prompt"}, to see how answers look
@@ -53,7 +55,7 @@ if __name__ == "__main__":
         exit_with(UserError(f"ADAPTER={ADAPTER} goes on MODEL, not on MODELS={MODELS}. Leave one of both out."))
     for name in MODELS.split(",") if MODELS else ():
         check_models(MODELS=name.strip())
-    check_files(current(globals()), "CHATS")
+    check_files(current(globals()), "CHATS", "PAIRS")
 
 import itertools
 import json
@@ -64,7 +66,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common.data import sources
-from common.eval import facts, judge, statistics, suites
+from common.eval import facts, judge, pairs, statistics, suites
 from common.eval.answers import read_prompts
 from common.eval.server import Cache, Server
 from common.files import write_atomic
@@ -77,10 +79,8 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
-    located = {name: location.locate(*where(name)) for name in names}
-    for source in located.values():
-        load.find_quantization(source, QUANTIZATION)
-    chats = read_chats(located.values()) if "loss" in SUITES else {}
+    located = {name: locate(name) for name in names}
+    chats, compared = (read_rows(suite, located.values()) for suite in ("loss", "pairs"))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
     judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
@@ -93,6 +93,7 @@ def main():
         model, tokenizer = load_model(name)
         print(f"\n{name}")
         suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
+        pairs.score_pairs(result, model, tokenizer, compared, MAX_LENGTH)
         if questions:
             suites.score_facts(result, model, tokenizer, questions, SHOW_MISSES and name == names[-1])
         if prompts:
@@ -110,6 +111,7 @@ def main():
         judge.score_answers(results, judge_server, judged, answers, current(globals()))
     for name in names[1:]:
         statistics.compare(names[0], name, results)
+        pairs.compare(names[0], name, results)
     for name, result in results.items():
         save(name, result)
 
@@ -119,26 +121,38 @@ def where(name: str) -> tuple[str, str, str | None]:
     return (MODEL, "MODEL", ADAPTER) if name == ADAPTER else (name, "MODEL", None)
 
 
+def locate(name: str) -> location.Source:
+    source = location.locate(*where(name))
+    load.find_quantization(source, QUANTIZATION)  # refuses one that the model cannot have
+    return source
+
+
 def load_model(name: str):
     model, _, adapter = where(name)
     how = QUANTIZATION, DTYPE, ATTN_IMPLEMENTATION, CHAT_TEMPLATE, TEMPLATE_OPTIONS
     return generation.load_for_chat(model, *how, adapter)
 
 
-def read_chats(models) -> dict[str, list]:
-    """The chats of each source; UserError where a model has fewer positions than MAX_LENGTH."""
-    if not CHATS:
-        print("loss on ordinary chats: skipped; CHATS=file.jsonl measures it")
+def read_rows(suite: str, models) -> dict[str, list]:
+    """The chats of the suite loss or the pairs of pairs, by source; UserError where a model has too few positions."""
+    if suite not in split_list(SUITES):
+        return {}
+    setting, what = ("CHATS", "loss on ordinary chats") if suite == "loss" else ("PAIRS", "accuracy on pairs")
+    data = globals()[setting]
+    if not data:
+        print(f"{what}: skipped; {setting}=file.jsonl measures it")
         return {}
     for source in models:
         load.check_length(source, MAX_LENGTH)
-    chats = {}
-    for source in sources.parse(CHATS, "CHATS"):
-        sound = (chat for _, chat in sources.read_chats(source) if isinstance(chat, list))
-        chats[source.name] = list(itertools.islice(sound, MAX_CHATS))
-        if not chats[source.name]:
-            raise UserError(f"CHATS={CHATS}: no chat of {source.name} is left. Take more of its rows.")
-    return chats
+    found, reading = {}, sources.Reading.of({}, setting)
+    for source in sources.parse(data, setting):
+        sound = (row for _, row in sources.read_chats(source, reading) if isinstance(row, list))
+        found[source.name] = list(itertools.islice(sound, MAX_CHATS))
+        if not found[source.name]:
+            raise UserError(f"{setting}={data}: no row of {source.name} is left. Take more of its rows.")
+        if suite == "pairs":
+            pairs.refuse_labelled(found[source.name], source.name)
+    return found
 
 
 def open_judge(names: list[str]) -> Server:

@@ -53,7 +53,7 @@ CHOICES = {
 # Comma-separated values.
 LISTS = {
     "GGUF": ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q4_k_m", "q5_k_m", "q6_k"),
-    "SUITES": ("loss", "facts", "health", "judge"),
+    "SUITES": ("loss", "pairs", "facts", "health", "judge"),
     "REPORT_TO": ("tensorboard", "wandb", "mlflow", "trackio"),
     "ALLOW_CHANGE": CHANGEABLE,
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Settings that libraries are given, and in the modules of data these, too.
 LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE")
-READ = ("DATA", "EVAL_DATA", "CHATS")
+READ = ("DATA", "EVAL_DATA", "CHATS", "PAIRS")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 READER_GONE = (errno.EPIPE, errno.EINVAL)  # the latter on Windows

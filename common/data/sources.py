@@ -51,15 +51,15 @@ class Reading:
     pairs: bool = False  # rows of preferences, with two answers or a label
 
     @classmethod
-    def of(cls, settings: dict) -> "Reading":
-        """As settings say, those that a script lacks by their defaults. Raises UserError."""
+    def of(cls, settings: dict, setting: str = "DATA") -> "Reading":
+        """Of the sources of a setting; settings that a script lacks have their defaults. Raises UserError."""
         columns, vocab = settings.get("COLUMNS"), settings.get("VOCAB")
         return cls(
             parse_columns(columns) if columns else None,
             settings.get("COMPLETION", cls.completion),
             settings.get("ENCODING", cls.encoding),
             vocabulary.read_vocabulary(vocab) if vocab else None,
-            "LOSS" in settings,
+            "LOSS" in settings or setting == "PAIRS",
         )
 
 
@@ -73,8 +73,8 @@ def check_files(settings: dict, *names: str) -> None:
     """
     setting = data = None
     try:
-        reading = Reading.of(settings)
         for setting, data in ((name, settings[name]) for name in names):
+            reading = Reading.of(settings, setting)
             is_prepared = setting == "DATA" and folders.is_prepared(data)  # then its rows were checked before
             if data is not None and not is_prepared:
                 check_rows(data, setting, reading, settings.get("BAD_ROWS"))

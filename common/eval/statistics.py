@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # 97.5 % points, from 1 degree of freedom
 
 
-def wilson_interval(hits: int, trials: int) -> Interval:
+def wilson_interval(hits: float, trials: int) -> Interval:
     """Of a share (Wilson, J. Am. Stat. Assoc. 22, 1927), also for small numbers and near 0 and 1."""
     z = 1.96
     share, scale = hits / trials, 1 + z * z / trials
@@ -98,9 +98,9 @@ def put(result: dict, name: str, value: float, interval: Interval | None, form: 
     print(f"  {name}: {value:{form}} ({describe(interval, form)}){more}")
 
 
-def put_share(result: dict, name: str, hits: int, trials: int) -> None:
+def put_share(result: dict, name: str, hits: float, trials: int) -> None:
     interval = wilson_interval(hits, trials)
-    put(result, name, hits / trials, interval, ".0%", f", {hits} of {trials}")
+    put(result, name, hits / trials, interval, ".0%", f", {hits:g} of {trials}")
 
 
 def compare(first: str, name: str, results: dict) -> None:
@@ -114,7 +114,7 @@ def compare(first: str, name: str, results: dict) -> None:
         print(f"\n{versus}: {verdict(interval, less_is_better=True)}")
         put(after, f"change of {what}", mean_loss(losses) / mean_loss(earlier) - 1, interval, "+.1%")
         if [tokens for _, tokens in earlier] != [tokens for _, tokens in losses]:
-            print("  their tokenizers differ, and so do their tokens: such losses do not compare")
+            print("  their tokenizers or templates differ, and so do their tokens: such losses do not compare")
     grades, earlier = after.get("judged", {}), before.get("judged", {})
     both = [(at.partition(",")[0], grades[at] - earlier[at]) for at in grades if at in earlier]
     if both:

@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from common import cli, hardware
 from common.monitor import StepWatch
+from common.train.preference_trainer import PAIR_METRICS
 
 # What metrics.jsonl takes from Trainer's logs.
 LOGGED = "loss kl router_loss grad_norm learning_rate eval_loss facts samples bad_steps spike".split()
-OF_PAIRS = "accuracy margin chosen_reward rejected_reward chosen_logp reference_kl".split()
-LOGGED += [f"{kind}{name}" for kind in ("", "eval_") for name in OF_PAIRS]
+LOGGED += [f"{kind}{name}" for kind in ("", "eval_") for name in PAIR_METRICS]
 
 
 class MetricsLog(TrainerCallback):
@@ -49,7 +49,7 @@ class MetricsLog(TrainerCallback):
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         entry |= {name: logs[name] for name in LOGGED if name in logs}
         if "eval_loss" in logs:
-            entry["eval_perplexity"] = perplexity(logs["eval_loss"])
+            entry["eval_perplexity"] = None if "eval_margin" in logs else perplexity(logs["eval_loss"])
         else:
             entry["step_seconds"] = self.trainer.step_seconds[-1]
             entry["tokens_per_second"] = progress.tokens_per_second()
@@ -71,7 +71,11 @@ class MetricsLog(TrainerCallback):
 def describe(entry: dict) -> str:
     """A line of metrics.jsonl for people."""
     if "eval_loss" in entry:
-        line = f"eval loss {entry['eval_loss']:.4f}  perplexity {entry['eval_perplexity'] or math.nan:.2f}"
+        line = f"eval loss {entry['eval_loss']:.4f}"
+        if "eval_margin" in entry:
+            line += f"  accuracy {entry['eval_accuracy']:.0%}  margin {entry['eval_margin']:.2f}"
+        else:
+            line += f"  perplexity {entry['eval_perplexity'] or math.nan:.2f}"
         return line + "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
     loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
     memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"

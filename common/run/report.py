@@ -1,6 +1,7 @@
 """What a run leaves: summary.json, plot.png, and the row a person pastes into runs.md."""
 
 import datetime
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -47,7 +48,7 @@ def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
     return dict(
         train_loss=results["train_loss"],
         eval_loss=results["eval_loss"],
-        eval_perplexity=perplexity(results["eval_loss"]),
+        eval_perplexity=None if "margin" in trainer.evaluated else perplexity(results["eval_loss"]),
         steps=state.global_step,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens_per_second(),
@@ -90,7 +91,7 @@ def row(summary: dict, note: str = "") -> str:
 
 
 def plot(folder: Path) -> None:
-    """Draw plot.png: loss and learning rate over steps, above memory and, where known, power."""
+    """Draw plot.png: loss and learning rate over steps, what pairs have, memory and, where known, power."""
     import matplotlib  # slow imports
     from matplotlib.figure import Figure
 
@@ -98,8 +99,11 @@ def plot(folder: Path) -> None:
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     memory = "vram_gib" if any(m["vram_gib"] is not None for m in metrics) else "rss_gib"
-    figure = Figure(figsize=(8, 8), layout="tight")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    of_pairs = any("margin" in m for m in metrics)
+    figure = Figure(figsize=(8, 8 + 3 * of_pairs), layout="tight")
+    above, *middle, below = figure.subplots(2 + of_pairs, 1, sharex=True, height_ratios=(3, *[3] * of_pairs, 2))
+    if of_pairs:
+        plot_pairs(*middle, metrics)
     for axes, name, style, label, colour in (
         (above, "loss", "-", "loss", "C0"),
         (above, "eval_loss", "o-", "held out", "C1"),
@@ -115,7 +119,21 @@ def plot(folder: Path) -> None:
             if axes is not above:
                 axes.set_ylim(bottom=0)
     above.legend(handles=above.lines)
-    above.set_ylabel("loss (nats a token)", color="black")
+    above.set_ylabel("loss" if of_pairs else "loss (nats a token)", color="black")
     below.set_xlabel("step")
     figure.suptitle(folder.name)
     figure.savefig(folder / "plot.png", dpi=100)
+
+
+def plot_pairs(axes, metrics: list[dict]) -> None:
+    """Draw the rewards of both answers and the accuracy; dots: held out."""
+    right = axes.twinx()
+    right.set_ylim(0, 1.05)
+    lines = ((axes, "chosen_reward", "C2"), (axes, "rejected_reward", "C3"), (right, "accuracy", "C7"))
+    for (side, name, colour), (kind, style) in itertools.product(lines, (("", "-"), ("eval_", "o"))):
+        if points := [(m["step"], m[kind + name]) for m in metrics if m.get(kind + name) is not None]:
+            label = None if kind else name.replace("_", " ")
+            side.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    axes.legend(handles=[line for side in (axes, right) for line in side.lines if line.get_label()[0] != "_"])
+    axes.set_ylabel("reward (nats x BETA)")
+    right.set_ylabel("accuracy", color="C7")

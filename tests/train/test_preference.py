@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 import textwrap
 
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.data import templates
 from common.data.compared import IGNORE_INDEX, sequences_of
 from common.model import adapters
+from common.run import report
 from common.train import preference_trainer
+from common.train.preference_trainer import PAIR_METRICS
 
 STEPS, PAIRS = 6, 8  # of a run; of a step
 TRL = dict(
@@ -192,6 +195,20 @@ def test_the_first_loss_is_that_of_no_change(train):
     metrics, _, _ = train("dpo")
     assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-7) and metrics[0]["margin"] == 0
     assert metrics[0]["accuracy"] == 0.5  # ties count half
+
+
+def test_a_loss_of_pairs_has_no_perplexity_and_the_picture_shows_rewards(train, tmp_path, capsys, monkeypatch):
+    drawn = []
+    honest = report.plot_pairs
+    monkeypatch.setattr(report, "plot_pairs", lambda axes, metrics: drawn.append(axes) or honest(axes, metrics))
+    metrics, _, _ = train("dpo", "EVAL_SIZE=6", "MAX_STEPS=2")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_loss"] == metrics[-1]["eval_loss"] and summary["eval_perplexity"] is None
+    assert metrics[-1]["eval_perplexity"] is None and set(metrics[-1]) > {f"eval_{name}" for name in PAIR_METRICS}
+    out = capsys.readouterr().out
+    assert "perplexity" not in out and re.search(r"eval loss [\d.]+  accuracy \d+%  margin ", out)
+    lines = {line.get_label(): len(line.get_xdata()) for line in drawn[0].lines}
+    assert lines["chosen reward"] == lines["rejected reward"] == 2
 
 
 @pytest.mark.parametrize("loss, reference", [("dpo", "kept"), ("dpo", "live"), ("kto", "kept"), ("simpo", "kept")])
