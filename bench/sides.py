@@ -2,17 +2,22 @@
 
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from common import hardware
+from common.data.compared import IGNORE_INDEX, answers_of
 from common.files import GIB, METRICS, LineLog
 from common.hardware import now
 from common.train import galore
+from common.train.preference import Preference
+from common.train.preference_trainer import PreferenceTrainer
 from common.train.trainer import ChatTrainer, GaloreTrainer
 
 SIDES = ("trl", "ours")
@@ -41,45 +46,86 @@ def make_galore(model, rank: int) -> galore.GaLore:
     return optimizer
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """How a step on pairs is computed: `at_once` of the pairs of a step; reference: live or kept (TRL: precomputed)."""
+
+    count: int = 8
+    at_once: int = 1
+    reference: str = "live"
+
+
 def train_side(
     side: str, model, train_set, tokenizer, max_length: int, steps: int, rank: int, device: str, checkpointing=False,
-    method="lora",
+    method="lora", pairs: Pairs | None = None,
 ) -> dict:  # fmt: skip
     """Train on packed rows of input_ids and labels: adapters (of a quantised base, too; "offload": with
     activations in main memory), every weight ("full"), or every weight by GaLore, whose peer is the full side of TRL:
-    the authors' GaLore pauses for minutes at these sizes.
+    the authors' GaLore pauses for minutes at these sizes. With pairs: adapters by DPO, on rows of two sequences.
 
     Returns tokens_per_second (over the median step, the first two left out), peak_gib (allocated on the GPU, else
     resident in this process) and losses (one a step).
     """
     set_seed(0)
-    adapter = lora(rank) if method in ("lora", "offload", "nf4") else None
-    timer = StepTimer()
+    adapter, rate = None if method in ("full", "galore") else lora(rank), 1e-4 if pairs else 2e-4
+    timer, at_once = StepTimer(), pairs.at_once if pairs else 1
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(
-            args=SFTConfig(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=1, max_length=max_length, packing=True,
-                learning_rate=2e-4, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=True,
-                use_cpu=device == "cpu", gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no",
-                report_to="none", disable_tqdm=True, seed=0, activation_offloading=method == "offload",
-            ),
-            train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],
+        arguments = dict(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=at_once, learning_rate=rate,
+            gradient_accumulation_steps=pairs.count // at_once if pairs else 1, lr_scheduler_type="constant",
+            optim="adamw_torch_fused", bf16=model.dtype == torch.bfloat16, use_cpu=device == "cpu",
+            gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no", report_to="none",
+            disable_tqdm=True, seed=0, activation_offloading=method == "offload",
         )  # fmt: skip
-        constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=2e-4)
-        ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS))
-        if side == "ours" and method == "galore":
-            optimizer = make_galore(model, rank)
-            trainer = GaloreTrainer(model=model, optimizers=(optimizer, None), **ours, **common)
-        elif side == "ours":
-            model = get_peft_model(model, adapter) if adapter else model
-            trainer = ChatTrainer(model=model, **ours, **common)
+        common = dict(processing_class=tokenizer, callbacks=[timer])
+        constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=rate, PACKING=True)
+        ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS), metadata={})
+        if pairs:
+            trainer = preference_trainer(side, model, adapter, train_set, arguments, pairs, common, ours)
         else:
-            trainer = SFTTrainer(model=model, peft_config=adapter, **common)
+            common |= dict(args=SFTConfig(max_length=max_length, packing=True, **arguments), train_dataset=train_set)
+            trainer = chat_trainer(side, model, adapter, method, rank, common, ours)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset) / len(trainer.train_dataset)
+    rows = train_set if pairs else trainer.train_dataset
+    tokens = sum(len(row["input_ids"]) for row in rows) / len(rows) * (pairs.count if pairs else 1)
     return {
         "tokens_per_second": tokens / statistics.median(timer.seconds[2:]),
         "peak_gib": hardware.peak_rss_gib() if device == "cpu" else torch.cuda.max_memory_allocated() / GIB,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def chat_trainer(side: str, model, adapter, method: str, rank: int, common: dict, ours: dict):
+    if side == "ours" and method == "galore":
+        return GaloreTrainer(model=model, optimizers=(make_galore(model, rank), None), **ours, **common)
+    if side == "ours":
+        return ChatTrainer(model=get_peft_model(model, adapter) if adapter else model, **ours, **common)
+    return SFTTrainer(model=model, peft_config=adapter, **common)
+
+
+def preference_trainer(side: str, model, adapter, train_set, arguments: dict, pairs: Pairs, common: dict, ours: dict):
+    if side == "trl":  # gets our tokens; its padding_free falls back to padding
+        config = DPOConfig(precompute_ref_log_probs=pairs.reference == "kept", max_length=None, beta=0.1, **arguments)
+        rows = Dataset.from_list([prompt_and_answers(row) for row in train_set])
+        return TokensGiven(model=model, args=config, peft_config=adapter, train_dataset=rows, **common)
+    dataset = dict(skip_prepare_dataset=True)
+    config = SFTConfig(packing=False, padding_free=True, max_length=None, dataset_kwargs=dataset, **arguments)
+    loss = Preference("dpo", beta=0.1)
+    model = get_peft_model(model, adapter)
+    trainer = PreferenceTrainer(model=model, args=config, preference=loss, train_dataset=train_set, **ours, **common)
+    if pairs.reference == "kept":
+        trainer.keep_reference(Path(arguments["output_dir"]) / "reference.npz", "")
+    return trainer
+
+
+class TokensGiven(DPOTrainer):
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
+
+
+def prompt_and_answers(row: dict) -> dict:
+    """A row of pairs as TRL tokenises it, up to the end tokens."""
+    (prompt, chosen, labels, _), (_, rejected, other, _) = answers_of(row)
+    ends = [max(i for i, label in enumerate(side) if label != IGNORE_INDEX) + 1 for side in (labels, other)]
+    return dict(prompt_ids=prompt, chosen_ids=chosen[: ends[0]], rejected_ids=rejected[: ends[1]])

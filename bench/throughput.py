@@ -2,9 +2,11 @@
 
     python bench/throughput.py
     python bench/throughput.py MODEL=out/model DATA=chats.jsonl STEPS=12 ROUNDS=3
+    python bench/throughput.py SIDE=dpo DATA=pairs.jsonl DTYPE=float32
 
 Both sides get the same model, tokenised rows, adapter, length, dtype and seed; TRL gets its own best switches (bfd
-packing, SDPA, fused AdamW, bf16 autocast). Each side runs in a process of its own, so that its peak memory is its own.
+packing, SDPA, fused AdamW, bf16 autocast). SIDE=dpo is preference training, 8 pairs a step. Each side runs in a process
+of its own, so that its peak memory is its own.
 """
 
 import sys
@@ -22,10 +24,14 @@ from common.settings import apply_overrides
 MODEL = "smollm2-135m-instruct"  # as in qlora_train.py
 DATA = "data/brief.jsonl"  # as in qlora_train.py
 MAX_LENGTH = 1024  # tokens of a row
+DTYPE = "bfloat16"  # of weights and compute
 LORA_R = 16  # rank, on every linear layer
 STEPS = 10  # optimizer steps a run; the first two are not timed
 ROUNDS = 2  # runs of each side, in turn
-SIDE: str | None = None  # ours or trl: only this side, one JSON line (what the rounds call)
+SIDE: str | None = None  # dpo: on pairs; ours, trl, dpo-ours or dpo-trl: this side alone, as one JSON line
+REFERENCE = "live"  # SIDE=dpo: live or kept; kept is computed before the first step, and not timed
+OUR_ROWS = 1  # SIDE=dpo: pairs at once; on a CPU, training chooses 1
+TRL_ROWS = 8  # SIDE=dpo: pairs at once
 
 if __name__ == "__main__":
     apply_overrides(globals())
@@ -33,14 +39,16 @@ if __name__ == "__main__":
 import json
 import subprocess
 
+SIDES = ("trl", "ours")
+
 
 def main():
-    if SIDE:
+    if SIDE not in (None, "dpo"):
         print(json.dumps(run_side(SIDE)))
         return
 
     load.load_config(location.locate(MODEL))  # a .gguf file is converted here, not in the memory of the first side
-    runs = {side: [] for side in ("trl", "ours")}
+    runs = {side: [] for side in SIDES}
     for _ in range(ROUNDS):
         for side in runs:
             runs[side].append(run_in_process(side))
@@ -59,18 +67,22 @@ def main():
 
 def run_in_process(side: str) -> dict:
     """Run one side in a process of its own and return its JSON line."""
-    command = [sys.executable, __file__, *sys.argv[1:], f"SIDE={side}"]
+    name = f"dpo-{side}" if SIDE else side
+    command = [sys.executable, __file__, *sys.argv[1:], f"SIDE={name}"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def run_side(side: str) -> dict:
+def run_side(name: str) -> dict:
     """Train STEPS steps; tokens/s over the median step, peak memory of the process (or the GPU), and every loss."""
     import torch
-    from sides import train_side
+    from sides import Pairs, train_side
 
+    side, pairs = name.removeprefix("dpo-"), None
+    if name.startswith("dpo-"):
+        pairs = Pairs(at_once=OUR_ROWS if side == "ours" else TRL_ROWS, reference=REFERENCE)
     source = location.locate(MODEL)
     tokenizer = load.load_tokenizer(source)
     encoder, _ = templates.set_template(tokenizer, None)
@@ -78,12 +90,14 @@ def run_side(side: str) -> dict:
         DATA=DATA, EVAL_DATA=None, MAX_SAMPLES=None, EVAL_SIZE=0, MAX_LENGTH=MAX_LENGTH, TOO_LONG="cut", SEED=0
     )
     settings |= dict(TRAIN_ON="assistant", DROP_PATTERN=None, BAD_ROWS="stop")
+    if pairs:
+        settings["LOSS"] = "dpo"
     with tempfile.TemporaryDirectory() as folder:
         train_set, _, _ = prepare.datasets_for(settings, encoder, Path(folder), keep_unlearned=True)
     attention = choose_attention(load.load_config(source), None, packed=True) if side == "ours" else "sdpa"
-    model = load.load_model(source, None, torch.bfloat16, attention)
+    model = load.load_model(source, None, getattr(torch, DTYPE), attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return train_side(side, model, train_set, tokenizer, MAX_LENGTH, STEPS, LORA_R, device)
+    return train_side(side, model, train_set, tokenizer, MAX_LENGTH, STEPS, LORA_R, device, pairs=pairs)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def compare(first: str, name: str, results: dict) -> None:
         print(f"\n{name} against {first}: {verdict(interval)}")
         change = name_score("change of pair accuracy", source, after)
         put(results[name], change, statistics.fmean(changes), interval, "+.1%")
-        put_accuracy(results[name], name_score("reward accuracy", source, after), margins, "rewards")
+        reward = name_score("reward accuracy", source, after)
+        put_accuracy(results[name], reward, margins, "rewards")
+        print(f"    against the 50% of no change: {verdict(results[name]['intervals'][reward], 0.5)}")
 
 
 def name_score(name: str, source: str, sources_scored: dict) -> str:
