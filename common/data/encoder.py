@@ -29,7 +29,6 @@ REASONING = re.compile(
 )
 REST_OF_REASONING = re.compile(r".*?</think>", re.DOTALL)
 
-
 # SentencePiece's space before text: after every special token? not where there is one already?
 Prefix = namedtuple("Prefix", ["everywhere", "once"])
 
