@@ -20,7 +20,9 @@ OPTIM = "adamw_torch_fused"  # METHOD=galore has its own; paged ones keep their 
 # Step
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # rows at once
 GRADIENT_ACCUMULATION_STEPS = 1  # above 1, gradients are there from the first layer on
-MAX_LENGTH = 1024  # tokens of a row
+MAX_LENGTH = 1024  # tokens of a row; of each answer of a pair
+LOSS: str | None = None  # of preferences: dpo, ipo, simpo, orpo or kto, whose rows are pairs; None: of chats
+REFERENCE = "kept"  # of preferences: live, computed at each step, or kept
 PACKING = True  # rows of several chats, as one
 GRADIENT_CHECKPOINTING: bool | None = None  # None: both
 ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA
@@ -45,6 +47,7 @@ from common.model.attention import choose_attention
 from common.model.quantize import BITS, BITSANDBYTES, report_unquantized
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
+from common.train.preference import FREE
 from common.train.storage import KINDS
 
 QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}  # by METHOD
@@ -53,6 +56,8 @@ QUANTIZATIONS = {"qlora": "nf4", "int8": "int8"} | {name: name for name in BITS}
 def main():
     if ACTIVATION_OFFLOADING and DEVICE != "cuda":
         raise UserError(f"ACTIVATION_OFFLOADING=True DEVICE={DEVICE}: activations are in main memory. Set it to False.")
+    if LOSS and (METHOD == "galore" or METHOD == "full" and has_live_reference()):
+        raise UserError(f"METHOD={METHOD} LOSS={LOSS} REFERENCE={REFERENCE}: not trained so. Take METHOD=lora.")
     size = hardware.read_size(FIT) if FIT else None
     source = location.locate(MODEL)
     config = load.load_config(source)
@@ -71,15 +76,25 @@ def main():
     optim = "galore" if METHOD == "galore" else OPTIM
     dtype = str(choose_dtype()).removeprefix("torch.")
     print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {dtype}")
-    step = memory.Step(PER_DEVICE_TRAIN_BATCH_SIZE, MAX_LENGTH, PACKING, KL_WEIGHT, choose_dtype(), DEVICE,
+    rows = PER_DEVICE_TRAIN_BATCH_SIZE * sequences_of_row()
+    step = memory.Step(rows, MAX_LENGTH, PACKING, 0.0 if LOSS else KL_WEIGHT, choose_dtype(), DEVICE,
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1,
-                       offloads=ACTIVATION_OFFLOADING)  # fmt: skip
+                       offloads=ACTIVATION_OFFLOADING, has_reference=has_live_reference())  # fmt: skip
     checkpointing = (False, True) if GRADIENT_CHECKPOINTING is None else (GRADIENT_CHECKPOINTING,)
     try:
         arguments = config, quantization, step, checkpointing
         print_fits(*arguments, size) if size else print_table(*arguments)
     except (NotImplementedError, ImportError, ValueError) as error:
         raise UserError(f"MODEL={MODEL} OPTIM={OPTIM} cannot be traced: {error}") from error
+
+
+def sequences_of_row() -> int:
+    """A pair is two sequences side by side; a labelled answer is one."""
+    return 2 if LOSS not in (None, "kto") else 1
+
+
+def has_live_reference() -> bool:
+    return LOSS is not None and LOSS not in FREE and REFERENCE == "live"
 
 
 @functools.cache
@@ -93,7 +108,7 @@ def build(config, quantization: str | None):
     attention = choose_attention(config, None, PACKING, DEVICE)
     empty = functools.partial(empty_model, config, quantization, choose_dtype(), attention)
     if METHOD in ("full", "galore"):
-        return empty(), empty().requires_grad_(False) if KL_WEIGHT else None
+        return empty(), empty().requires_grad_(False) if KL_WEIGHT and not LOSS else None
     settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")
     settings |= dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)
     return adapters.add_adapter(empty(), settings), None
@@ -129,7 +144,7 @@ def print_formula(config, quantized: list[int], plain: list[int]):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers")
     sizes = [getattr(config, name, None) for name in names]
     if None not in sizes:
-        tokens = MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE
+        tokens = MAX_LENGTH * PER_DEVICE_TRAIN_BATCH_SIZE * sequences_of_row()
         traced = [(ours - theirs) / GIB for ours, theirs in zip(quantized, plain, strict=True)]
         expected = (15 * sizes[0] + 6 * sizes[1]) * sizes[2] * tokens * 0.75 / GIB
         found = ", ".join(f"{gib:.2f}" for gib in traced)
@@ -140,7 +155,8 @@ def print_fits(config, quantization: str | None, step: memory.Step, choices: tup
     """What fits into a size, in powers of two of tokens at once. choices: of checkpointing."""
     workspace = batch_plan.CUBLAS_WORKSPACE if DEVICE == "cuda" else 0
     budget = size * batch_plan.MARGIN[DEVICE] - workspace
-    smallest, found = 256 if PACKING else MAX_LENGTH, []
+    each = sequences_of_row()
+    smallest, found = 256 if PACKING else MAX_LENGTH * each, []
     possible = [smallest * 2**i for i in range(10)]
 
     @functools.cache
@@ -160,8 +176,8 @@ def print_fits(config, quantization: str | None, step: memory.Step, choices: tup
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     for time, tokens, again, need in sorted(found):
         form = f"  {tokens:14,}  {'on' if again else 'off':13}  {need / GIB:5.2f}  {time / min(found)[0]:12.2f}"
-        lengths = [n for n in possible if n <= min(tokens, positions)] if PACKING else [MAX_LENGTH]
-        print(form, ", ".join(f"{tokens // n} x {n:,}" for n in lengths), sep="   ")
+        lengths = [n for n in possible if n <= min(tokens // each, positions)] if PACKING else [MAX_LENGTH]
+        print(form, ", ".join(f"{tokens // n // each} x {f'{each} x ' * (each > 1)}{n:,}" for n in lengths), sep="   ")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from common.data.compared import IGNORE_INDEX, answers_of
 from common.files import GIB, METRICS, LineLog
 from common.hardware import now
 from common.train import galore
+from common.train.kept_reference import keep_reference
 from common.train.preference import Preference
 from common.train.preference_trainer import PreferenceTrainer
 from common.train.trainer import ChatTrainer, GaloreTrainer
@@ -78,7 +79,8 @@ def train_side(
             disable_tqdm=True, seed=0, activation_offloading=method == "offload",
         )  # fmt: skip
         common = dict(processing_class=tokenizer, callbacks=[timer])
-        constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=rate, PACKING=True)
+        constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=rate)
+        constant |= dict(PACKING=True, MAX_SAMPLES=None, SEED=0)  # what a trainer of pairs reads
         ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS), metadata={})
         if pairs:
             trainer = preference_trainer(side, model, adapter, train_set, arguments, pairs, common, ours)
@@ -115,7 +117,7 @@ def preference_trainer(side: str, model, adapter, train_set, arguments: dict, pa
     model = get_peft_model(model, adapter)
     trainer = PreferenceTrainer(model=model, args=config, preference=loss, train_dataset=train_set, **ours, **common)
     if pairs.reference == "kept":
-        trainer.keep_reference(Path(arguments["output_dir"]) / "reference.npz", "")
+        keep_reference(trainer, Path(arguments["output_dir"]), None)
     return trainer
 
 

@@ -114,7 +114,7 @@ def check_setting(name: str, value, script: str = "") -> None:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
     if name == "ATTN_IMPLEMENTATION" and "/" in str(value):  # of the hub
         check_package(name, value, "kernels", "kernels")
-    elif choices:
+    elif choices and value is not None:  # None was checked by the setting's type
         check_choice(name, value, choices)
     elif name == "ADAPTER" and script == "qlora_train" and value and not re.search(r"[/\\]", value):
         if not Path(value).is_dir():

@@ -10,6 +10,7 @@ import torch
 
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
+from common.data.pipeline import mark_last
 from common.eval import suites
 from common.eval.statistics import mean_interval, put, put_share, verdict
 
@@ -37,7 +38,7 @@ def score_pairs(result: dict, model, tokenizer, pairs: dict[str, list], max_leng
 @torch.no_grad()
 def pair_log_probs(model, tokenizer, pair: list[list[dict]], max_length: int) -> LogProbs:
     encoder, found = ChatEncoder(tokenizer), []
-    rows = encoder.encode_marked([encoder.mark_last(chat, "assistant") for chat in pair], "assistant")
+    rows = encoder.encode_marked([mark_last(encoder, chat, "assistant") for chat in pair], "assistant")
     if max(len(row.ids) for row in rows) > max_length:  # an answer is never cut
         return None
     for row in rows:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from common import cli, hardware
 from common.monitor import StepWatch
-from common.train.preference_trainer import PAIR_METRICS
+from common.train.preference import PAIR_METRICS
 
 # What metrics.jsonl takes from Trainer's logs.
 LOGGED = "loss kl router_loss grad_norm learning_rate eval_loss facts samples bad_steps spike".split()

@@ -18,7 +18,7 @@ from common.data.compared import IGNORE_INDEX, sequences_of
 from common.model import adapters
 from common.run import report
 from common.train import preference_trainer
-from common.train.preference_trainer import PAIR_METRICS
+from common.train.preference import PAIR_METRICS
 
 STEPS, PAIRS = 6, 8  # of a run; of a step
 TRL = dict(
