@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import hardware
 from common.cli import UserError, run_main
+from common.data.compared import IGNORE_INDEX
 from common.files import GIB
 from common.hardware import now
 from common.run.folder import git_commit
@@ -21,7 +22,9 @@ from common.train import batch_plan, memory, optimizers
 from common.train.meta_model import empty_model
 
 MODELS = "1.6B,8B"  # of SHAPES below
-METHODS = "lora,offload,nf4,full,galore"  # offload: lora with ACTIVATION_OFFLOADING; galore: against full AdamW by TRL
+METHODS = (
+    "lora,offload,nf4,full,galore,dpo"  # offload: activations in RAM; galore: against TRL's full; dpo: LoRA on pairs
+)
 MAX_LENGTH = 1024  # tokens of a row
 STEPS = 12  # optimizer steps a run; the first two are not timed
 LORA_R = 16  # rank, on every linear layer
@@ -38,7 +41,7 @@ import time
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from sides import SIDES, lora, make_galore, train_side
+from sides import SIDES, Pairs, lora, make_galore, train_side
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 # The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
@@ -95,7 +98,7 @@ def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
     config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
     model = empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
     is_full = method in ("full", "galore")
-    kind = dict(checkpointing=checkpointing, full=is_full, offloads=method == "offload")
+    kind = dict(checkpointing=checkpointing, full=is_full, offloads=method == "offload", has_reference=method == "dpo")
     step = memory.Step(1, MAX_LENGTH, device=device, **kind)
     optimizer = functools.partial(optimizers.make_optimizer, "adamw_torch_fused")
     if method == "galore":
@@ -154,15 +157,26 @@ def time_training(name: str, method: str, side: str, device: str, checkpointing:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 600, (MAX_LENGTH // 4,), generator=generator).tolist() for _ in range(4 * STEPS)]
-    train_set = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
     rank = GALORE_RANK if method == "galore" else LORA_R
-    work = model, train_set, word_tokenizer(), MAX_LENGTH, STEPS, rank, device, checkpointing
-    result = train_side(side, *work, method=method)
+    work = model, random_rows(method), word_tokenizer(), MAX_LENGTH, STEPS, rank, device, checkpointing
+    result = train_side(side, *work, method=method, pairs=Pairs(1) if method == "dpo" else None)
     # 2 FLOP a weight forward, 2 for the gradient of the activations, 2 for that of weights that are not frozen (GaLore
-    # computes less, and is counted as if it did not).
-    return {**result, "flop_per_token": (6 if method in ("full", "galore") else 4) * weights}
+    # computes less, and is counted as if it did not), or for the forward pass of a reference.
+    return {**result, "flop_per_token": (6 if method in ("full", "galore", "dpo") else 4) * weights}
+
+
+def random_rows(method: str) -> Dataset:
+    """Random tokens for STEPS rows of MAX_LENGTH, with a quarter of it in each; for dpo two answers to one question."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for _ in range(STEPS if method == "dpo" else 4 * STEPS):
+        ids = torch.randint(3, 600, (MAX_LENGTH if method == "dpo" else MAX_LENGTH // 4,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": list(ids)})
+        if method == "dpo":
+            half = MAX_LENGTH // 2
+            ids[half] = ids[0]
+            rows[-1]["labels"][0] = rows[-1]["labels"][half] = IGNORE_INDEX
+            rows[-1] |= dict(seq_lengths=[half, half], is_good=True)
+    return Dataset.from_list(rows)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

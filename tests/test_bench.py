@@ -11,7 +11,7 @@ from conftest import ROOT, run_script, save_tiny, write_jsonl
 sys.path.insert(0, str(ROOT / "bench"))
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore"])
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo"])
 def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
     import gpu_check
 
@@ -21,12 +21,12 @@ def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
     monkeypatch.setattr(gpu_check, "STEPS", 4)
     ours, trl = (gpu_check.time_training("tiny", method, side, "cpu") for side in ("ours", "trl"))
     assert ours["losses"] == pytest.approx(trl["losses"], rel=0.01)
-    flop = 6 if method in ("full", "galore") else 4
+    flop = 6 if method in ("full", "galore", "dpo") else 4
     assert ours["flop_per_token"] == trl["flop_per_token"] == flop * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
     assert ours["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore"])
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo"])
 def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
     """With all that a GPU's trainer does; on the CPU followed by storages instead of max_memory_allocated."""
     import gpu_check
@@ -53,13 +53,29 @@ def test_gpu_check_without_a_gpu():
     assert result.returncode == 2 and result.stderr.startswith("error: this check needs a CUDA GPU")
 
 
+@pytest.mark.parametrize("reference", ["live", "kept"])
+def test_a_preference_step_is_compared_on_the_same_pairs_and_adapter(reference, tiny, tmp_path, monkeypatch):
+    import throughput
+
+    rows = [{"prompt": f"{i}?", "chosen": f"It is {i}.", "rejected": "Perhaps. " * (i % 5 + 1)} for i in range(24)]
+    pairs = str(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    settings = dict(MODEL=str(tiny()), DATA=pairs, DTYPE="float32", STEPS=3, LORA_R=4, MAX_LENGTH=128, TRL_ROWS=4)
+    for name, value in (settings | {"REFERENCE": reference}).items():
+        monkeypatch.setattr(throughput, name, value)
+    ours, trl = (throughput.run_side(f"dpo-{side}") for side in throughput.SIDES[::-1])
+    assert ours["losses"] == pytest.approx(trl["losses"], abs=1e-4) and ours["losses"][0] > ours["losses"][-1]
+    assert ours["losses"][0] == pytest.approx(0.693147, abs=1e-5) and ours["tokens_per_second"] > 0
+
+
 @pytest.mark.slow
-def test_throughput_prints_both_sides_and_the_ratio(tiny, chats_file):
+@pytest.mark.parametrize("side", [None, "dpo"])
+def test_throughput_prints_both_sides_and_the_ratio(side, tiny, chats_file):
     result = run_script(
         "bench/throughput.py",
         f"MODEL={tiny()}",
-        f"DATA={chats_file}",
-        "MAX_LENGTH=64",
+        f"DATA={'data/pairs.jsonl' if side else chats_file}",
+        f"SIDE={side}",
+        f"MAX_LENGTH={512 if side else 64}",
         "STEPS=4",
         "ROUNDS=1",
         "LORA_R=4",
