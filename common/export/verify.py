@@ -44,8 +44,9 @@ def held_out_rows(chats: str | None, run: Path | None, tokenizer, max_length: in
     """
     rows, pairs, file = [], [], run and run / "data" / "eval.parquet"
     if file and file.is_file() and not chats:
-        table = parquet.read_table(file, columns=["input_ids", "assistant_masks"])
-        pairs = [row.values() for row in table.to_pylist()]
+        for row in parquet.read_table(file).to_pylist():
+            end = row["lengths"][0] if "lengths" in row else None  # of a pair the better answer
+            pairs.append((row["input_ids"][:end], row["assistant_masks"][:end]))
     if not pairs:
         encode = ChatEncoder(tokenizer).encode
         sound = sources.sound_chats(chats or "data/brief.jsonl", "CHATS")

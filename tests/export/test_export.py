@@ -701,3 +701,14 @@ def test_answers_that_begin_with_part_of_a_character_are_no_fault(chat_model, ex
     code, out, text = export(chat_model(), "GGUF=f16")
     assert code == 0, text
     assert json.loads((out / "export.json").read_text())["files"][0]["llama_cpp_kl"] is None
+
+
+def test_a_run_on_pairs_is_compared_on_its_better_answers(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir()
+    row = dict(input_ids=[1, 5, 6, 1, 7, 8], assistant_masks=[0, 1, 1, 0, 1, 1], lengths=[3, 3], is_good=True)
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "data" / "eval.parquet")
+    (found,) = verify.held_out_rows(None, tmp_path, None, 64, 99)
+    assert found.ids == [1, 5, 6] and found.answers == [0, 1]

@@ -517,6 +517,22 @@ def test_estimate_prints_what_a_step_needs(method, small, run_here):
     assert ("gpu_poor" in out) == quantized
 
 
+def test_estimate_of_pairs_counts_both_sides_and_refuses_what_is_not_trained(small, run_here, monkeypatch):
+    steps, trace = [], memory.trace
+    monkeypatch.setattr(memory, "trace", lambda *args: steps.append(args[-1]) or trace(*args))
+    for loss in ("None", "kto", "dpo", "simpo"):
+        wish = f"LOSS={loss}", "REFERENCE=live", "MAX_LENGTH=256", "GRADIENT_CHECKPOINTING=False"
+        code, _, err = run_here("estimate_memory.py", f"MODEL={small}", *wish)
+        assert code == 0, err
+    assert [(s.rows, s.has_reference) for s in steps] == [(1, False), (1, True), (2, True), (2, False)]
+    for method, reference in (("galore", "kept"), ("full", "live")):
+        wish = f"METHOD={method}", "LOSS=dpo", f"REFERENCE={reference}"
+        code, _, err = run_here("estimate_memory.py", f"MODEL={small}", *wish)
+        assert code == 2 and f"METHOD={method} LOSS=dpo" in err
+    code, out, err = run_here("estimate_memory.py", f"MODEL={small}", "LOSS=dpo", "FIT=200MiB", "MAX_LENGTH=256")
+    assert code == 0 and " x 2 x 256" in out, err
+
+
 def test_estimate_says_what_fits(small, run_here):
     code, out, _ = run_here("estimate_memory.py", f"MODEL={small}", "FIT=200MiB", "MAX_LENGTH=256")
     rows = [line.split() for line in out.splitlines() if " on " in line or " off " in line]
