@@ -14,6 +14,7 @@ from common.data.pipeline import mark_last
 from common.eval import suites
 from common.eval.statistics import mean_interval, put, put_share, verdict
 
+NONE_LEFT = "PAIRS: no pair is left within MAX_LENGTH. Raise it."
 # Of a pair: log-probability (nats) and tokens of the better answer, then of the worse; None where it was left out.
 LogProbs = tuple[float, int, float, int] | None
 
@@ -56,7 +57,7 @@ def likelier(found: list[LogProbs]) -> list[float]:
 
 def put_accuracy(result: dict, name: str, margins: list[float], what: str) -> None:
     if not margins:
-        raise UserError("PAIRS: no pair is left within MAX_LENGTH. Raise it.")
+        raise UserError(NONE_LEFT)
     put_share(result, name, sum(map(is_right, margins)), len(margins))
     if ties := margins.count(0):
         print(f"    {ties} of these {what} are ties, which count half")
@@ -71,14 +72,16 @@ def compare(first: str, name: str, results: dict) -> None:
     before, after = results[first].get("pairs", {}), results[name].get("pairs", {})
     for source, found in after.items():
         both = [(one, other) for one, other in zip(before[source], found, strict=True) if one and other]
-        earlier, later = (likelier(side) for side in zip(*both, strict=True)) if both else ([], [])
+        if not both:
+            raise UserError(NONE_LEFT)
+        earlier, later = (likelier(side) for side in zip(*both, strict=True))
         changes = [is_right(new) - is_right(old) for old, new in zip(earlier, later, strict=True)]
         # Summed, as in the losses: log-probabilities over the first model's, of the better answer less the worse.
         margins = [(other[0] - one[0]) - (other[2] - one[2]) for one, other in both]
         interval = mean_interval(changes)
         print(f"\n{name} against {first}: {verdict(interval)}")
         change = name_score("change of pair accuracy", source, after)
-        put(results[name], change, statistics.fmean(changes), interval, "+.1%")
+        put(results[name], change, statistics.fmean(changes), interval, "+.1%", " of all pairs")
         reward = name_score("reward accuracy", source, after)
         put_accuracy(results[name], reward, margins, "rewards")
         print(f"    against the 50% of no change: {verdict(results[name]['intervals'][reward], 0.5)}")
