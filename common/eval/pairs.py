@@ -1,6 +1,6 @@
 """Pairs: how often a model finds the better of two answers likelier, and how often training made it more so.
 
-arXiv 2305.18290, section 4, calls the second the accuracy of the implicit reward.
+The second goes by DPO's implicit reward (arXiv 2305.18290, section 4): log-probabilities over the first model's.
 """
 
 import math
