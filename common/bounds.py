@@ -174,7 +174,7 @@ def find_problem(name: str, value) -> str | None:
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():
         return "file not found."
-    if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
+    if name in (*TARGETS, "OUT_DIR", "MODEL", "ADAPTER", "DATA") and not value.strip():
         return "it must not be empty."
     if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
         return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'

@@ -76,8 +76,10 @@ def check_hub_id(model: str, setting: str) -> None:
     is_hub_id = model.count("/") == 1 and "\\" not in model and not model.startswith((".", "~", "/"))
     if not is_hub_id or parent.is_dir():
         hint = nearest(model, [*EMBEDDED, *(str(folder) for folder in parent.glob("*/"))])
-        problem = f"no such folder, .gguf file or embedded model.{hint} A hub model is written org/name."
-        raise UserError(f"{setting}={model}: {problem}")
+        kinds = "folder" if setting == "ADAPTER" else "folder, .gguf file or embedded model"
+        if Path(model).expanduser().is_file():
+            hint = f" That is a file; name its folder: {setting}={parent}."
+        raise UserError(f"{setting}={model}: no such {kinds}.{hint} A hub id is written org/name.")
 
 
 def locate_folder(folder: Path, label: str) -> Source:

@@ -321,6 +321,9 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache(base, tmp_path, monkeypatch
     model, _ = generation.load_for_chat("org/model", dtype="float32", adapter="org/adapter")
     assert divergence(peft_logits(source.adapter, base, PADDED), model(input_ids=IDS).logits) < 1e-6
     assert location.locate("org/adapter").name == "unsloth/tiny-bnb-4bit"
+    file = tmp_path / "theirs" / WEIGHTS
+    with pytest.raises(UserError, match=f"ADAPTER={file}: no such folder. That is a file; name its folder: .*theirs"):
+        location.locate(str(base), adapter=str(file))
     with pytest.raises(UserError, match="ADAPTER=org/model holds no adapter .* Is the name right"):
         location.locate(str(base), adapter="org/model")
 
