@@ -94,7 +94,7 @@ def explain_file(error: OSError) -> UserError:
     around = [name for name, folder in folders.items() if folder and place.startswith(folder)]
     below = [name for name, folder in folders.items() if folder and folder.startswith(f"{place}{os.sep}")]
     owner = max(around or below, key=lambda name: len(folders[name]), default="")
-    remedy = f"Set {owner or 'HOME'} to a place that exists and can be written."
+    remedy = f"Set {owner or 'HOME'} to a place that exists and can be read and written."
     if error.errno in FULL:
         remedy = "Make room, then the same command again."
     named = f"{owner}={folders[owner]}: " if owner and folders[owner] != place else f"{owner}=" * bool(owner)

@@ -148,8 +148,9 @@ def load_adapter(model, folder: str, trainable: bool = False):
             raise ValueError(f"no layer for {unused[0]}.")
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
-    except SafetensorError as error:
-        raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
+    except (SafetensorError, OSError) as error:  # safetensors names a file that it may not read as not found
+        problem = f"its weights are damaged or cannot be read ({error})"
+        raise UserError(f"ADAPTER={folder}: {problem}. Copy or fetch them again.") from error
     except MISFITS as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]

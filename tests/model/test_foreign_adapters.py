@@ -334,6 +334,16 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache(base, tmp_path, monkeypatch
     assert divergence(load(base)(input_ids=IDS).logits, model(input_ids=IDS).logits) < 1e-6
 
 
+def test_an_adapter_that_may_not_be_read_is_named(base, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise FileNotFoundError("No such file or directory")  # as safetensors says it
+
+    folder, _ = peft_form(tmp_path / "theirs", base)
+    monkeypatch.setattr("common.model.adapters.safe_open", refuse)
+    with pytest.raises(UserError, match=f"ADAPTER={folder}: its weights are damaged or cannot be read"):
+        generation.load_for_chat(str(base), adapter=str(folder))
+
+
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
