@@ -44,6 +44,9 @@ def check_models(**settings: str | None) -> None:
         for setting, model in settings.items():
             if model is not None and setting != "ADAPTER":
                 locate(model, setting, settings.get("ADAPTER") if setting == "MODEL" else None)
+                if model == settings.get("ADAPTER"):  # results go by names
+                    problem = "it is compared under that name, on another base. Copy it, and name the copy"
+                    raise UserError(f"{setting}={model} is ADAPTER, too: {problem}.")
     except UserError as error:
         exit_with(error if "ADAPTER" in settings else UserError(str(error).partition(" ADAPTER=")[0]))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:

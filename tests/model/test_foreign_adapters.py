@@ -344,6 +344,13 @@ def test_an_adapter_that_may_not_be_read_is_named(base, tmp_path, monkeypatch):
         generation.load_for_chat(str(base), adapter=str(folder))
 
 
+def test_an_adapter_is_not_compared_with_one_of_its_name(base, tmp_path, capsys):
+    folder, _ = peft_form(tmp_path / "theirs", base)
+    with pytest.raises(SystemExit, match="2"):
+        location.check_models(MODEL=str(base), ADAPTER=str(folder), COMPARE=str(folder))
+    assert f"COMPARE={folder} is ADAPTER, too" in capsys.readouterr().err
+
+
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
