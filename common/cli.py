@@ -69,7 +69,8 @@ def explain(error: Exception) -> Exception:
     ours = [file for file, _ in frames if ROOT / "common" in file.parents or file.parent == ROOT]
     file, line = frames[-1]
     is_library = type(error).__module__.partition(".")[0] not in ("builtins", "common")
-    if ours[-1] == file and not is_library and type(error) is not RuntimeError:  # torch's functions have no frames
+    may_be_compiled = type(error) is RuntimeError or isinstance(error, OSError)  # torch's code has no frames
+    if ours[-1] == file and not is_library and not may_be_compiled:
         return error
     names = LOADED + READ * (ours[-1].parent.name == "data")
     named = [f"{name}={script[name]}" for name in names if script.get(name)]

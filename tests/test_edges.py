@@ -89,7 +89,7 @@ def test_a_long_prompt_loses_no_other_answer(talking, tmp_path, run_here, pipe):
     answers = out.split("\n")
     assert code == 2 and len(answers) == 4 and not answers[1]
     assert "line 2 is not answered: CONTEXT=512: the prompt has" in error
-    assert error.splitlines()[-1].startswith("error: 1 prompts were not answered (lines [2])")
+    assert error.splitlines()[-1].startswith("error: CONTEXT=None: prompts not answered: 1 (lines 2;")
 
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("Hi", LONG, "Bye")])
     file = tmp_path / "prompts-answers.jsonl"
