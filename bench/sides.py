@@ -66,7 +66,7 @@ def train_side(
             train_dataset=train_set, processing_class=tokenizer, callbacks=[timer],
         )  # fmt: skip
         constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=2e-4)
-        ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS))
+        ours = dict(settings=constant, log=LineLog(Path(folder) / METRICS), metadata={})
         if side == "ours" and method == "galore":
             optimizer = make_galore(model, rank)
             trainer = GaloreTrainer(model=model, optimizers=(optimizer, None), **ours, **common)

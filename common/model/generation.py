@@ -50,7 +50,7 @@ def load_for_chat(
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         try:
-            model = merge_adapter(model, source.adapter)
+            model = merge_adapter(model, adapter or model_name)
         except UserError as error:
             print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
             model = load.load_model(*arguments, vocabulary=len(tokenizer))
