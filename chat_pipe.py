@@ -104,7 +104,8 @@ def answer_pipe(generator: generation.Generator, opening: list[dict], tools: lis
         if why := turns.explain_empty(generator.last):
             print(f"note: {prompt[:40]!r}: {why}", file=sys.stderr)
     if missing:
-        raise UserError(f"{len(missing)} prompts were not answered (lines {missing}), see above; the others were.")
+        lines = ", ".join(map(str, missing[:20])) + (" ..." if len(missing) > 20 else "")
+        raise UserError(f"CONTEXT={CONTEXT}: prompts not answered: {len(missing)} (lines {lines}; see above).")
 
 
 if __name__ == "__main__":

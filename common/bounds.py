@@ -22,6 +22,7 @@ OPTIMIZERS = {
 }
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+ATTENTIONS += ("sdpa_documents", "eager_documents")  # ours, which a run chooses and prints
 TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
 CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO WARMUP_STEPS MAX_GRAD_NORM KL_WEIGHT
@@ -76,8 +77,7 @@ BOUNDS = {
     "at least 0 and at most 1": (lambda x: 0 <= x <= 1, "WARMUP_RATIO"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "TOP_P"),
     "above 0 and at most 100": (lambda x: 0 < x <= 100, "LEARNING_RATE GALORE_SCALE"),
-    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY"),
-    "0, or at least 0.001 and at most 100": (lambda x: x == 0 or 0.001 <= x <= 100, "TEMPERATURE"),
+    "at least 0 and at most 100": (lambda x: 0 <= x <= 100, "MIN_LR WEIGHT_DECAY TEMPERATURE"),
     "at least 0 and at most 1000": (lambda x: 0 <= x <= 1000, "NEFTUNE_NOISE_ALPHA"),
     "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, "LABEL_SMOOTHING"),
     "above 0 and at most 1000000": (lambda x: 0 < x <= 10**6, "NUM_TRAIN_EPOCHS JUDGE_TIMEOUT"),
@@ -179,7 +179,7 @@ def find_problem(name: str, value) -> str | None:
         check_choice(name, value, [*TEMPLATES, "a .jinja file"])
     elif name == "CHAT_TEMPLATE" and not path.is_file():
         return "file not found."
-    if name in (*TARGETS, "OUT_DIR", "MODEL", "DATA") and not value.strip():
+    if name in (*TARGETS, "OUT_DIR", "MODEL", "ADAPTER", "DATA") and not value.strip():
         return "it must not be empty."
     if name == "LORA_LAYERS" and not all(re.fullmatch(LAYERS, item) for item in split_list(value) or [""]):
         return 'it must be numbers or slices of the layers, comma-separated: "-4:", "0,1,-1".'

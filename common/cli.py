@@ -69,7 +69,8 @@ def explain(error: Exception) -> Exception:
     ours = [file for file, _ in frames if ROOT / "common" in file.parents or file.parent == ROOT]
     file, line = frames[-1]
     is_library = type(error).__module__.partition(".")[0] not in ("builtins", "common")
-    if ours[-1] == file and not is_library and type(error) is not RuntimeError:  # torch's functions have no frames
+    may_be_compiled = type(error) is RuntimeError or isinstance(error, OSError)  # torch's code has no frames
+    if ours[-1] == file and not is_library and not may_be_compiled:
         return error
     names = LOADED + READ * (ours[-1].parent.name == "data")
     named = [f"{name}={script[name]}" for name in names if script.get(name)]
@@ -94,7 +95,7 @@ def explain_file(error: OSError) -> UserError:
     around = [name for name, folder in folders.items() if folder and place.startswith(folder)]
     below = [name for name, folder in folders.items() if folder and folder.startswith(f"{place}{os.sep}")]
     owner = max(around or below, key=lambda name: len(folders[name]), default="")
-    remedy = f"Set {owner or 'HOME'} to a place that exists and can be written."
+    remedy = f"Set {owner or 'HOME'} to a place that exists and can be read and written."
     if error.errno in FULL:
         remedy = "Make room, then the same command again."
     named = f"{owner}={folders[owner]}: " if owner and folders[owner] != place else f"{owner}=" * bool(owner)

@@ -12,7 +12,7 @@ from common.cli import UserError
 from common.data import tools
 from common.data.rows import RowError
 
-WRONG = re.compile("[\0\udc80-\udcff]")  # what UTF-8 text does not have, bytes by surrogateescape
+WRONG = re.compile("[\0\ufffd\udc80-\udcff]")  # what text does not have, bytes by surrogateescape
 REMEDY = 'Write [{"type": "function", "function": {"name": "get_time", "description": ..., "parameters": {...}}}].'
 
 
@@ -78,11 +78,12 @@ def read_lines(stream: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
     UTF-8, or UTF-16 with a byte order mark.
     """
     is_wide = stream.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    stream.reconfigure(encoding="utf-16" if is_wide else "utf-8-sig", errors="surrogateescape", newline="\n")
+    encoding, errors = ("utf-16", "replace") if is_wide else ("utf-8-sig", "surrogateescape")  # UTF-16 has no such
+    stream.reconfigure(encoding=encoding, errors=errors, newline="\n")
     for number, line in enumerate(stream, 1):
         text, count = WRONG.subn("\ufffd", line.strip())
         if count:
             remedy = "Convert it before (iconv -f latin1 -t utf-8)."
-            print(f"note: line {number} is not UTF-8: {count} bytes were read as \ufffd. {remedy}", file=sys.stderr)
+            print(f"note: line {number}: {count} bytes are no text, read as \ufffd. {remedy}", file=sys.stderr)
         if text:
             yield number, text

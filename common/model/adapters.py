@@ -1,5 +1,6 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -148,11 +149,14 @@ def load_adapter(model, folder: str, trainable: bool = False):
             raise ValueError(f"no layer for {unused[0]}.")
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
-    except SafetensorError as error:
-        raise UserError(f"ADAPTER={folder}: its weights are damaged ({error}). Copy or fetch them again.") from error
+    except (SafetensorError, OSError) as error:  # safetensors names a file that it may not read as not found
+        problem = f"its weights are damaged or cannot be read ({error})"
+        raise UserError(f"ADAPTER={folder}: {problem}. Copy or fetch them again.") from error
     except MISFITS as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
-        reason = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
+        reason = next((line for line in lines if "size mismatch" in line), lines[0])
+        if missing := re.findall(r"'(base_model\.[^']+)'", reason):
+            reason = f"it has no weights for {missing[0]}, and {len(missing) - 1} more like it."
         problem = f"does not fit MODEL={model.name_or_path}: {reason} Set MODEL to its base."
         raise UserError(f"ADAPTER={folder} {problem}") from error
     return keep_head_bias(adapted)

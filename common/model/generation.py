@@ -23,6 +23,7 @@ from common.model.attention import choose_attention, model_class
 from common.model.merging import merge_adapter
 
 USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|call|>")
+GREEDY = 1e-3  # temperatures below it: logits divided by them may overflow, and the likeliest token is certain
 # An answer of two parts; what a template writes between them ends no answer.
 PARTS = [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning_content": "REASON", "content": "ANSWER"}]
 PARTS[1]["thinking"] = PARTS[1]["reasoning_content"]  # as gpt-oss has it
@@ -49,7 +50,7 @@ def load_for_chat(
     model = load.load_model(*arguments, vocabulary=len(tokenizer))
     if source.adapter and not quantization:
         try:
-            model = merge_adapter(model, source.adapter)
+            model = merge_adapter(model, adapter or model_name)
         except UserError as error:
             print(f"note: {error} Its adapter stays beside the weights.", file=sys.stderr)
             model = load.load_model(*arguments, vocabulary=len(tokenizer))
@@ -203,7 +204,7 @@ def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     """The next token by its logits, (1, vocabulary): the likeliest at temperature 0, else a sample."""
     if logits.isnan().any():
         raise UserError("MODEL: its logits are NaN. Its weights are damaged, or DTYPE=float32 is needed.", code=4)
-    if temperature == 0:
+    if temperature < GREEDY:
         return int(logits.argmax())
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
     return int(torch.multinomial(scores.softmax(-1), 1))
@@ -222,8 +223,8 @@ def answers(
     context, ends = min(context, load.context_length(model.config)), end_tokens(model, tokenizer)
     # A model's own generation_config may set these; `Generator` does not apply them.
     settings = dict(top_k=0, repetition_penalty=1.0, no_repeat_ngram_size=0)
-    settings |= dict(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    if temperature:
+    settings |= dict(do_sample=temperature >= GREEDY, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    if temperature >= GREEDY:
         settings |= dict(temperature=temperature, top_p=top_p)
     for start in range(0, len(chats), batch_size):
         batch = chats[start : start + batch_size]

@@ -179,8 +179,8 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         options["quantization_config"] = UNPACKED[own](dequantize=True)
     elif own is None:  # for others, None would be an order to read the folder's codes as if they were weights
         options["quantization_config"] = quantization_config(quantization, dtype, config)
-    if Path(source.path).is_dir():  # transformers would put an adapter that was left over there on the model
-        options["adapter_kwargs"] = {"subfolder": "none"}
+    # transformers would put an adapter that was left over beside the model on it.
+    options["adapter_kwargs"] = {"subfolder": "none"}
     # hqq's layers are packed one by one: the device need not hold the 16-bit model.
     elsewhere = distributed.holds_parts() or quantization in BITS
     model = load_weights(

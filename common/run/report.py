@@ -42,7 +42,8 @@ def summarize(trainer, results: dict, peaks: list, events: dict) -> dict:
     progress, steps, joules = trainer.progress, trainer.step_seconds, trainer.energy_j()
     metadata, device, guard = trainer.metadata, hardware.device_name(), progress.guard
     state, best = trainer.state, progress.best or (None, None)
-    early = [f"stopped early at step {state.global_step} of {state.max_steps}"] if trainer.stops_early() else []
+    is_early = trainer.stops_early() and state.global_step < state.max_steps  # not where the last one had no gain
+    early = [f"stopped early at step {state.global_step} of {state.max_steps}"] * is_early
     events = events | ({"loss spike": guard.spikes} if guard.spikes else {})
     bad = [f"{guard.bad_steps} steps not finite"] if guard.bad_steps else []
     return dict(

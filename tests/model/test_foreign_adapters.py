@@ -321,8 +321,34 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache(base, tmp_path, monkeypatch
     model, _ = generation.load_for_chat("org/model", dtype="float32", adapter="org/adapter")
     assert divergence(peft_logits(source.adapter, base, PADDED), model(input_ids=IDS).logits) < 1e-6
     assert location.locate("org/adapter").name == "unsloth/tiny-bnb-4bit"
+    file = tmp_path / "theirs" / WEIGHTS
+    with pytest.raises(UserError, match=f"ADAPTER={file}: no such folder. That is a file; name its folder: .*theirs"):
+        location.locate(str(base), adapter=str(file))
     with pytest.raises(UserError, match="ADAPTER=org/model holds no adapter .* Is the name right"):
         location.locate(str(base), adapter="org/model")
+    # One that was left over beside a whole model does not count.
+    shutil.copy(f"{source.adapter}/adapter_config.json", tmp_path / "models--org--model" / "snapshots" / "a1b2")
+    location.fetch_adapter.cache_clear()
+    assert location.locate("org/model").adapter is None
+    model, _ = generation.load_for_chat("org/model", dtype="float32")
+    assert divergence(load(base)(input_ids=IDS).logits, model(input_ids=IDS).logits) < 1e-6
+
+
+def test_an_adapter_that_may_not_be_read_is_named(base, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise FileNotFoundError("No such file or directory")  # as safetensors says it
+
+    folder, _ = peft_form(tmp_path / "theirs", base)
+    monkeypatch.setattr("common.model.adapters.safe_open", refuse)
+    with pytest.raises(UserError, match=f"ADAPTER={folder}: its weights are damaged or cannot be read"):
+        generation.load_for_chat(str(base), adapter=str(folder))
+
+
+def test_an_adapter_is_not_compared_with_one_of_its_name(base, tmp_path, capsys):
+    folder, _ = peft_form(tmp_path / "theirs", base)
+    with pytest.raises(SystemExit, match="2"):
+        location.check_models(MODEL=str(base), ADAPTER=str(folder), COMPARE=str(folder))
+    assert f"COMPARE={folder} is ADAPTER, too" in capsys.readouterr().err
 
 
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):

@@ -137,6 +137,8 @@ def test_a_run_stops_early_and_goes_on_when_it_is_told_to(train, losses, tmp_pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert code == 0 and summary["verdict"] == "done, stopped early at step 3 of 6", error
     assert steps_of(tmp_path / "run") == [3, 1] and summary["final_step"] == 1
+    assert train("end", "EARLY_STOPPING_PATIENCE=2", "MAX_STEPS=3")[0] == 0
+    assert json.loads((tmp_path / "end" / "summary.json").read_text())["verdict"] == "done"  # nothing was left to do
     rates = [line["learning_rate"] for line in result_of(tmp_path / "run")[1] if "loss" in line]
     assert train("run", "EARLY_STOPPING_PATIENCE=2", "SAVE_STEPS=6")[1].count("nothing to do") == 1
     more = ["EARLY_STOPPING_PATIENCE=2", "SAVE_STEPS=6", "MAX_STEPS=8", "ALLOW_CHANGE=MAX_STEPS"]

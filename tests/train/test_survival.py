@@ -563,16 +563,16 @@ def test_code_in_a_model_folder_does_not_run(name, score_loss, tmp_path, tiny, t
     model, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(tiny(), model)
     tokenizer.save_pretrained(model)  # with a template
-    instead = {"pytorch_model.bin": "model.safetensors", "adapter_model.bin": "adapter_model.safetensors"}.get(name)
+    is_refused = name in ("pytorch_model.bin", "adapter_model.bin")
+    if is_refused:
+        (model / "model.safetensors").unlink()
     if name == "adapter_model.bin":
         config = {"base_model_name_or_path": str(tiny()), "peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
         (model / "adapter_config.json").write_text(json.dumps(config))
-    elif instead:
-        (model / instead).unlink()
     (model / name).write_bytes(pickle.dumps(Malicious(canary)))
     code, _, error = score_loss(model)
     assert not canary.exists()
-    assert code == (2 if instead else 0) and "Traceback" not in error, error
+    assert code == (2 if is_refused else 0) and "Traceback" not in error, error
 
 
 def test_shards_outside_of_the_folder_are_refused(score_loss, tmp_path, tiny):
