@@ -49,7 +49,8 @@ def test_settings_of_any_value_are_answered_in_one_line(script, tmp_path, capsys
     """As far as to the slow imports; every setting once, and 60 values drawn for the script."""
     text = (ROOT / script).read_text(encoding="utf-8")
     code = compile(text[: text.find("\n\n", text.index("\nif __name__"))], script, "exec")
-    monkeypatch.chdir(ROOT)
+    shutil.copytree(ROOT / "data", tmp_path / "work" / "data")
+    monkeypatch.chdir(tmp_path / "work")  # around which nothing lies but what is made here
     draw, names = random.Random(script), [setting["name"] for setting in declared(ROOT / script)]
     for name in [*names, *draw.choices(names, k=max(60, 2 * len(names)))]:
         value = draw.choice(fuzz_values(tmp_path))
@@ -118,6 +119,7 @@ def in_script(script: str, folder: Path, out: Path, chats: Path) -> list[str]:
         "merge_and_export.py": [*run, f"CHATS={chats}", "PROOF_TOKENS=50"],
         "qlora_train.py": [*train, "LORA_R=4"],
         "galore_train.py": [*train, "GALORE_RANK=4"],
+        "preference_train.py": [*train, "LORA_R=4", f"DATA={ROOT}/data/pairs.jsonl", "MAX_LENGTH=512", "MAX_SAMPLES=4"],
         "estimate_memory.py": ["MAX_LENGTH=64", "LORA_R=4"],
     }[script]
 
