@@ -49,7 +49,8 @@ def test_settings_of_any_value_are_answered_in_one_line(script, tmp_path, capsys
     """As far as to the slow imports; every setting once, and 60 values drawn for the script."""
     text = (ROOT / script).read_text(encoding="utf-8")
     code = compile(text[: text.find("\n\n", text.index("\nif __name__"))], script, "exec")
-    monkeypatch.chdir(ROOT)
+    shutil.copytree(ROOT / "data", tmp_path / "work" / "data")
+    monkeypatch.chdir(tmp_path / "work")  # around which nothing lies but what is made here
     draw, names = random.Random(script), [setting["name"] for setting in declared(ROOT / script)]
     for name in [*names, *draw.choices(names, k=max(60, 2 * len(names)))]:
         value = draw.choice(fuzz_values(tmp_path))
