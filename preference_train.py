@@ -36,7 +36,7 @@ MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder,
 DTYPE: str | None = None  # of weights and compute; None: bfloat16; older GPUs float16 (full: float32), CPUs float32
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 # Data
-DATA = "data/brief.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
+DATA = "data/pairs.jsonl"  # files, hub sets, or a prepared folder: "ultrachat[:10%], oasst2, data/brief.jsonl*20"
 MAX_SAMPLES: int | None = None  # chats to train on, drawn at random; None: all. DATA="chats.jsonl[:1%]" takes the first
 EVAL_SIZE: int | float = 0.03  # chats held out, or their share below 1; 0: none
 EVAL_DATA: str | None = None  # sources to evaluate on instead, in the same form

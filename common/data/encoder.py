@@ -29,7 +29,6 @@ REASONING = re.compile(
 )
 REST_OF_REASONING = re.compile(r".*?</think>", re.DOTALL)
 
-
 # SentencePiece's space before text: after every special token? not where there is one already?
 Prefix = namedtuple("Prefix", ["everywhere", "once"])
 
@@ -157,16 +156,6 @@ class ChatEncoder:
             answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
             learned = [i for i in answers if messages[i].get("weight", 1)] or answers[-1:]
             return [self.mark(messages[: i + 1], train_on, last_only=True) for i in learned]
-
-    def mark_last(self, messages: list[dict], train_on: str) -> tuple[str, list[int]]:
-        """What `mark` returns, of the last answer alone where the template rewrites earlier turns."""
-        try:
-            return self.mark(messages, train_on)
-        except RewrittenTurns:
-            weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
-            if sum(weights) > 1:
-                raise
-            return self.mark(messages, train_on, last_only=True)
 
     def encode(self, chats: list[list[dict]], train_on: str = "assistant") -> list[Encoded]:
         """Each chat's tokens; answers of weight 0 are not in the loss.

@@ -16,6 +16,7 @@ from common.data.account import Reasons
 from common.data.claims import find_claim
 from common.data.encoder import ChatEncoder, Encoded, join
 from common.data.pairs import Compared
+from common.data.passages import RewrittenTurns
 
 BATCH = 256  # chats encoded at once
 POOL_FROM = 16  # batches from which on worker processes are worth starting
@@ -82,7 +83,7 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
             continue
         try:
             if isinstance(chat, Compared):
-                of_row = [encoder.mark_last(each, settings["TRAIN_ON"]) for each in chat]
+                of_row = [mark_last(encoder, each, settings["TRAIN_ON"]) for each in chat]
             else:
                 chat = cut_question(chat, reasons)
                 of_row = encoder.mark_rows(chat, settings["TRAIN_ON"])
@@ -107,6 +108,16 @@ def encode_batch(encoder: ChatEncoder, settings: dict, keep_unlearned: bool, bat
         elif row is not None:
             reasons.add("dropped: no answer to learn, all have weight 0")
     return rows, reasons
+
+
+def mark_last(encoder: ChatEncoder, chat: list[dict], train_on: str) -> tuple[str, list[int]]:
+    """What `ChatEncoder.mark` returns, of the last answer alone where the template rewrites earlier turns."""
+    try:
+        return encoder.mark(chat, train_on)
+    except RewrittenTurns:
+        if sum(turn.get("weight", 1) for turn in chat if turn["role"] == "assistant") > 1:
+            raise
+        return encoder.mark(chat, train_on, last_only=True)
 
 
 def learned_chat(chat) -> list[dict]:

@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 FREE = ("simpo", "orpo")  # losses without a reference
+# What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class Preference:
     def rewards(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """What the model makes of each answer, (pairs, 2): BETA times its log-probability over the reference's."""
         return self.beta * ((ours - theirs) if self.needs_reference else ours / lengths)
+
+    def measure(self, ours, theirs, lengths, is_good: torch.Tensor) -> dict[str, torch.Tensor]:
+        """PAIR_METRICS of each pair, (pairs,); of labelled answers, the good ones stand for the chosen."""
+        rewards = self.rewards(ours, theirs, lengths)  # (pairs, 2)
+        if self.loss == "kto":  # an answer alone: against none
+            margins = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
+            rewards = torch.stack([rewards[:, 0] * is_good, rewards[:, 0] * ~is_good], 1)
+        else:
+            margins = compare(rewards)
+        right = (margins > 0) + (margins == 0) / 2
+        per_token = ((ours - theirs).sum(1) / lengths.sum(1)).abs()
+        values = right, margins, *rewards.unbind(1), ours[:, 0] / lengths[:, 0], per_token
+        return dict(zip(PAIR_METRICS, values, strict=True))
 
     def smoothed(self, logits: torch.Tensor) -> torch.Tensor:
         """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""

@@ -5,20 +5,15 @@ import itertools
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import distributed
-from common.cli import RANK
 from common.data.compared import sequences_of
-from common.train.preference import Preference, compare, sum_by_sequence
+from common.train.preference import PAIR_METRICS, Preference, sum_by_sequence
 from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer, count_tokens
 
-# What is logged of the pairs: shares, and rewards in nats times BETA (arXiv 2305.18290).
-PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
 OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch has beside the model's inputs
 # Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
 MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
@@ -99,21 +94,8 @@ class PreferenceTrainer(ChatTrainer):
         else:
             losses = self.preference.losses(ours, theirs, lengths, self.usual_length)
         with torch.no_grad():
-            values = self.measure(ours, theirs, lengths, is_good)
+            values = self.preference.measure(ours, theirs, lengths, is_good)
         return losses * is_pair, {name: value * is_pair for name, value in values.items()}, router_loss
-
-    def measure(self, ours, theirs, lengths, is_good) -> dict[str, torch.Tensor]:
-        """PAIR_METRICS of each pair; of labelled answers, those of the good ones stand for the chosen."""
-        rewards = self.preference.rewards(ours, theirs, lengths)  # (pairs, 2)
-        if self.preference.loss == "kto":  # an answer alone: against none
-            margins = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
-            rewards = torch.stack([rewards[:, 0] * is_good, rewards[:, 0] * ~is_good], 1)
-        else:
-            margins = compare(rewards)
-        ties = (margins == 0) / 2
-        values = (margins > 0) + ties, margins, *rewards.unbind(1), ours[:, 0] / lengths[:, 0]
-        per_token = ((ours - theirs).sum(1) / lengths.sum(1)).abs()
-        return dict(zip(PAIR_METRICS, (*values, per_token), strict=True))
 
     def log_probs(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens of the answers, (pairs, 2) both, and the router loss."""
@@ -163,34 +145,6 @@ class PreferenceTrainer(ChatTrainer):
             yield
         self.model.train(was_training)
 
-    def keep_reference(self, file: Path, key: str) -> None:
-        """Give each pair the log-probabilities of the untrained model; from the file, where it was written for the key.
-
-        One pair at a time, as it is computed in training on a CPU: then the first loss is exactly that of no change.
-        """
-        kept = dict(np.load(file)) if file.is_file() else {}
-        if kept.get("key") != key:
-            sets = {"train": self.train_dataset, "eval": self.eval_dataset}
-            kept = {name: self.reference_of(rows) for name, rows in sets.items() if rows is not None}
-            if not RANK:
-                np.savez(file, key=key, **kept)
-        self.train_dataset = self.train_dataset.add_column("reference", kept["train"].tolist())
-        if self.eval_dataset is not None:
-            self.eval_dataset = self.eval_dataset.add_column("reference", kept["eval"].tolist())
-
-    def reference_of(self, rows) -> np.ndarray:
-        """Log-probabilities of both answers of each row by the model as it is, (rows, 2)."""
-        self.model.eval()
-        found = []
-        with torch.no_grad(), self.accelerator.autocast():  # the model is not yet wrapped, which would do it
-            for number in range(RANK, len(rows), distributed.count()):
-                inputs = self._prepare_inputs(self.data_collator([rows[number]]))
-                sequences = [inputs, *([inputs["mismatched"]] if "mismatched" in inputs else [])]
-                found.append([x for part in sequences for x in self.log_probs(self.model, part)[0][0].tolist()])
-        self.model.train()
-        in_order = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
-        return np.array([pair for group in in_order for pair in group], dtype=np.float32)
-
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
         lengths = [length for batch in batches for length in batch["length"].tolist() if length]
@@ -201,17 +155,7 @@ class PreferenceTrainer(ChatTrainer):
         return batches, items
 
     def find_worst(self, batches: list[dict]) -> list[dict]:
-        self.model.eval()
-        found = []
-        for batch in batches:
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self.compare_pairs(self.model, batch)[0].tolist()
-            sequences = [ids[0, :100] for ids, _ in chats_of(batch)]
-            first = sequences[:: len(sequences) // len(losses)]
-            texts = map(self.processing_class.decode, first)
-            found += [{"loss": loss, "begins": text} for loss, text in zip(losses, texts, strict=True)]
-        return highest_losses(found)
+        return worst_pairs(self, batches)
 
     def evaluate(self, *args, **kwargs):
         self.usual_length = statistics.fmean(filter(None, map(count_first, self.eval_dataset)))
@@ -237,3 +181,16 @@ class PreferenceTrainer(ChatTrainer):
             remedy = f"Lower LEARNING_RATE={self.args.learning_rate}"
             remedy += ", or set SFT_WEIGHT=1" if self.preference.sft_weight < 1 else ""
             print(f"step {self.state.global_step}: every pair is right and {problem}. {remedy}.", file=sys.stderr)
+
+
+def worst_pairs(trainer: PreferenceTrainer, batches: list[dict]) -> list[dict]:
+    """The pairs of a step with the highest loss, as `reliability.worst_chats` has them."""
+    trainer.model.eval()
+    found = []
+    for batch in map(trainer._prepare_inputs, batches):
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            losses = trainer.compare_pairs(trainer.model, batch)[0].tolist()
+        sequences = [ids[0, :100] for ids, _ in chats_of(batch)]
+        texts = map(trainer.processing_class.decode, sequences[:: len(sequences) // len(losses)])
+        found += [{"loss": loss, "begins": text} for loss, text in zip(losses, texts, strict=True)]
+    return highest_losses(found)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import set_seed
@@ -14,13 +13,13 @@ from common.data import checks, prepare, templates
 from common.data.account import describe
 from common.data.encoder import ChatEncoder
 from common.eval import facts
-from common.files import hash_file
 from common.model import load
 from common.model.adapters import load_adapter
 from common.model.attention import can_pack, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
 from common.train.galore import GaLore
+from common.train.kept_reference import keep_reference
 from common.train.loss import router_loss_weight
 from common.train.memory import Step
 from common.train.meta_model import empty_adapter, empty_model
@@ -60,10 +59,10 @@ class Job:
         """Whether the model without its new adapter is the base."""
         return self.settings.get("ADAPTER") in KEEPS_BASE and not self.source.adapter
 
-    @property
-    def has_live_reference(self) -> bool:
-        needed = self.preference and self.preference.needs_reference
-        return bool(needed and self.settings["REFERENCE"] == "live")
+    def has_reference(self, kind: str) -> bool:
+        """Whether the loss compares with a reference of this kind, live or kept."""
+        needed = self.preference is not None and self.preference.needs_reference
+        return needed and self.settings["REFERENCE"] == kind
 
     @property
     def is_full(self) -> bool:
@@ -147,7 +146,7 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
         return model, job.frozen_base(model)
 
     packing, device = settings["PACKING"], hardware.device_type()
-    kind = dict(full=job.is_full, offloads=settings["ACTIVATION_OFFLOADING"], has_reference=job.has_live_reference)
+    kind = dict(full=job.is_full, offloads=settings["ACTIVATION_OFFLOADING"], has_reference=job.has_reference("live"))
     step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, **kind)
     optim, ratio = job.trainer_settings["OPTIM"], settings.get("LORA_PLUS_RATIO")
     optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, optim, lora_plus_ratio=ratio)
@@ -164,7 +163,17 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
     base = job.frozen_base(model)
-    optimizer = make_optimizer and make_optimizer(model)
+    trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
+
+    def save(folder, weights):
+        load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
+
+    run.execute(trainer, plan, save)
+
+
+def make_trainer(job: Job, run, plan, model, base, optimizer):
+    """The trainer of a model, beside its frozen base or None; optimizer: None for one of transformers'."""
+    settings = job.settings
     kind, options = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer, {}
     if job.preference:
         kind, options = PreferenceTrainer, {"preference": job.preference}
@@ -189,13 +198,6 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
         has_new_adapter=job.keeps_base,
         **options,
     )
-    if job.preference and job.preference.needs_reference and not job.has_live_reference:
-        adapter = job.source.adapter and hash_file(Path(job.source.adapter) / "adapter_model.safetensors")
-        parts = job.data_digest, model.base_fingerprint, adapter, job.dtype, settings["MAX_SAMPLES"], settings["SEED"]
-        key = " ".join(map(str, parts))
-        trainer.keep_reference(run.folder / "data" / "reference.npz", key)
-
-    def save(folder, weights):
-        load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
-
-    run.execute(trainer, plan, save)
+    if job.has_reference("kept"):
+        keep_reference(trainer, run.folder / "data", job.source.adapter)
+    return trainer

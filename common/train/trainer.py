@@ -104,15 +104,8 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
                 sums[2:] = 0.0, 0
             super().log(logs, start_time)
             return
-        for name, weight in self.penalties.items() if "loss" in logs or "train_loss" in logs else ():
-            sums = progress.penalties.setdefault(name, [0.0, 0, 0.0, 0])
-            totals = [sum(numbers) for numbers in zip(*distributed.gather(sums), strict=True)]
-            if "loss" in logs:
-                logs[name] = totals[2] / (totals[3] or 1)
-                logs["loss"] -= weight * logs[name]
-                sums[2:] = 0.0, 0
-            else:
-                logs["train_loss"] -= weight * totals[0] / (totals[1] or 1)
+        if "loss" in logs or "train_loss" in logs:
+            separate_penalties(logs, progress.penalties, self.penalties)
         if "train_loss" in logs:  # what is not logged yet, Trainer adds as this process has it
             rest = distributed.gather(self._tr_loss.item())
             logs["train_loss"] += (statistics.fmean(rest) - rest[RANK]) / max(1, self.state.global_step)
@@ -201,6 +194,19 @@ def shielded_adapter(model):
         del model.get_output_embeddings
     for parameter, data in trained:
         parameter.data = data.to(parameter.device)
+
+
+def separate_penalties(logs: dict, sums_by_name: dict[str, list], weights: dict[str, float]) -> None:
+    """Log the means of what is measured beside the loss, and take what is part of it out of the losses logged."""
+    for name, weight in weights.items():
+        sums = sums_by_name.setdefault(name, [0.0, 0, 0.0, 0])
+        totals = [sum(numbers) for numbers in zip(*distributed.gather(sums), strict=True)]
+        if "loss" in logs:
+            logs[name] = totals[2] / (totals[3] or 1)
+            logs["loss"] -= weight * logs[name]
+            sums[2:] = 0.0, 0
+        else:
+            logs["train_loss"] -= weight * totals[0] / (totals[1] or 1)
 
 
 def count_tokens(inputs: dict) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""The reference of a preference loss, computed once before the first step and kept in the run folder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import distributed
+from common.cli import RANK
+from common.files import hash_file
+from common.train.preference_trainer import OF_PAIRS, PreferenceTrainer
+
+
+def keep_reference(trainer: PreferenceTrainer, folder: Path, adapter: str | None) -> None:
+    """Give each pair of the trainer the log-probabilities of its untrained model, from the folder's reference.npz.
+
+    That is written anew where data, base or adapter (the folder of one that is continued) differ from its own.
+    """
+    file, settings = folder / "reference.npz", trainer.settings
+    weights = adapter and hash_file(Path(adapter) / "adapter_model.safetensors")
+    parts = trainer.data_digest, trainer.base_fingerprint, weights, trainer.dtype
+    key = " ".join(map(str, (*parts, settings["MAX_SAMPLES"], settings["SEED"])))
+    kept = dict(np.load(file)) if file.is_file() else {}
+    if kept.get("key") != key:
+        sets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+        kept = {name: log_probs_of(trainer, rows) for name, rows in sets.items() if rows is not None}
+        distributed.on_first(lambda: np.savez(file, key=key, **kept))
+    trainer.train_dataset = trainer.train_dataset.add_column("reference", kept["train"].tolist())
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = trainer.eval_dataset.add_column("reference", kept["eval"].tolist())
+
+
+def log_probs_of(trainer: PreferenceTrainer, rows) -> np.ndarray:
+    """Log-probabilities of both answers of each row by the model as it is, (rows, 2).
+
+    One pair at a time, as in training on a CPU: then the first loss is exactly that of no change.
+    """
+    trainer.model.eval()
+    found = []
+    with torch.no_grad(), trainer.accelerator.autocast():  # the model is not yet wrapped, which would do it
+        for number in range(RANK, len(rows), distributed.count()):
+            inputs = trainer._prepare_inputs(trainer.data_collator([rows[number]]))
+            mismatched = inputs.get("mismatched")
+            inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
+            sequences = [inputs] if mismatched is None else [inputs, mismatched]
+            found.append([x for part in sequences for x in trainer.log_probs(trainer.model, part)[0][0].tolist()])
+    trainer.model.train()
+    in_order = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
+    return np.array([pair for group in in_order for pair in group], dtype=np.float32)
