@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 FREE = ("simpo", "orpo")  # losses without a reference
+SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
 # What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
 
