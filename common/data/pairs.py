@@ -100,6 +100,8 @@ def read_pair(
 
 def read_side(rest: dict, name: str, answer, names: dict[str, str], notes: list[str]) -> Chat:
     """The chat that ends in an answer, which is the field of this name; rest: the row without both sides."""
+    if isinstance(answer, str) and any(isinstance(value, str) and SPEAKER.match(value) for value in rest.values()):
+        answer = answer.strip() if not SPEAKER.match(answer) else answer  # it begins with the space after "Assistant:"
     rest, answer = {field: read_cell(value, field) for field, value in rest.items()}, read_cell(answer, name)
     earlier = next((field for field in (*QUESTIONS, *LISTS) if formats.has_roles(rest.get(field))), None)
     first = answer[0] if isinstance(answer, list) and answer else answer

@@ -60,7 +60,7 @@ def written(chat: list[dict]) -> str:
         ({"system": "S", "question": "Q", "chosen": "g", "rejected": "b"}, WITH_SYSTEM),  # orca
         ({"system": "S", "input": "Q", "chosen": "g", "rejected": "b"}, WITH_SYSTEM),
         ({"chosen": f"{HH} g", "rejected": f"{HH} b"}, LONGER),
-        ({"prompt": HH, "chosen": "g", "rejected": "b"}, LONGER),
+        ({"prompt": HH, "chosen": " g", "rejected": " b"}, LONGER),
         ({"messages": [S, U, GOOD], "rejected_response": "b"}, WITH_SYSTEM),  # ms-swift
         ({"messages": [U, GOOD], "rejected_messages": [U, BAD]}, PLAIN),
         ({"query": "Q", "response": "g", "rejected_response": "b", "history": [["P", "a"]]}, LONGER),
