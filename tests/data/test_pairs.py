@@ -327,5 +327,7 @@ def test_the_doctor_tells_what_pairs_would_teach_by_mistake(tokenizer, encoder, 
     assert "in 20 of 22 pairs one answer is the beginning of the other" in said
     assert "91% of the better answers are longer: the model may learn length instead" in said
     assert list(pair_checks.pair_notes([dict(row) for row in train][:0])) == []
-    train, *_ = make(settings_of(tmp_path, made[-2:], "kto"), encoder)
-    assert "2 answers are labelled good and bad" in " ".join(pair_checks.pair_notes(list(train)))
+    made += [{"prompt": "Q9", "completion": "c", "label": label} for label in (True, False, True)]
+    train, _, about = make(settings_of(tmp_path, made[-5:], "kto"), encoder)
+    assert about["dropped"] == {"duplicate": 1}
+    assert "3 answers are labelled good and bad" in " ".join(pair_checks.pair_notes(list(train)))

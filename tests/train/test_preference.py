@@ -243,8 +243,14 @@ def test_settings_that_a_preference_loss_cannot_use_are_refused(settings, messag
 
 
 def test_a_kept_reference_of_another_model_stops_the_run(base, files, run_here, tmp_path, monkeypatch):
-    honest = kept_reference.log_probs_of
-    monkeypatch.setattr(kept_reference, "log_probs_of", lambda trainer, rows: honest(trainer, rows) + 1)
+    honest, checked = kept_reference.log_probs_of, []
+
+    def wrong(trainer, rows):
+        assert checked  # by which another attention may be found
+        return honest(trainer, rows) + 1
+
+    monkeypatch.setattr(kept_reference, "check_losses", checked.append)
+    monkeypatch.setattr(kept_reference, "log_probs_of", wrong)
     common = [f"MODEL={base}", f"DATA={files[0]}[:9]", "MAX_LENGTH=512", f"OUT_DIR={tmp_path}", "DTYPE=float32"]
     common += ["MAX_STEPS=1", "BATCH_SIZE=2", "SAVE_STEPS=None", "EVAL_SIZE=0"]
     code, said, error = run_here("preference_train.py", *common)
