@@ -17,7 +17,7 @@ from common.settings import apply_overrides, current
 LOSS = "dpo"  # dpo, ipo; simpo and orpo, without a reference; kto, for rows with a label
 BETA = 0.1  # how strongly the model is held to the reference; orpo: weight of the odds ratio
 LABEL_SMOOTHING = 0.0  # dpo and simpo: share of pairs that may be labelled the wrong way round
-SFT_WEIGHT = 1.0  # adds the loss on the better answers, which keeps them likely; 0: off
+SFT_WEIGHT: float | None = None  # adds the loss on the better answers, which keeps them likely; None: 1, for orpo 0
 GAMMA = 0.5  # simpo: margin to reach
 REFERENCE = "kept"  # kept: computed once before the first step; live: at each step, by the model without its adapter
 # LoRA

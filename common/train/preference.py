@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
+from common.cli import UserError
+
 FREE = ("simpo", "orpo")  # losses without a reference
 SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
 # What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
@@ -27,8 +29,19 @@ class Preference:
 
     @classmethod
     def of(cls, settings: dict) -> "Preference":
-        names = ("LOSS", "BETA", "LABEL_SMOOTHING", "SFT_WEIGHT", "GAMMA")
-        return cls(*(settings[name] for name in names))
+        """As the settings say; UserError where one would be ignored."""
+        loss, weight = settings["LOSS"], settings["SFT_WEIGHT"]
+        for name, ignored, remedy in (
+            ("TRAIN_ON", settings["TRAIN_ON"] == "all", "a preference is of answers. Set it to assistant"),
+            ("COMPLETION", settings["COMPLETION"] != "answer", "pairs are chats. Set it to answer"),
+            ("KL_WEIGHT", settings["KL_WEIGHT"], "the loss is held to its reference by BETA. Set it to None"),
+            ("LABEL_SMOOTHING", settings["LABEL_SMOOTHING"] and loss not in SMOOTHED, f"{loss} has none. Set it to 0"),
+        ):
+            if ignored:
+                raise UserError(f"{name}={settings[name]} LOSS={loss}: {remedy}.")
+        if weight is None:
+            weight = 0.0 if loss == "orpo" else 1.0
+        return cls(loss, settings["BETA"], settings["LABEL_SMOOTHING"], weight, settings["GAMMA"])
 
     @property
     def needs_reference(self) -> bool:
@@ -76,14 +89,15 @@ class Preference:
         """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""
         return -(1 - self.label_smoothing) * logsigmoid(logits) - self.label_smoothing * logsigmoid(-logits)
 
-    def labelled_losses(self, gains: torch.Tensor, divergence: float, is_good: torch.Tensor) -> torch.Tensor:
-        """KTO's loss of each labelled answer, (answers,); arXiv 2402.01306, equation 8.
+    def labelled_losses(self, ours, theirs, divergence: float, is_good: torch.Tensor, usual: float) -> torch.Tensor:
+        """KTO's loss of each labelled answer, (answers,), as ours and theirs are; arXiv 2402.01306, equation 8.
 
-        gains: log-probabilities over the reference's, (answers,). divergence: of the model from the reference, in nats:
-        the mean gain of answers to other questions, at least 0.
+        divergence: of the model from the reference, in nats: by how much more than the reference it expects answers to
+        other questions, at least 0. usual: mean tokens of the good answers of the step.
         """
-        gains = self.beta * (gains - divergence)
-        return 1 - torch.sigmoid(torch.where(is_good, gains, -gains))
+        gains = self.beta * (ours - theirs - divergence)
+        losses = 1 - torch.sigmoid(torch.where(is_good, gains, -gains))
+        return losses - self.sft_weight * is_good * ours / usual
 
 
 def compare(values: torch.Tensor) -> torch.Tensor:

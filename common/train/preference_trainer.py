@@ -1,7 +1,6 @@
 """The trainer of preferences: the answers of a pair side by side, with the loss of `preference`."""
 
 import contextlib
-import itertools
 import statistics
 import sys
 from dataclasses import dataclass
@@ -95,7 +94,9 @@ class PreferenceTrainer(ChatTrainer):
         theirs = self.reference_log_probs(model, inputs, ours)
         lengths = lengths.clamp(min=1)  # of blank pairs
         if self.preference.loss == "kto":
-            losses = self.preference.labelled_losses((ours - theirs)[:, 0], self.divergence, is_good)
+            losses = self.preference.labelled_losses(
+                ours[:, 0], theirs[:, 0], self.divergence, is_good, self.usual_length
+            )
         else:
             losses = self.preference.losses(ours, theirs, lengths, self.usual_length)
         with torch.no_grad():
@@ -152,9 +153,10 @@ class PreferenceTrainer(ChatTrainer):
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
-        lengths = [length for batch in batches for length in batch["length"].tolist() if length]
-        lengths = list(itertools.chain.from_iterable(distributed.gather(lengths)))
-        self.pairs_in_step, self.usual_length = max(1, len(lengths)), max(1, sum(lengths)) / max(1, len(lengths))
+        lengths = torch.cat([torch.stack([batch["length"], batch["is_good"]], 1) for batch in batches]).tolist()
+        lengths = [pair for of_process in distributed.gather(lengths) for pair in of_process if pair[0]]
+        good = [length for length, is_good in lengths if is_good]
+        self.pairs_in_step, self.usual_length = max(1, len(lengths)), max(1, sum(good)) / max(1, len(good))
         if self.preference.loss == "kto":  # over the whole step, however it is cut into micro steps
             self.divergence = self.mean_gain(batches)
         return batches, items
@@ -163,7 +165,7 @@ class PreferenceTrainer(ChatTrainer):
         return worst_pairs(self, batches)
 
     def evaluate(self, *args, **kwargs):
-        self.usual_length = statistics.fmean(filter(None, map(count_first, self.eval_dataset)))
+        self.usual_length = statistics.fmean(count_first(row) or 1 for row in self.eval_dataset if row["is_good"])
         if self.preference.loss == "kto":
             self.divergence = self.mean_gain(self.get_eval_dataloader())
         return super().evaluate(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from common import hardware
+from common.cli import UserError
 from common.data import checks, prepare, templates
 from common.data.account import describe
 from common.data.encoder import ChatEncoder
@@ -54,11 +55,6 @@ class Job:
         model_config, vocabulary = load.load_config(self.source), len(self.tokenizer)
         return empty_model(model_config, quantization, self.dtype, attention, vocabulary)
 
-    @property
-    def keeps_base(self) -> bool:
-        """Whether the model without its new adapter is the base."""
-        return self.settings.get("ADAPTER") in KEEPS_BASE and not self.source.adapter
-
     def has_reference(self, kind: str) -> bool:
         """Whether the loss compares with a reference of this kind, live or kept."""
         needed = self.preference is not None and self.preference.needs_reference
@@ -86,11 +82,9 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     base = tokenizer if reference == source else reference and load.load_tokenizer(reference)
     base_template = base and base.chat_template
     model_config = load.load_config(source)
-    preference = Preference.of(settings) if "LOSS" in settings else None
-    if preference is None:
+    preference, kl_weight = choose_preference(settings, source), 0.0
+    if preference is None:  # which has a pull towards its reference of its own
         kl_weight = config.choose_kl_weight(settings, bool(base_template), reference is not None)
-    else:
-        kl_weight = 0.0  # the loss has a pull towards the reference of its own
     if weight := router_loss_weight(model_config):
         print(f"balance of the experts: weight {weight}; logged as router_loss, not part of loss and eval_loss")
     if settings["PACKING"] and not can_pack(model_config, settings["MAX_LENGTH"]):
@@ -110,6 +104,24 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
         with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
             load_adapter(job.empty_model(), source.adapter)
     return job
+
+
+def choose_preference(settings: dict, source: Source) -> Preference | None:
+    """The preference loss that settings name; None for training on ordinary chats."""
+    if "LOSS" not in settings:
+        return None
+    preference = Preference.of(settings)
+    reference = settings["REFERENCE"] if preference.needs_reference else "none"
+    if reference == "live" and not keeps_base(settings, source):
+        problem = f"ADAPTER={settings['ADAPTER']} on {settings['MODEL']} changes the base or goes on from an adapter"
+        raise UserError(f"REFERENCE=live: {problem}. Set REFERENCE=kept.")
+    print(f"preference loss: {preference.loss}, SFT_WEIGHT={preference.sft_weight:g}, reference: {reference}")
+    return preference
+
+
+def keeps_base(settings: dict, source: Source) -> bool:
+    """Whether the model without its new adapter is the base."""
+    return settings.get("ADAPTER") in KEEPS_BASE and not source.adapter
 
 
 def load_data(job: Job, run, trained_rows: list[int]) -> None:
@@ -195,7 +207,7 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
         save_total_limit=settings["SAVE_TOTAL_LIMIT"],
         data_digest=job.data_digest,
         base_fingerprint=model.base_fingerprint,
-        has_new_adapter=job.keeps_base,
+        has_new_adapter=keeps_base(settings, job.source),
         **options,
     )
     if job.has_reference("kept"):
