@@ -14,11 +14,11 @@ GIB = 2**30
 METRICS = "metrics.jsonl"  # of a training run: one object for each logged step
 
 
-def write_atomic(file: Path, text: str) -> None:
+def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a file that is never seen half-written, and bring it to the disk."""
     partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(partial, "wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)

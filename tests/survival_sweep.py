@@ -2,6 +2,7 @@
 
     python tests/survival_sweep.py
     python tests/survival_sweep.py SIDE=trl EVERY=4
+    python tests/survival_sweep.py SCRIPT=preference_train.py EVERY=4 MORE="REFERENCE=live BATCH_SIZE=4"
     python tests/survival_sweep.py STEPS=12 MORE="EVAL_STEPS=1 SAVE_STEPS=None EARLY_STOPPING_PATIENCE=2"
 
 A tiny model on the CPU, LoRA with dropout, a checkpoint after every step. Each kill is a real `kill -9` of the process,
@@ -25,6 +26,7 @@ SIDE = "ours"  # ours or trl
 EVERY = 1  # every so manyth kill point
 STEPS = 6  # optimizer steps of the run
 PROCESSES = 2  # runs at a time
+SCRIPT = "qlora_train.py"  # or preference_train.py
 MORE = ""  # settings of the run, beside or instead of those below
 
 if __name__ == "__main__":
@@ -69,7 +71,7 @@ def main():
 
 
 def prepare_inputs(folder: Path) -> None:
-    """A tiny random model and 24 chats."""
+    """A tiny random model, 24 chats, and as many pairs."""
     tokenizer = save_tokenizer(folder / "tokenizer", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>")
     save_tiny("llama", folder / "model", tokenizer)
     tokenizer = load.load_tokenizer(location.locate(str(folder / "model")))
@@ -77,6 +79,10 @@ def prepare_inputs(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")  # with a template
     rows = [json.loads(line) for line in open(ROOT / "data" / "brief.jsonl", encoding="utf-8")][:24]
     write_jsonl(folder / "chats.jsonl", rows)
+    answers = [row["messages"][-1]["content"] for row in rows]
+    pairs = zip(rows, answers, answers[1:] + ["So it is."], strict=True)
+    pairs = [{"prompt": row["messages"][:-1], "chosen": one, "rejected": other} for row, one, other in pairs]
+    write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 def kill_and_resume(side: str, folder: Path, point: int, torn: bool) -> dict | None:
@@ -203,12 +209,12 @@ def watch(run: Path, kill_at: int, torn: bool) -> None:
 
 
 def train_ours(run: Path) -> None:
-    inputs = run.parent
+    inputs, data = run.parent, "chats" if SCRIPT == "qlora_train.py" else "pairs"
     arguments = (
-        f"MODEL={inputs}/model DATA={inputs}/chats.jsonl OUT_DIR={run.parent} RUN_NAME={run.name} MAX_STEPS={STEPS} "
+        f"MODEL={inputs}/model DATA={inputs}/{data}.jsonl OUT_DIR={run.parent} RUN_NAME={run.name} MAX_STEPS={STEPS} "
         "LORA_R=4 LORA_DROPOUT=0.1 MAX_LENGTH=128 EVAL_SIZE=4 EVAL_STEPS=3 SAVE_STEPS=1 LEARNING_RATE=1e-2"
     )
-    if code := execute("qlora_train.py", [*arguments.split(), *MORE.split()]):
+    if code := execute(SCRIPT, [*arguments.split(), *MORE.split()]):
         raise SystemExit(code)
 
 

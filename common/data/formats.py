@@ -19,7 +19,7 @@ LABELS = ("label", "kto_label", "kto_tag")
 OF_TURNS = dict.fromkeys((*REASONING, "tool_calls", "function_call"), "move it into the assistant turn")
 OF_TURNS["history"] = "put its turns before the others"
 OF_CHATS = dict.fromkeys(("system", "system_prompt", "tools", "functions"), "write it into the text")
-PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
+PREFERENCES = (*rows.CHOSEN, *rows.REJECTED)
 
 
 def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answer") -> Chat | InvalidRow | SkippedRow:
@@ -43,11 +43,7 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
 
 
 def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:
-    rest, names = rows.lower_keys(row, "row"), rows.lowered(tuple(row))
-    renamed = rows.rename(rest, columns, notes)
-    given = columns if renamed else {}
-    if renamed:
-        rest, names = renamed, names | {target: name for name, target in columns.items()}
+    rest, names, given = known_fields(row, columns, notes)
     if rest.keys() >= {"message_id", "parent_id"}:
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
     preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
@@ -59,6 +55,20 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
     fields = schema_of(rest, columns, given, row)
     if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
+    return read_fields(rest, fields, names, completion, notes)
+
+
+def known_fields(row: dict, columns: dict[str, str], notes: list[str]) -> tuple[dict, dict[str, str], dict[str, str]]:
+    """The row by the names that we know, its own names of them, and columns, where the row has their fields."""
+    rest, names = rows.lower_keys(row, "row"), rows.lowered(tuple(row))
+    renamed = rows.rename(rest, columns, notes)
+    if not renamed:
+        return rest, names, {}
+    return renamed, names | {target: name for name, target in columns.items()}, columns
+
+
+def read_fields(rest: dict, fields: tuple[str, ...], names: dict[str, str], completion: str, notes: list[str]):
+    """The chat in the fields of a schema and in what belongs to it of the rest. names: the row's own."""
     raw = turns_of(rest, fields, completion, notes)
     if isinstance(raw, SkippedRow):
         return raw
@@ -168,14 +178,14 @@ def add_weight(row: dict, raw: list[tuple[str, dict]]) -> None:
 
 def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[str]) -> list[tuple] | SkippedRow:
     """The turns in the fields of a schema, which are taken out of the row: (place, turn) each."""
-    if fields[0] in rows.LISTS and len(fields) == 1:
-        return turns_in(row, fields[0])
     if fields == rows.ARENA:
         return ranked(arena, row)
     if fields == rows.TREE:
         return ranked(tree, row)
     if fields == rows.TEXT:
         return [("text", {"role": "text", "content": row.pop("text")})]
+    if len(fields) == 1:
+        return turns_in(row, fields[0])
     if fields == rows.SUMMARY and isinstance(row["dialogue"], str) and row["dialogue"].strip():
         row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
     values = [row[name] for name in fields]

@@ -59,7 +59,7 @@ def encode_all(chats: Iterator, arguments: tuple, reasons: Reasons, processes: i
         reasons.update(of_batch)
         for times, place, row in rows:
             ids = hash(row.ids.tobytes())
-            key = ids, hash(row.learned.tobytes())
+            key = ids, hash(row.learned.tobytes()), row.is_good
             if not times and ids in trained:
                 raise UserError(f"EVAL_DATA: the chat at {place} is in DATA, too; remove it from one of them.")
             if key in seen:
@@ -144,7 +144,7 @@ def fit_compared(parts: list[Encoded], place: str, is_good: bool, settings: dict
     if settings["TOO_LONG"] == "error":
         problem = f"{longest:,} tokens, more than MAX_LENGTH={most}"
         raise UserError(f"{place}: {problem}. TOO_LONG=drop leaves such pairs out, since an answer is never cut.")
-    reasons.add("dropped: an answer ends beyond MAX_LENGTH")
+    reasons.add("dropped: longer than MAX_LENGTH, and an answer is never cut")
     return None
 
 

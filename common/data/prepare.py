@@ -145,6 +145,9 @@ def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearn
         train, evaluation = (parquet.read_table(folder / name) for name in FILES)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"DATA={folder} is damaged ({error}); prepare it again.") from error
+    if before["is_compared"] != now["is_compared"]:
+        what = ("chats", "pairs")[before["is_compared"]]
+        raise UserError(f"DATA={folder} was prepared for {what}. Name the files that it was made of.")
     if changed:
         hint = "`encoding` is the tokenizer with its template (MODEL, CHAT_TEMPLATE)."
         raise UserError(f"DATA={folder} was prepared with {', '.join(changed)}; set it back. {hint}")

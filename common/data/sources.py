@@ -48,7 +48,7 @@ class Reading:
     completion: str = "answer"
     encoding: str = "utf-8"
     tokens: tuple | None = None  # of `vocabulary.read_vocabulary`
-    pairs: bool = False  # rows of preferences, with two answers or a label
+    loss: str | None = None  # that learns from rows of preferences, with two answers or a label; None: chats
 
     @classmethod
     def of(cls, settings: dict, setting: str = "DATA") -> "Reading":
@@ -59,7 +59,7 @@ class Reading:
             settings.get("COMPLETION", cls.completion),
             settings.get("ENCODING", cls.encoding),
             vocabulary.read_vocabulary(vocab) if vocab else None,
-            "LOSS" in settings or setting == "PAIRS",
+            settings.get("LOSS") or ("kto" if setting == "PAIRS" else None),
         )
 
 
@@ -162,9 +162,9 @@ def read_chats(source: Source, reading: Reading = PLAIN) -> Iterator[tuple[str, 
     rows = itertools.chain([first], rows)
     columns, completion = reading.columns, reading.completion
     if isinstance(first[1], dict) and {"message_id", "parent_id"} <= first[1].keys():
-        chats = formats.trees(list(rows), pairs.read_tree if reading.pairs else None)
-    elif reading.pairs:
-        chats = ((place, pairs.to_compared(row, columns)) for place, row in rows)
+        chats = formats.trees(list(rows), pairs.read_tree if reading.loss else None)
+    elif reading.loss:
+        chats = ((place, pairs.to_compared(row, columns, reading.loss)) for place, row in rows)
     else:
         chats = ((place, formats.to_chat(row, columns, completion)) for place, row in rows)
     yield from itertools.islice(chats, int(start or 0), stop and int(stop))

@@ -11,6 +11,7 @@ from common import distributed, hardware
 from common.bounds import check_package, split_list
 from common.cli import UserError
 from common.train.batch_plan import BatchPlan, rows_per_step
+from common.train.preference import SMOOTHED
 
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
@@ -33,8 +34,26 @@ def check_combinations(settings: dict) -> None:
     for name in split_list(settings["REPORT_TO"]):
         if name != "tensorboard" or not find_spec("tensorboardX"):  # transformers takes either
             check_package("REPORT_TO", settings["REPORT_TO"], name, name)
+    if "LOSS" in settings:
+        check_preference(settings)
     rows_per_step(settings)
     check_evaluations(settings, bool(settings["EVAL_SIZE"] or settings["EVAL_DATA"]))
+
+
+def check_preference(settings: dict) -> None:
+    """Refuse settings that LOSS makes no use of."""
+    loss, smoothing = settings["LOSS"], settings["LABEL_SMOOTHING"]
+    for wrong, name, reason in (
+        (settings["TRAIN_ON"] == "all", "TRAIN_ON=all", "only answers are compared. Set TRAIN_ON=assistant."),
+        (
+            settings["KL_WEIGHT"],
+            f"KL_WEIGHT={settings['KL_WEIGHT']}",
+            "BETA holds the model to its reference. Set None.",
+        ),
+        (smoothing and loss not in SMOOTHED, f"LABEL_SMOOTHING={smoothing}", f"LOSS={loss} has none. Set it to 0."),
+    ):
+        if wrong:
+            raise UserError(f"{name} with LOSS={loss}: {reason}")
 
 
 def check_evaluations(settings: dict, has_rows: bool) -> None:

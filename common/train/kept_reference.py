@@ -1,5 +1,6 @@
 """The reference of a preference loss, computed once before the first step and kept in the run folder."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 
 from common import distributed
 from common.cli import RANK
-from common.files import hash_file
+from common.files import hash_file, write_atomic
 from common.train.preference_trainer import OF_PAIRS, PreferenceTrainer
+from common.train.preflight import check_losses
 
 
 def keep_reference(trainer: PreferenceTrainer, folder: Path, adapter: str | None) -> None:
@@ -19,12 +21,17 @@ def keep_reference(trainer: PreferenceTrainer, folder: Path, adapter: str | None
     file, settings = folder / "reference.npz", trainer.settings
     weights = adapter and hash_file(Path(adapter) / "adapter_model.safetensors")
     parts = trainer.data_digest, trainer.base_fingerprint, weights, trainer.dtype
-    key = " ".join(map(str, (*parts, settings["MAX_SAMPLES"], settings["SEED"])))
+    names = "LOSS MODEL QUANTIZATION ADAPTER MAX_SAMPLES SEED".split()
+    key = " ".join(map(str, (*parts, *(settings[name] for name in names))))
     kept = dict(np.load(file)) if file.is_file() else {}
     if kept.get("key") != key:
+        with trainer.accelerator.autocast():  # the model is not yet wrapped, which would do it
+            check_losses(trainer)  # it may find that another attention is the right one
         sets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
         kept = {name: log_probs_of(trainer, rows) for name, rows in sets.items() if rows is not None}
-        distributed.on_first(lambda: np.savez(file, key=key, **kept))
+        content = io.BytesIO()
+        np.savez(content, key=key, **kept)
+        distributed.on_first(lambda: write_atomic(file, content.getvalue()))
     trainer.train_dataset = trainer.train_dataset.add_column("reference", kept["train"].tolist())
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = trainer.eval_dataset.add_column("reference", kept["eval"].tolist())

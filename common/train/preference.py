@@ -63,6 +63,7 @@ class Preference:
             case "simpo":  # arXiv 2405.14734, equation 6
                 losses = self.smoothed(self.beta * compare(means) - self.gamma)
             case "orpo":  # arXiv 2403.07691, equations 6 and 7: odds are p / (1 - p)
+                means = means.clamp(max=-1e-7)  # of a certain answer, and of a blank row, the odds are infinite
                 log_odds = compare(means) - compare(torch.log(-torch.expm1(means)))
                 losses = sft_loss - self.beta * logsigmoid(log_odds)
         return losses + self.sft_weight * sft_loss  # arXiv 2404.19733, equation 1

@@ -10,6 +10,7 @@ import torch
 from common import distributed
 from common.data.compared import sequences_of
 from common.train.preference import PAIR_METRICS, Preference, sum_by_sequence
+from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer, count_tokens
 
@@ -71,6 +72,10 @@ class PreferenceTrainer(ChatTrainer):
             alone = {"input_ids": [token], "labels": [-100]}
             row |= alone | {"seq_lengths": [1], "mismatched": alone}
         return row | {"is_good": True}
+
+    def restore_progress(self):
+        super().restore_progress()
+        check_reference(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())

@@ -18,6 +18,8 @@ from common.train.reliability import chats_of
 # row). Chats that see each other: 0.21 to 0.29.
 BOUNDS = {torch.float32: 5e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 INT8_BOUND = 0.2
+# The same pair by the same weights, one after the other: see tests/train/test_preference.py.
+REFERENCE_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
 SEARCHED = 32  # rows in which long chats are looked for
 POSITIONS = 256  # tokens in the loss of a chat, the last ones, that are compared
 
@@ -38,6 +40,28 @@ def check_losses(trainer) -> None:
             check_adapter(trainer, inputs, losses, bound)
     print(f"check: losses differ by {difference:.2g} nats from the model's own (bound {bound:.2g})")
     trainer.model.train()
+
+
+def check_reference(trainer) -> None:
+    """Raise UserError where the reference of a preference loss is not the model before its first step."""
+    if trainer.restored or not trainer.preference.needs_reference:
+        return
+    inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        ours, lengths, _ = trainer.log_probs(trainer.model, inputs)
+        changes = (ours - trainer.reference_log_probs(trainer.model, inputs, ours)) / lengths.clamp(min=1)
+    trainer.model.train()
+    difference = max(distributed.gather(changes.abs().max().item()))
+    bound = INT8_BOUND if getattr(trainer.model, "is_loaded_in_8bit", False) else REFERENCE_BOUNDS[trainer.dtype]
+    print(f"check: the reference differs by {difference:.2g} nats a token from the model (bound {bound:.2g})")
+    if not difference <= bound:
+        kind = trainer.settings["REFERENCE"]
+        problem = (
+            f"it differs by {difference:.2g} nats a token from the model before the first step (bound {bound:.2g})"
+        )
+        remedy = {"kept": "Start a new run, or delete its data/reference.npz.", "live": "Set REFERENCE=kept."}[kind]
+        report(trainer, f"REFERENCE={kind}: {problem}, so that the loss does not begin at that of no change. {remedy}")
 
 
 def check_row(trainer, inputs: dict) -> tuple[list[torch.Tensor], float, float]:

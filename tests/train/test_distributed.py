@@ -25,6 +25,7 @@ from common.train.trainer import count_tokens
 BIN = Path(sys.executable).parent
 FULL = ["ADAPTER=None", "LEARNING_RATE=1e-3"]
 GALORE = ["GALORE_RANK=16", "GALORE_UPDATE_GAP=4", "LEARNING_RATE=1e-3"]
+PAIRS = ["DATA=data/pairs.jsonl[:24]", "MAX_LENGTH=512", "BATCH_SIZE=6", "LORA_R=4"]
 # Script and settings by run. The single process does each of them once, the engines those below.
 RUNS = {
     "lora": ("qlora_train.py", ["LORA_R=4"]),
@@ -32,12 +33,14 @@ RUNS = {
     "full": ("qlora_train.py", FULL),
     "nf4": ("qlora_train.py", ["QUANTIZATION=nf4"]),
     "galore": ("galore_train.py", GALORE),
+    "dpo": ("preference_train.py", [*PAIRS, "REFERENCE=kept"]),
+    "kto": ("preference_train.py", [*PAIRS, "REFERENCE=live", "LOSS=kto"]),
     "bf16": ("qlora_train.py", ["LORA_R=4", "DTYPE=bfloat16", "LEARNING_RATE=1e-3"]),
 }
 ENGINES = {
-    "ddp": ["lora", "kl", "full", "nf4", "galore"],
-    "fsdp": ["lora", "kl", "full", "nf4"],
-    "zero2": ["lora", "full", "nf4"],
+    "ddp": ["lora", "kl", "full", "nf4", "galore", "dpo", "kto"],
+    "fsdp": ["lora", "kl", "full", "nf4", "dpo", "kto"],
+    "zero2": ["lora", "full", "nf4", "dpo"],
 }
 
 
@@ -120,7 +123,7 @@ def assert_equal_runs(one: Path, other: Path, tolerance: float):
     """Losses and weights within a relative tolerance, the weights' against the largest of each tensor."""
     a, b = logged(one), logged(other)
     assert [(x["step"], x["tokens"]) for x in a] == [(x["step"], x["tokens"]) for x in b]
-    for name in ("loss", "eval_loss", "kl"):
+    for name in ("loss", "eval_loss", "kl", "margin", "accuracy", "chosen_reward", "eval_margin", "eval_accuracy"):
         pairs = [(x[name], y[name]) for x, y in zip(a, b, strict=True) if name in x]
         assert all(abs(x - y) <= tolerance * max(abs(x), 0.1) for x, y in pairs), (name, pairs)
     a, b = weights(one), weights(other)

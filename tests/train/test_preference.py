@@ -17,8 +17,8 @@ from common.data import templates
 from common.data.compared import IGNORE_INDEX, sequences_of
 from common.model import adapters
 from common.run import report
-from common.train import preference_trainer
-from common.train.preference import PAIR_METRICS
+from common.train import kept_reference, preference_trainer
+from common.train.preference import PAIR_METRICS, Preference
 
 STEPS, PAIRS = 6, 8  # of a run; of a step
 TRL = dict(
@@ -234,3 +234,42 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(loss, reference, tra
         (tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("whole", "run")
     ]
     assert adapters_written[0] == adapters_written[1]
+
+
+def test_certain_answers_and_blank_rows_have_finite_odds():
+    ours, lengths = torch.tensor([[0.0, 0.0], [0.0, -3.0]], requires_grad=True), torch.ones(2, 2)
+    losses = Preference("orpo", sft_weight=1.0).losses(ours, torch.zeros(2, 2), lengths, 1.0)
+    losses.sum().backward()
+    assert losses.isfinite().all() and ours.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["REFERENCE=live", "ADAPTER=None"], "REFERENCE=live switches a new adapter off"),
+        (["TRAIN_ON=all"], "TRAIN_ON=all with LOSS=dpo: only answers are compared"),
+        (["KL_WEIGHT=1"], "KL_WEIGHT=1.0 with LOSS=dpo: BETA holds the model"),
+        (["LOSS=ipo", "LABEL_SMOOTHING=0.1"], "LABEL_SMOOTHING=0.1 with LOSS=ipo"),
+    ],
+)
+def test_settings_that_a_preference_loss_cannot_use_are_refused(settings, message, base, files, run_here, tmp_path):
+    common = [f"MODEL={base}", f"DATA={files[0]}", "MAX_LENGTH=512", f"OUT_DIR={tmp_path}"]
+    code, _, error = run_here("preference_train.py", *common, *settings)
+    assert code == 2 and message in error
+
+
+def test_a_kept_reference_of_another_model_stops_the_run(base, files, run_here, tmp_path, monkeypatch):
+    honest, checked = kept_reference.log_probs_of, []
+
+    def wrong(trainer, rows):
+        assert checked  # by which another attention may be found
+        return honest(trainer, rows) + 1
+
+    monkeypatch.setattr(kept_reference, "check_losses", checked.append)
+    monkeypatch.setattr(kept_reference, "log_probs_of", wrong)
+    common = [f"MODEL={base}", f"DATA={files[0]}[:9]", "MAX_LENGTH=512", f"OUT_DIR={tmp_path}", "DTYPE=float32"]
+    common += ["MAX_STEPS=1", "BATCH_SIZE=2", "SAVE_STEPS=None", "EVAL_SIZE=0"]
+    code, said, error = run_here("preference_train.py", *common)
+    assert code == 2 and "REFERENCE=kept: it differs by 0." in error and "step 1/1" not in said
+    code, said, error = run_here("preference_train.py", *common, "DOCTOR=warn")
+    assert code == 0 and "check: REFERENCE=kept: it differs" in error and "step 1/1" in said
