@@ -1,6 +1,7 @@
 """The trainer of preferences: the answers of a pair side by side, with the loss of `preference`."""
 
 import contextlib
+import logging
 import statistics
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer, count_tokens
 
+# Of SFTTrainer: one pair at a time is two sequences without padding.
+logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "padding-free" not in line.getMessage())
 OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch has beside the model's inputs
 # Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
 MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
@@ -165,7 +168,9 @@ class PreferenceTrainer(ChatTrainer):
         return worst_pairs(self, batches)
 
     def evaluate(self, *args, **kwargs):
-        self.usual_length = statistics.fmean(count_first(row) or 1 for row in self.eval_dataset if row["is_good"])
+        self.usual_length = statistics.fmean(
+            [count_first(row) or 1 for row in self.eval_dataset if row["is_good"]] or [1]
+        )
         if self.preference.loss == "kto":
             self.divergence = self.mean_gain(self.get_eval_dataloader())
         return super().evaluate(*args, **kwargs)
