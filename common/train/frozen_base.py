@@ -9,7 +9,6 @@ from common.bounds import ADAPTERS
 from common.cli import UserError
 from common.model import adapters, load, location
 from common.model.quantize import BITS
-from common.train.preference import FREE
 
 
 def locate_base(settings: dict) -> tuple[location.Source, torch.dtype, dict]:
@@ -34,13 +33,7 @@ def refuse_untrainable(settings: dict, source: location.Source, dtype: torch.dty
     is_lora = continued.peft_type == "LORA" if continued else adapter not in (None, "ia3")
     has_16_bits = load.find_quantization(source, None) is None
     remedy = "Set QUANTIZATION=None or ADAPTER=lora." if has_16_bits else "Take the 16-bit MODEL, or ADAPTER=lora."
-    is_live = settings.get("REFERENCE") == "live" and settings["LOSS"] not in FREE
-    keeps_base = is_new and adapter not in ("pissa", "loftq") and not source.adapter
     for wrong, reason in (
-        (
-            is_live and not keeps_base,
-            "REFERENCE=live switches a new adapter off, and here is none. Set REFERENCE=kept.",
-        ),
         (full and quantised, f"quantised weights have no gradient to train by. {remedy}"),
         (full and half, "gradients of float16 weights cannot be unscaled. Set DTYPE=float32 or ADAPTER=lora."),
         (full and source.adapter, "MODEL is an adapter on a frozen base. Set ADAPTER=lora to continue it."),

@@ -246,7 +246,7 @@ def test_certain_answers_and_blank_rows_have_finite_odds():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["REFERENCE=live", "ADAPTER=None"], "REFERENCE=live switches a new adapter off"),
+        (["REFERENCE=live", "ADAPTER=None"], "REFERENCE=live: ADAPTER=None"),
         (["TRAIN_ON=all"], "TRAIN_ON=all with LOSS=dpo: only answers are compared"),
         (["KL_WEIGHT=1"], "KL_WEIGHT=1.0 with LOSS=dpo: BETA holds the model"),
         (["LOSS=ipo", "LABEL_SMOOTHING=0.1"], "LABEL_SMOOTHING=0.1 with LOSS=ipo"),
