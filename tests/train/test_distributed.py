@@ -39,8 +39,8 @@ RUNS = {
 }
 ENGINES = {
     "ddp": ["lora", "kl", "full", "nf4", "galore", "dpo", "kto"],
-    "fsdp": ["lora", "kl", "full", "nf4", "dpo", "kto"],
-    "zero2": ["lora", "full", "nf4", "dpo"],
+    "fsdp": ["lora", "kl", "full", "nf4", "dpo"],
+    "zero2": ["lora", "full", "nf4"],
 }
 
 

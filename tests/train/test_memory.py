@@ -113,8 +113,9 @@ def test_prediction_holds_with_several_micro_steps_and_rows(how, run, followed):
     assert 0.98 * real < predicted < (1.6 if how == "PACKING=False" else 1.1) * real
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("how", ["REFERENCE=live", "LOSS=simpo", "QUANTIZATION=nf4", "ADAPTER=None"])
+@pytest.mark.parametrize("how, checkpointing", [
+    ("REFERENCE=live", True), ("REFERENCE=live", False), ("QUANTIZATION=nf4", True), ("ADAPTER=None", False),
+])  # fmt: skip
 def test_a_step_on_pairs_is_predicted_within_two_percent(how, checkpointing, run, followed, tmp_path):
     words = "the small brown dog runs over a bridge and looks at its river".split()
     answers = [" ".join(random.Random(number).choices(words, k=150)) for number in range(6)]
