@@ -22,7 +22,7 @@ def keep_reference(trainer: PreferenceTrainer, folder: Path, adapter: str | None
     weights = adapter and hash_file(Path(adapter) / "adapter_model.safetensors")
     parts = trainer.data_digest, trainer.base_fingerprint, weights, trainer.dtype
     names = "LOSS MODEL QUANTIZATION ADAPTER MAX_SAMPLES SEED".split()
-    key = " ".join(map(str, (*parts, *(settings[name] for name in names))))
+    key = " ".join(map(str, (*parts, *(settings.get(name) for name in names))))
     kept = dict(np.load(file)) if file.is_file() else {}
     if kept.get("key") != key:
         with trainer.accelerator.autocast():  # the model is not yet wrapped, which would do it

@@ -168,9 +168,8 @@ class PreferenceTrainer(ChatTrainer):
         return worst_pairs(self, batches)
 
     def evaluate(self, *args, **kwargs):
-        self.usual_length = statistics.fmean(
-            [count_first(row) or 1 for row in self.eval_dataset if row["is_good"]] or [1]
-        )
+        lengths = [count_first(row) for row in self.eval_dataset if row["is_good"]]
+        self.usual_length = statistics.fmean([length for length in lengths if length] or [1])  # 0: a blank row
         if self.preference.loss == "kto":
             self.divergence = self.mean_gain(self.get_eval_dataloader())
         return super().evaluate(*args, **kwargs)
