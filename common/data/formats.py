@@ -4,7 +4,7 @@ import functools
 import re
 
 from common.data import rows
-from common.data.rows import REASONING, Chat, InvalidRow, RowError, SkippedRow, as_text, invalid, is_empty, refuse
+from common.data.rows import REASONING, Chat, InvalidRow, SkippedRow, as_text, invalid, is_empty, refuse
 from common.data.tools import take_tools
 from common.data.trees import arena, ranked, tree, trees
 from common.data.turns import PLAIN, check_turns, give_weight, role_of, take_weight, turns_in
@@ -31,15 +31,7 @@ def to_chat(row, columns: dict[str, str] | None = None, completion: str = "answe
 
     columns: of `rows.parse_columns`. completion: "answer" or "continue", how plain prompt and completion are read.
     """
-    if not isinstance(row, dict):
-        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, as {MESSAGES}", row)
-    notes = []
-    try:
-        return read_row(row, columns or {}, completion, notes)
-    except RowError as error:
-        return error.args[0]
-    except RecursionError:
-        return invalid("row", "nested too deeply; remove it", list(row))
+    return rows.read_safely(read_row, row, MESSAGES, columns or {}, completion, [])
 
 
 def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[str]) -> Chat | SkippedRow:

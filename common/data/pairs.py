@@ -3,7 +3,7 @@
 import re
 
 from common.data import formats, rows, trees
-from common.data.rows import CHOSEN, LISTS, REJECTED, Chat, InvalidRow, RowError, SkippedRow, invalid, is_empty, refuse
+from common.data.rows import CHOSEN, LISTS, REJECTED, Chat, InvalidRow, RowError, SkippedRow, is_empty, refuse
 from common.data.turns import check_turns, known_role
 
 PAIR = '{"prompt": ..., "chosen": ..., "rejected": ...}'
@@ -29,15 +29,7 @@ def to_compared(row, columns: dict[str, str] | None = None, loss: str = "kto") -
 
     columns: of `rows.parse_columns`.
     """
-    if not isinstance(row, dict):
-        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, as {SCHEMAS}", row)
-    notes = []
-    try:
-        return read_row(row, columns or {}, loss, notes)
-    except RowError as error:
-        return error.args[0]
-    except RecursionError:
-        return invalid("row", "nested too deeply; remove it", list(row))
+    return rows.read_safely(read_row, row, SCHEMAS, columns or {}, loss, [])
 
 
 def read_row(row: dict, columns: dict[str, str], loss: str, notes: list[str]) -> Compared | SkippedRow:

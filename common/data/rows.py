@@ -88,6 +88,18 @@ def refuse(field: str, problem: str, value, limit: int = 60) -> NoReturn:
     raise RowError(invalid(field, problem, value, limit))
 
 
+def read_safely(read, row, form: str, *arguments):
+    """What read(row, *arguments) returns, or the InvalidRow by which it refuses the row. form: of a row, as JSON."""
+    if not isinstance(row, dict):
+        return row if isinstance(row, InvalidRow) else invalid("row", f"must be an object, as {form}", row)
+    try:
+        return read(row, *arguments)
+    except RowError as error:
+        return error.args[0]
+    except RecursionError:
+        return invalid("row", "nested too deeply; remove it", list(row))
+
+
 def is_missing(value) -> bool:
     return value is None or isinstance(value, float) and math.isnan(value)
 

@@ -50,6 +50,7 @@ def check_preference(settings: dict) -> None:
             f"KL_WEIGHT={settings['KL_WEIGHT']}",
             "BETA holds the model to its reference. Set None.",
         ),
+        (settings["COMPLETION"] != "answer", f"COMPLETION={settings['COMPLETION']}", "pairs are chats. Set answer."),
         (smoothing and loss not in SMOOTHED, f"LABEL_SMOOTHING={smoothing}", f"LOSS={loss} has none. Set it to 0."),
     ):
         if wrong:

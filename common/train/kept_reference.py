@@ -9,7 +9,8 @@ import torch
 from common import distributed
 from common.cli import RANK
 from common.files import hash_file, write_atomic
-from common.train.preference_trainer import OF_PAIRS, PreferenceTrainer
+from common.train.preference import OF_PAIRS
+from common.train.preference_trainer import PreferenceTrainer
 from common.train.preflight import check_losses
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from common.cli import UserError
-
+OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch of pairs has beside the model's inputs
 FREE = ("simpo", "orpo")  # losses without a reference
 SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
 # What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
@@ -29,16 +28,8 @@ class Preference:
 
     @classmethod
     def of(cls, settings: dict) -> "Preference":
-        """As the settings say; UserError where one would be ignored."""
+        """As the settings say."""
         loss, weight = settings["LOSS"], settings["SFT_WEIGHT"]
-        for name, ignored, remedy in (
-            ("TRAIN_ON", settings["TRAIN_ON"] == "all", "a preference is of answers. Set it to assistant"),
-            ("COMPLETION", settings["COMPLETION"] != "answer", "pairs are chats. Set it to answer"),
-            ("KL_WEIGHT", settings["KL_WEIGHT"], "the loss is held to its reference by BETA. Set it to None"),
-            ("LABEL_SMOOTHING", settings["LABEL_SMOOTHING"] and loss not in SMOOTHED, f"{loss} has none. Set it to 0"),
-        ):
-            if ignored:
-                raise UserError(f"{name}={settings[name]} LOSS={loss}: {remedy}.")
         if weight is None:
             weight = 0.0 if loss == "orpo" else 1.0
         return cls(loss, settings["BETA"], settings["LABEL_SMOOTHING"], weight, settings["GAMMA"])

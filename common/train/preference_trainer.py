@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from common import distributed
-from common.data.compared import sequences_of
-from common.train.preference import PAIR_METRICS, Preference, sum_by_sequence
+from common.data.compared import IGNORE_INDEX, sequences_of
+from common.train.preference import OF_PAIRS, PAIR_METRICS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer, count_tokens
 
 # Of SFTTrainer: one pair at a time is two sequences without padding.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "padding-free" not in line.getMessage())
-OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch has beside the model's inputs
 # Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
 MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
 
@@ -47,7 +46,7 @@ class PairCollator:
 
 def count_first(row: dict) -> int:
     """Tokens of the better answer, or of the only one; 0 for a blank row."""
-    return sum(label != -100 for label in row["labels"][: row["seq_lengths"][0]])
+    return sum(label != IGNORE_INDEX for label in row["labels"][: row["seq_lengths"][0]])
 
 
 class PreferenceTrainer(ChatTrainer):
@@ -70,9 +69,9 @@ class PreferenceTrainer(ChatTrainer):
 
     def blank_row(self) -> dict:
         token = self.processing_class.eos_token_id or 0
-        row = {"input_ids": [token] * 2, "labels": [-100] * 2, "seq_lengths": [1, 1], "reference": [0.0, 0.0]}
+        row = {"input_ids": [token] * 2, "labels": [IGNORE_INDEX] * 2, "seq_lengths": [1, 1], "reference": [0.0, 0.0]}
         if "mismatched" in self.train_dataset.column_names:
-            alone = {"input_ids": [token], "labels": [-100]}
+            alone = {"input_ids": [token], "labels": [IGNORE_INDEX]}
             row |= alone | {"seq_lengths": [1], "mismatched": alone}
         return row | {"is_good": True}
 

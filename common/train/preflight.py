@@ -11,6 +11,7 @@ import torch
 from common import distributed
 from common.cli import UserError
 from common.model.attention import choose_attention
+from common.train.preference import OF_PAIRS
 from common.train.reliability import chats_of
 
 # Highest mean difference of a chat's losses, in nats a token. Measured on SmolLM2-135M with what is right, 4 to 12
@@ -30,9 +31,7 @@ def check_losses(trainer) -> None:
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
     inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
-    inputs = {
-        name: value for name, value in inputs.items() if name not in ("reference", "is_good", "length", "mismatched")
-    }
+    inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         losses, difference, bound = check_row(trainer, inputs)
