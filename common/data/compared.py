@@ -1,8 +1,16 @@
 """Rows of compared answers: two side by side, or for KTO a labelled one and one to another question."""
 
 import itertools
+from typing import NamedTuple
 
 IGNORE_INDEX = -100  # label of a token that is not in the loss
+
+
+class RowSize(NamedTuple):
+    """Tokens of a row."""
+
+    shape: tuple[int, ...]  # shared by its sequences, and those that each has beside them
+    in_loss: int
 
 
 def sequences_of(row: dict) -> list[dict]:
@@ -12,6 +20,43 @@ def sequences_of(row: dict) -> list[dict]:
         parts.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
         start += length
     return parts
+
+
+def shared_length(row: dict) -> int:
+    """Tokens that both sequences of a pair begin with and that can be computed once.
+
+    That is the prompt but its last token, from which the first token of each answer is predicted.
+    """
+    if len(row["seq_lengths"]) == 1 or not any(label != IGNORE_INDEX for label in row["labels"]):
+        return 0
+    first, second = sequences_of(row)
+    for number, same in enumerate(zip(*first.values(), *second.values(), strict=False)):
+        if same[0] != same[2] or (same[1], same[3]) != (IGNORE_INDEX, IGNORE_INDEX):
+            return max(0, number - 1)
+    return 0
+
+
+def size_of(row: dict, shares: bool) -> RowSize:
+    """shares: whether what the sequences share is computed once."""
+    shared = shared_length(row) if shares else 0
+    shape = shared, *(length - shared for length in row["seq_lengths"])
+    return RowSize(shape, sum(label != IGNORE_INDEX for label in row["labels"]))
+
+
+def share_prompts(rows: list[dict]) -> dict[str, list]:
+    """Pairs in one row, in which what a pair's sequences share stands once: input_ids, labels, and position_ids.
+
+    shared_prompts has the shape of each pair, for `model.attention`.
+    """
+    joined = {name: [] for name in ("input_ids", "labels", "position_ids", "shared_prompts")}
+    for row in rows:
+        shared, better, worse = shape = size_of(row, True).shape
+        second = shared + better
+        for name in ("input_ids", "labels"):
+            joined[name] += row[name][:second] + row[name][second + shared :]
+        joined["position_ids"] += [*range(second), *range(shared, shared + worse)]
+        joined["shared_prompts"].append(shape)
+    return joined
 
 
 def with_mismatched(rows):
