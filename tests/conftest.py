@@ -41,6 +41,8 @@ CHAT = [
     {"role": "user", "content": "Name?"},
     {"role": "assistant", "content": "Brief."},
 ]
+# MATRIX=full: the combinations, too, whose parts the default run proves one by one.
+FULL = os.environ.get("MATRIX") == "full"
 ARCHITECTURES = ("llama", "stablelm", "gpt2", "mistral", "qwen2")
 
 
@@ -167,6 +169,13 @@ def lean(monkeypatch):
     """Runs without these parts."""
     for name, stand_in in LEAN.items():
         monkeypatch.setattr(name, stand_in)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs that are predicted and not drawn."""
+    for name in list(LEAN)[1:]:
+        monkeypatch.setattr(name, LEAN[name])
 
 
 @pytest.fixture(scope="session")
