@@ -194,7 +194,7 @@ def test_two_processes_learn_what_one_does(engine, singles, common_settings, tmp
         assert saved == [5, 8, 10]
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(singles, common_settings, tmp_path, run_here):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(singles, common_settings, tmp_path):
     arguments = [*common_settings, *RUNS["lora"][1], f"OUT_DIR={tmp_path}", "RUN_NAME=lora"]
     run = {"script": "qlora_train.py", "arguments": [*arguments, "SAVE_STEPS=1"], "lean": True}
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "tests/launched.py"]
@@ -202,8 +202,11 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(singles, common_set
     assert killed.returncode != 0 and "step 3/10" in killed.stdout and "step 4/10" not in killed.stdout
     assert time.time() - (tmp_path / "plan.json.killed").stat().st_mtime < 30
 
-    code, _, error = run_here("qlora_train.py", *run["arguments"])
-    assert code == 3 and "the run began with 2 processes (ddp), now there are 1 (None)" in error
+    alone = run_script(
+        "qlora_train.py", *run["arguments"]
+    )  # a process that ends: this one would keep the folder's lock
+    assert alone.returncode == 3
+    assert "the run began with 2 processes (ddp), now there are 1 (None)" in alone.stderr
 
     done = run_launched([*torchrun, write_plan(tmp_path, [run])])
     assert done.returncode == 0 and "resuming from checkpoint-3" in done.stdout, done.stderr[-3000:]
