@@ -113,7 +113,7 @@ class Preference:
         if reward < LEAST_REWARD if self.needs_reference else fall > MOST_FALL:
             by = f"reward {reward:.2f}" if self.needs_reference else f"by {fall:.2f} nats a token"
             problem = f"the chosen answers have become less likely ({by})"
-        return problem and f"{figures['accuracy']:.0%} are right and {problem}"
+        return problem
 
     def smoothed(self, logits: torch.Tensor) -> torch.Tensor:
         """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""

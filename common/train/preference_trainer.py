@@ -205,8 +205,8 @@ class PreferenceTrainer(ChatTrainer):
                     self.warned = True
                     remedy = f"Lower LEARNING_RATE={self.args.learning_rate}"
                     remedy += ", or set SFT_WEIGHT=1" if self.preference.sft_weight < 1 else ""
-                    which = "held-out pairs" if prefix else "pairs"
-                    print(f"step {self.state.global_step}: {which}: {problem}. {remedy}.", file=sys.stderr)
+                    right = f"{figures['accuracy']:.0%} of the {'held-out ' * bool(prefix)}pairs are right"
+                    print(f"step {self.state.global_step}: {right} and {problem}. {remedy}.", file=sys.stderr)
 
 
 def turn_off_dropout(model) -> None:
