@@ -47,6 +47,7 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
+from common import distributed
 from common.chat import turns
 from common.chat.conversation import Conversation
 from common.chat.terminal import run_terminal
@@ -56,6 +57,7 @@ from common.model import generation
 
 def main():
     # Settings: combinations of which one would be ignored, and the file of prompts
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     interactive = sys.stdin.isatty()

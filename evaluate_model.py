@@ -65,6 +65,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from common import distributed
 from common.data import sources
 from common.eval import facts, judge, pairs, statistics, suites
 from common.eval.answers import read_prompts
@@ -76,6 +77,7 @@ from common.run import report
 
 def main():
     # Settings: every mistake that can be found without a model
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]

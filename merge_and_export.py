@@ -49,6 +49,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would hide the table
 
 from transformers.utils import logging
 
+from common import distributed
 from common.bounds import split_list
 from common.export import gguf, gguf_config, hub, llama_cpp, merge, verify, verify_gguf
 from common.export.gguf_tokenizer import modelfile
@@ -59,6 +60,7 @@ from common.run.folder import create_folder
 
 def main():
     # Settings: find every mistake before loading weights
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = location.locate(MODEL, adapter=ADAPTER)

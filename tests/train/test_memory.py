@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config, write_jsonl
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from trl.trainer import sft_trainer
 
 from common import hardware
-from common.model import adapters, load
+from common.model import adapters, load, location, quantize
 from common.train import batch_plan, galore, memory
 from common.train.meta_model import empty_model
 from common.train.optimizers import make_optimizer
@@ -150,6 +151,21 @@ def test_every_architecture_and_optimizer_can_be_traced(architecture, quantizati
         assert parts["weights"] > 100_000 and parts["activations"] + parts["workspace"] > 0
         totals.append(sum(parts.values()))
     assert max(totals) < 20 * MIB
+
+
+def test_outliers_of_int8_are_searched_where_the_loaded_layers_search_them(tiny):
+    source = location.locate(str(tiny()))
+    loaded = load.load_model(source, "int8", torch.bfloat16, "sdpa")
+    empty = empty_model(load.load_config(source), "int8", torch.bfloat16, "sdpa")
+    pairs = [m.get_submodule("model.layers.0.mlp.up_proj").state for m in (loaded, empty)]
+    assert [state.threshold for state in pairs] == [quantize.INT8_THRESHOLD] * 2
+    peaks = []
+    for threshold in (0.0, quantize.INT8_THRESHOLD):
+        with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
+            inputs, pairs[1].threshold = torch.empty(1000, 64, dtype=torch.bfloat16), threshold
+            memory.int8_on_gpu(inputs, None, state=pairs[1])
+            peaks.append(tracker.peak)
+    assert peaks[1] - peaks[0] >= 1000 * 64 and pairs[1].threshold == quantize.INT8_THRESHOLD
 
 
 def test_optimizers_differ_by_their_states():
