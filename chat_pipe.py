@@ -16,7 +16,7 @@ from common.settings import apply_overrides, current
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
 ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 COMPARE: str | None = None  # a second model, which answers the same prompts; each continues from its own answers
-QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
+QUANTIZATION: str | None = "auto"  # auto: as trained; nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file

@@ -18,7 +18,7 @@ MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder,
 ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 MODELS: str | None = None  # several, comma-separated, in place of MODEL; each is compared with the first
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
-QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
+QUANTIZATION: str | None = "auto"  # auto: each as trained; for all models nf4, int8 or hqq-1bit to hqq-4bit; or None
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
@@ -81,7 +81,8 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
-    located = {name: locate(name) for name in names}
+    located = {name: location.locate(*where(name)) for name in names}
+    forms = {name: load.find_quantization(source, QUANTIZATION) for name, source in located.items()}
     chats, compared = (read_rows(suite, located.values()) for suite in ("loss", "pairs"))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
@@ -93,7 +94,7 @@ def main():
     results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
     for name, result in results.items():
         model, tokenizer = load_model(name)
-        print(f"\n{name}")
+        print(f"\n{name}{', QUANTIZATION=' + forms[name] if forms[name] else ''}")
         suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         pairs.score_pairs(result, model, tokenizer, compared, MAX_LENGTH)
         if questions:
@@ -103,8 +104,9 @@ def main():
         if LM_EVAL_TASKS:
             suites.score_by_harness(result, model, tokenizer, LM_EVAL_TASKS)
         if judged:
-            who = f"{generation.identify_weights(located[name])}-{QUANTIZATION}-{DTYPE}"
+            who = f"{generation.identify_weights(located[name])}-{forms[name]}-{DTYPE}"
             answers[name] = judge.answer_questions(who, model, tokenizer, judged, ANSWER_TOKENS, cache)
+        result["settings"] = current(globals()) | {"QUANTIZATION": forms[name]}
         save(name, result)
         del model
 
@@ -121,12 +123,6 @@ def main():
 def where(name: str) -> tuple[str, str, str | None]:
     """What a name that is scored means: its model, setting and adapter."""
     return (MODEL, "MODEL", ADAPTER) if name == ADAPTER else (name, "MODEL", None)
-
-
-def locate(name: str) -> location.Source:
-    source = location.locate(*where(name))
-    load.find_quantization(source, QUANTIZATION)  # refuses one that the model cannot have
-    return source
 
 
 def load_model(name: str):
@@ -172,7 +168,7 @@ def save(name: str, result: dict) -> None:
     if location.run_settings(folder) is None:
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
+    write_atomic(folder / "scores.json", json.dumps(result, indent=1))
     statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())

@@ -79,15 +79,17 @@ def long_rows(rows: list[Row], config) -> list[Row]:
 class Reference:
     """A model's predictions on held-out chats, to compare those of models made from it.
 
+    proof: the device and the dtype of the computation (proof.Proof).
     predictions: log-probabilities (N, vocabulary) at the N positions before a token of an answer.
     For GGUF files, if `answers`: how many prompts get an answer that ends, and `long`: long rows, each
     with its predictions.
     """
 
-    def __init__(self, source, quantization: str | None, dtype, attention: str | None, tokenizer, rows, answers=False):
-        self.attention = choose_attention(load.load_config(source), attention)
-        model = load.load_model(source, quantization, dtype, self.attention, vocabulary=len(tokenizer)).eval()
-        self.tokenizer, self.rows, self.dtype, self.config = tokenizer, rows, dtype, model.config
+    def __init__(self, source, quantization: str | None, proof, attention: str | None, tokenizer, rows, answers=False):
+        self.attention, self.proof = choose_attention(load.load_config(source), attention), proof
+        options = dict(vocabulary=len(tokenizer), device=proof.device)
+        model = load.load_model(source, quantization, proof.dtype, self.attention, **options).eval()
+        self.tokenizer, self.rows, self.config = tokenizer, rows, model.config
         self.predictions = predict(model, rows)
         if not self.predictions.isfinite().all():
             problem = "predictions are not finite. Take an earlier checkpoint."
@@ -131,7 +133,7 @@ def verify_merged(folder: Path, reference: Reference, bound: float, answers: boo
     """Name the saved model final, or final.rejected (UserError, code 5): its reference and KL."""
     unverified = folder / "unverified"
     source = location.locate(str(unverified))
-    how = reference.dtype, reference.attention, reference.tokenizer, reference.rows
+    how = reference.proof, reference.attention, reference.tokenizer, reference.rows
     saved = Reference(source, None, *how, answers)
     kl = reference.compare(saved.predictions)["kl"]
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
