@@ -82,19 +82,17 @@ def main():
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
     located = {name: location.locate(*where(name)) for name in names}
-    forms = {name: load.find_quantization(source, QUANTIZATION) for name, source in located.items()}
     chats, compared = (read_rows(suite, located.values()) for suite in ("loss", "pairs"))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
     judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
-    judge_server = open_judge(names) if judged else None
-    cache = Cache(Path(OUT_DIR) / "answers.jsonl")
+    judge_server, cache = open_judge(names) if judged else None, Cache(Path(OUT_DIR) / "answers.jsonl")
+    results, answers = {name: begin_result(source) for name, source in located.items()}, {}
 
     # Each model by itself
-    results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
     for name, result in results.items():
         model, tokenizer = load_model(name)
-        print(f"\n{name}{', QUANTIZATION=' + forms[name] if forms[name] else ''}")
+        print(f"\n{name}")
         suites.score_losses(result, model, tokenizer, chats, MAX_LENGTH)
         pairs.score_pairs(result, model, tokenizer, compared, MAX_LENGTH)
         if questions:
@@ -104,9 +102,8 @@ def main():
         if LM_EVAL_TASKS:
             suites.score_by_harness(result, model, tokenizer, LM_EVAL_TASKS)
         if judged:
-            who = f"{generation.identify_weights(located[name])}-{forms[name]}-{DTYPE}"
+            who = f"{generation.identify_weights(located[name])}-{result['settings']['QUANTIZATION']}-{DTYPE}"
             answers[name] = judge.answer_questions(who, model, tokenizer, judged, ANSWER_TOKENS, cache)
-        result["settings"] = current(globals()) | {"QUANTIZATION": forms[name]}
         save(name, result)
         del model
 
@@ -123,6 +120,12 @@ def main():
 def where(name: str) -> tuple[str, str, str | None]:
     """What a name that is scored means: its model, setting and adapter."""
     return (MODEL, "MODEL", ADAPTER) if name == ADAPTER else (name, "MODEL", None)
+
+
+def begin_result(source: location.Source) -> dict:
+    """What a model's scores are put into; UserError for a QUANTIZATION that it cannot have."""
+    quantization = load.find_quantization(source, QUANTIZATION)
+    return {"scores": {}, "intervals": {}, "settings": current(globals()) | {"QUANTIZATION": quantization}}
 
 
 def load_model(name: str):
