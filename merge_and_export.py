@@ -85,7 +85,7 @@ def main():
     merge.save_merged(folder, model, tokenizer, card)
     del model
     # Another base than in training makes another model, whose divergence was measured.
-    bound = verify.MERGE_BOUND + (kept["kl"] if quantization and kept["into"] == "original" else 0)
+    bound = verify.MERGE_BOUNDS[where.dtype] + (kept["kl"] if quantization and kept["into"] == "original" else 0)
     saved, saved_kl = verify.verify_merged(folder, reference, bound, bool(kinds))
 
     # GGUF files, which are compared with the merged model
