@@ -35,8 +35,9 @@ def explain_idle_gpu() -> str | None:
     if cuda // 1000 < int(torch.version.cuda.partition(".")[0]):
         older = f", or: {install_command(tuple(capability), cuda)}" if cuda >= 12000 else "."
         return f"{head} needs CUDA {torch.version.cuda}, driver {driver} is older. Update the driver{older}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"{head} cannot open it (CUDA_VISIBLE_DEVICES={visible}). Unset that, or restart the machine."
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    remedy = f"Unset CUDA_VISIBLE_DEVICES={hidden}" if hidden else "Restart the machine, or see what else uses it"
+    return f"{head} cannot open it. {remedy}."
 
 
 def check_kernels(number: int) -> None:

@@ -46,7 +46,7 @@ def device() -> torch.device:
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        cuda.check_kernels(int(os.environ.get("LOCAL_RANK", 0)))
+        cuda.check_kernels(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     elif problem := cuda.explain_idle_gpu():
         print(problem, file=sys.stderr)
     for name, backend in (("MPS", torch.backends.mps), ("XPU", torch.xpu)):

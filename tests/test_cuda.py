@@ -53,6 +53,7 @@ def gpu_of(monkeypatch):
 
     def make(capability, built=BUILT):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA Test")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
@@ -141,6 +142,13 @@ def test_only_training_in_float32_multiplies_in_tf32(arguments, run_here, at_ste
         assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_products_are_exact_beside_what_transformers_sets_for_torch_compile():
+    """Without a choice, torch refuses to say which precision it has, and its compiler asks."""
+    code = "import torch\nfrom common import cuda\nwith cuda.float32_products('highest'):\n"
+    code += "    torch.backends.fp32_precision = 'tf32'\n    print(json.dumps(torch.get_float32_matmul_precision()))"
+    assert python(code) == "highest"
+
+
 def test_tf32_is_for_float32_on_gpus_that_have_it(gpu_of):
     assert not cuda.uses_tf32(torch.float32)  # there is no GPU
     gpu_of((8, 0))
@@ -177,7 +185,7 @@ def test_segments_of_memory_can_grow_unless_the_user_has_chosen(chosen, release,
         (dict(driver=12080, capability=(12, 0)), ["without CUDA", "+cu129"]),
         (dict(driver=12040, built_for="13.0"), ["needs CUDA 13.0", "driver 535.1", "Update the driver", "+cu126"]),
         (dict(driver=11040, built_for="13.0"), ["Update the driver."]),
-        (dict(driver=13000, built_for="13.0"), ["CUDA_VISIBLE_DEVICES=None", "restart"]),
+        (dict(driver=13000, built_for="13.0"), ["cannot open it", "Restart"]),
         (dict(error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), ["mismatch", "Restart"]),
     ],
 )
@@ -196,6 +204,9 @@ def test_nothing_is_said_without_a_driver_or_where_gpus_are_hidden(idle_gpu, mon
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert cuda.explain_idle_gpu() is None
+    idle_gpu(built_for="13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # there is one
+    assert "Unset CUDA_VISIBLE_DEVICES=7." in cuda.explain_idle_gpu()
 
 
 @pytest.mark.parametrize(
