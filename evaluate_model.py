@@ -82,12 +82,12 @@ def main():
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
     located = {name: location.locate(*where(name)) for name in names}
+    results, answers = {name: begin_result(source) for name, source in located.items()}, {}
     chats, compared = (read_rows(suite, located.values()) for suite in ("loss", "pairs"))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
     judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
     judge_server, cache = open_judge(names) if judged else None, Cache(Path(OUT_DIR) / "answers.jsonl")
-    results, answers = {name: begin_result(source) for name, source in located.items()}, {}
 
     # Each model by itself
     for name, result in results.items():
