@@ -48,7 +48,7 @@ def check_kernels(number: int) -> None:
     name, version = torch.cuda.get_device_name(number), ".".join(map(str, capability))
     problem = f"torch {torch.__version__} has no kernels for {name} (compute capability {version}), only {built}"
     remedy = install_command(capability, 1000 * int(torch.version.cuda.partition(".")[0]))
-    raise UserError(f"{problem}. {remedy} CUDA_VISIBLE_DEVICES=-1 computes on the CPU.")
+    raise UserError(f"{problem}. CUDA_VISIBLE_DEVICES=-1 computes on the CPU; for this GPU: {remedy}")
 
 
 def runs_on(capability: tuple[int, int], code: str) -> bool:
