@@ -15,6 +15,7 @@ from common import hardware
 from common.data.compared import IGNORE_INDEX, answers_of
 from common.files import GIB, METRICS, LineLog
 from common.hardware import now
+from common.model.attention import can_share_prompts
 from common.train import galore
 from common.train.kept_reference import keep_reference
 from common.train.preference import Preference
@@ -115,7 +116,10 @@ def preference_trainer(side: str, model, adapter, train_set, arguments: dict, pa
     config = SFTConfig(packing=False, padding_free=True, max_length=None, dataset_kwargs=dataset, **arguments)
     loss = Preference("dpo", beta=0.1)
     model = get_peft_model(model, adapter)
-    trainer = PreferenceTrainer(model=model, args=config, preference=loss, train_dataset=train_set, **ours, **common)
+    attention = model.config._attn_implementation
+    shares = can_share_prompts(model.config, attention, max(map(max, train_set["seq_lengths"])))
+    rows = dict(train_dataset=train_set, shares_prompts=shares)
+    trainer = PreferenceTrainer(model=model, args=config, preference=loss, **rows, **ours, **common)
     if pairs.reference == "kept":
         keep_reference(trainer, Path(arguments["output_dir"]), None)
     return trainer

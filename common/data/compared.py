@@ -1,8 +1,18 @@
 """Rows of compared answers: two side by side, or for KTO a labelled one and one to another question."""
 
 import itertools
+from typing import NamedTuple
+
+import numpy as np
 
 IGNORE_INDEX = -100  # label of a token that is not in the loss
+
+
+class RowSize(NamedTuple):
+    """Tokens of a row."""
+
+    shape: tuple[int, ...]  # shared by its sequences, and those that each has beside them
+    in_loss: int
 
 
 def sequences_of(row: dict) -> list[dict]:
@@ -12,6 +22,37 @@ def sequences_of(row: dict) -> list[dict]:
         parts.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
         start += length
     return parts
+
+
+def size_of(row: dict, shares: bool) -> RowSize:
+    """shares: whether what the sequences of a pair begin with is computed once.
+
+    That is the prompt but its last token, from which the first token of each answer is predicted.
+    """
+    ids, in_loss = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
+    first, shared = int(row["seq_lengths"][0]), 0
+    if shares and in_loss.any() and len(row["seq_lengths"]) == 2:
+        shorter = min(first, len(ids) - first)
+        part, same = slice(shorter), slice(first, first + shorter)
+        ends = (ids[part] != ids[same]) | in_loss[part] | in_loss[same]
+        shared = max(0, int(ends.argmax()) - 1)
+    return RowSize((shared, *(int(length) - shared for length in row["seq_lengths"])), int(in_loss.sum()))
+
+
+def share_prompts(rows: list[dict]) -> dict[str, list]:
+    """Pairs in one row, in which what a pair's sequences share stands once: input_ids, labels, and position_ids.
+
+    shared_prompts has the shape of each pair, for `model.attention`.
+    """
+    joined = {name: [] for name in ("input_ids", "labels", "position_ids", "shared_prompts")}
+    for row in rows:
+        shared, better, worse = shape = size_of(row, True).shape
+        second = shared + better
+        for name in ("input_ids", "labels"):
+            joined[name] += row[name][:second] + row[name][second + shared :]
+        joined["position_ids"] += [*range(second), *range(shared, shared + worse)]
+        joined["shared_prompts"].append(shape)
+    return joined
 
 
 def with_mismatched(rows):

@@ -85,6 +85,8 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
             what = "prompts" if is_compared else "chats"
             raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {count} {what}: none is left.")
         times[np.isin(groups, random.Random(settings["SEED"]).sample(range(count), held_out))] = 0
+    elif is_compared and (asked := np.isin(prompts[times == 0], prompts[times > 0]).sum()):
+        reasons.counts["changed: held-out pairs whose question is trained on, too; compare others"] = int(asked)
     passes = [np.flatnonzero(times > i) for i in range(times.max())]
     copy_rows(spool, passes, folder / "train.parquet", is_compared)
     copy_rows(spool, [np.flatnonzero(times == 0)], folder / "eval.parquet", is_compared)

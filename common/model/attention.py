@@ -4,6 +4,7 @@ transformers knows it as `sdpa_documents` and `eager_documents`. With a block-di
 T x T square: on two cores a third of the step. Some models do not even build that mask.
 """
 
+import functools
 import sys
 from importlib.util import find_spec
 
@@ -64,17 +65,37 @@ def choose_attention(config, name: str | None, packed: bool = False, device: str
     return chosen
 
 
+def can_share_prompts(config, attention: str, longest: int) -> bool:
+    """Whether two answers may follow one prompt in a row (`compared.share_prompts`), which needs one of our attentions.
+
+    longest: tokens of a prompt and its longer answer. Windows are not looked at, so it must fit into them.
+    """
+    text = config.get_text_config().to_dict()
+    windows = [text.get(name) or longest for name in ("sliding_window", "attention_chunk_size")]
+    return attention.endswith("_documents") and longest <= min(windows)
+
+
 def eager_attention(module, *args, **kwargs):
     """The model's own attention, as the paper has it, from its modeling file."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def document_attention(attend, module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+def document_attention(
+    attend, module, query, key, value, attention_mask, cu_seq_lens_q=None, shared_prompts=None, **kwargs
+):
     """Causal attention inside each document; `attend` itself where no document boundaries are given.
 
     query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim); cu_seq_lens_q: (documents + 1,)
-    token offsets, from TRL's padding-free collator. Returns (1, T, heads, head_dim) and no weights.
+    token offsets, from TRL's padding-free collator. shared_prompts: instead, of pairs (see `pair_attention`).
+    Returns (1, T, heads, head_dim) and no weights.
     """
+    if shared_prompts is not None:
+        outputs, start = [], 0
+        for shape in shared_prompts:
+            part = slice(start, start := start + sum(shape))
+            states = (tensor[:, :, part] for tensor in (query, key, value))
+            outputs += pair_attention(functools.partial(attend, module), *states, attention_mask, shape, **kwargs)
+        return torch.cat(outputs, dim=1), None
     if cu_seq_lens_q is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs["is_causal"], outputs, start = True, [], 0
@@ -87,6 +108,25 @@ def document_attention(attend, module, query, key, value, attention_mask, cu_seq
         states = (tensor[:, :, part] for tensor in (query, key, value))
         outputs.append(attend(module, *states, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def pair_attention(attend, query, key, value, mask, shape: tuple[int, int, int], **kwargs) -> list[torch.Tensor]:
+    """Causal attention in a prompt and two answers to it, which do not see each other.
+
+    shape: tokens of each of the three. mask: the row's, of which only the kind matters: SDPA does without one, to a
+    model's own attention it is added. Returns the outputs of prompt and first answer, and those of the second.
+    """
+    prompt, second = shape[0], shape[0] + shape[1]
+    first = [tensor[:, :, :second] for tensor in (query, key, value)]
+    # Its prompt's outputs once more: with fewer queries than keys, SDPA would need a mask, and be slower.
+    other = [torch.cat([tensor[:, :, :prompt], tensor[:, :, second:]], dim=2) for tensor in (query, key, value)]
+    outputs = []
+    for states in (first, other):
+        sees, length = None, states[0].shape[2]
+        if mask is not None and mask.dtype != torch.bool:
+            sees = mask.new_full((1, 1, length, length), torch.finfo(mask.dtype).min).triu(1)
+        outputs.append(attend(*states, sees, is_causal=True, **kwargs)[0])
+    return [outputs[0], outputs[1][:, prompt:]]
 
 
 def sdpa_documents(*args, **kwargs):

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import gc
+import math
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ from common import distributed, hardware
 from common.cli import UserError
 from common.files import GIB
 from common.train.memory import Step, trace
-from common.train.parallel import ZERO_BUCKET
+from common.train.parallel import ZERO_BUCKET, EvenSampler
 
 # A micro step takes as long as its tokens and so many more: seed 000's runs 8 to 10 (1.6 B, 4 bits, RTX 4060, rows of
-# 512 tokens) took 1,205, 995 and 922 s with 1, 2 and 3 rows. A CPU is busy with one row.
-OVERHEAD_TOKENS = 274
-USEFUL_TOKENS = 4096  # in a micro step: beyond, little is won, and attention over packed rows grows quadratically
+# 512 tokens) took 1,205, 995 and 922 s with 1, 2 and 3 rows. CPU: docs/benchmarks.md, pairs.
+OVERHEAD_TOKENS = {"cuda": 274, "cpu": 40}
+# In a micro step: beyond, little is won, and on a GPU attention over packed rows grows quadratically.
+USEFUL_TOKENS = {"cuda": 4096, "cpu": 1024}
 # cuBLAS keeps a workspace for each thread that computes, forward and backward: 32 MiB on Hopper, 8 on other GPUs
 # (CUBLAS_WORKSPACE_CONFIG in torch's documentation).
 CUBLAS_WORKSPACE = 2 * 32 * 2**20
@@ -78,24 +80,24 @@ def rows_per_step(settings: dict) -> tuple[int, int | None]:
 def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=None) -> BatchPlan:
     """The fastest way to compute a batch in the memory there is.
 
-    build: makes (model, base or None) of a quantisation on the meta device; make_optimizer, step: as for `trace`.
-    checkpoint: what the run resumes from, whose plan is kept. Raises UserError when nothing fits.
+    build: makes (model, base or None) of a quantisation on the meta device; make_optimizer, step: as for `trace`, with
+    all pairs of the run. checkpoint: what the run resumes from, whose plan is kept. Raises UserError when nothing fits.
     """
     batch, fixed_rows = rows_per_step(settings)
     if (number := distributed.count()) > 1:
         print(f"{number} processes ({distributed.engine()}), {batch} rows each: a batch of {batch * number}")
-    rows, checkpointing, quantization = fixed_rows, settings["GRADIENT_CHECKPOINTING"], settings.get("QUANTIZATION")
-    before = checkpoint and checkpoint[1].get("plan")
-    if before and before["PER_DEVICE_TRAIN_BATCH_SIZE"] * before["GRADIENT_ACCUMULATION_STEPS"] == batch:
-        rows = before["PER_DEVICE_TRAIN_BATCH_SIZE"]
-        checkpointing = before["GRADIENT_CHECKPOINTING"] if checkpointing is None else checkpointing
+    checkpointing, quantization = settings["GRADIENT_CHECKPOINTING"], settings.get("QUANTIZATION")
+    before = plan_of(checkpoint, batch)
+    rows = before.get("PER_DEVICE_TRAIN_BATCH_SIZE", fixed_rows)
+    checkpointing = before.get("GRADIENT_CHECKPOINTING") if checkpointing is None else checkpointing
     limit = min(distributed.gather(hardware.memory_limit(settings["MEMORY_LIMIT"], step.device)))
     outside = round(hardware.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE
     outside = max(distributed.gather(outside))  # all have to choose the same
 
     @functools.cache
     def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
-        micro_step = replace(step, rows=rows, checkpointing=checkpointing, accumulates=batch > rows)
+        pairs, accumulates = largest_micro_step(step.pairs, rows, batch * number // rows, settings), batch > rows
+        micro_step = replace(step, rows=rows, checkpointing=checkpointing, accumulates=accumulates, pairs=pairs)
         needed = trace(*build(quantization), make_optimizer, micro_step)
         if number > 1:
             needed = per_process(needed, *build(quantization), step.dtype, quantization)
@@ -117,6 +119,13 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
     return plan
 
 
+def plan_of(checkpoint, batch: int) -> dict:
+    """BatchPlan.settings of the run that is resumed, where it computes the same batch; else nothing."""
+    plan = checkpoint[1].get("plan") if checkpoint else None
+    is_same = plan and plan["PER_DEVICE_TRAIN_BATCH_SIZE"] * plan["GRADIENT_ACCUMULATION_STEPS"] == batch
+    return plan if is_same else {}
+
+
 def compare_with_16_bits(plan: BatchPlan, parts, build) -> None:
     """Say where the quantised model needs more memory than the 16-bit one, as small models do."""
     peak = plan.predicted_peak_gib * GIB
@@ -131,7 +140,7 @@ def choose_plan(batch: int, rows: int | None, checkpointing: bool | None, parts,
     rows, checkpointing: None where they are to be chosen. parts: bytes by kind for (rows, checkpointing).
     """
     usable = limit * MARGIN[step.device]
-    most = max(1, USEFUL_TOKENS // step.length) if step.device == "cuda" else 1
+    most = max(1, USEFUL_TOKENS[step.device] // step.length)
     possible = [rows] if rows else [n for n in range(1, most + 1) if batch % n == 0]
     plans = []
     for again in (False, True) if checkpointing is None else (checkpointing,):
@@ -175,6 +184,20 @@ def per_process(parts: dict[str, int], model, base, dtype: torch.dtype, quantiza
     return parts
 
 
+def largest_micro_step(pairs: tuple, rows: int, accumulation: int, settings: dict) -> tuple:
+    """The pairs of the micro step with the most tokens, of those that training will take, in its order."""
+    if not pairs:
+        return ()
+    sampler, found = EvenSampler(len(pairs), 0, settings["SEED"]), []
+    steps = settings["MAX_STEPS"] or math.ceil(settings["NUM_TRAIN_EPOCHS"] * len(pairs) / rows / accumulation)
+    while len(found) < steps * accumulation:
+        order = [pairs[number] for number in sampler]
+        found += [order[i : i + rows] for i in range(0, len(order), rows)]
+        sampler.set_epoch(sampler.epoch + 1)
+    taken = found[: steps * accumulation]
+    return tuple(max(taken, key=lambda micro_step: sum(sum(pair.shape) for pair in micro_step)))
+
+
 def largest(possible: list, fits) -> list:
     """The largest of ascending values that fits, alone in a list; no value when none does. More never needs less."""
     number = bisect.bisect_left(possible, True, key=lambda value: not fits(value))
@@ -184,7 +207,7 @@ def largest(possible: list, fits) -> list:
 def relative_time(tokens: int, checkpointing: bool, step: Step) -> float:
     """Time of a token in micro steps of so many: forward is half the work of LoRA, a third of full fine-tuning."""
     again = checkpointing / (3 if step.full else 2)
-    return (1 + again) * (1 + (OVERHEAD_TOKENS / tokens if step.device == "cuda" else 0))
+    return (1 + again) * (1 + OVERHEAD_TOKENS[step.device] / tokens)
 
 
 def too_large(settings: dict, plan: BatchPlan, limit: float) -> UserError:

@@ -9,7 +9,6 @@ import torch
 from common import distributed
 from common.cli import RANK
 from common.files import hash_file, write_atomic
-from common.train.preference import OF_PAIRS
 from common.train.preference_trainer import PreferenceTrainer
 from common.train.preflight import check_losses
 
@@ -41,17 +40,18 @@ def keep_reference(trainer: PreferenceTrainer, folder: Path, adapter: str | None
 def log_probs_of(trainer: PreferenceTrainer, rows) -> np.ndarray:
     """Log-probabilities of both answers of each row by the model as it is, (rows, 2).
 
-    One pair at a time, as in training on a CPU: then the first loss is exactly that of no change.
+    As many at once as in training: one by one, the first loss is exactly that of no change.
     """
     trainer.model.eval()
-    found = []
+    found, at_once = [], trainer.args.per_device_train_batch_size
     with torch.no_grad(), trainer.accelerator.autocast():  # the model is not yet wrapped, which would do it
-        for number in range(RANK, len(rows), distributed.count()):
-            inputs = trainer._prepare_inputs(trainer.data_collator([rows[number]]))
-            mismatched = inputs.get("mismatched")
-            inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
-            sequences = [inputs] if mismatched is None else [inputs, mismatched]
-            found.append([x for part in sequences for x in trainer.log_probs(trainer.model, part)[0][0].tolist()])
+        for start in range(RANK * at_once, len(rows), distributed.count() * at_once):
+            batch = [rows[number] for number in range(start, min(start + at_once, len(rows)))]
+            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+            parts = [inputs]
+            if "mismatched" in inputs:
+                parts.append(inputs["mismatched"] | {"is_good": inputs["is_good"]})
+            found.append(torch.cat([trainer.log_probs(trainer.model, part)[0] for part in parts], dim=1).tolist())
     trainer.model.train()
-    in_order = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
-    return np.array([pair for group in in_order for pair in group], dtype=np.float32)
+    in_turn = zip(*distributed.gather(found), strict=True)  # blank rows have made the shares equal
+    return np.array([pair for turn in in_turn for batch in turn for pair in batch], dtype=np.float32)

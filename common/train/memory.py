@@ -8,6 +8,7 @@ fused attention, the positions that a mask selects (all), numbers read back.
 import contextlib
 import copy
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from unittest import mock
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 from trl.models import get_act_offloading_ctx_manager
 
+from common.data.compared import RowSize
 from common.train.galore import GaLore
 from common.train.loss import prepare_model
 from common.train.storage import StorageTracker
@@ -33,7 +35,10 @@ FLOAT32_ON_CUDA = (
 
 @dataclass(frozen=True)
 class Step:
-    """A micro step: `rows` of `length` tokens (packed: as one row), and what goes with it."""
+    """A micro step: `rows` of `length` tokens (packed: as one row), and what goes with it.
+
+    pairs: the sizes of its pairs, whose mean length is `length`.
+    """
 
     rows: int = 1
     length: int = 1024
@@ -46,6 +51,16 @@ class Step:
     accumulates: bool = False  # gradients of earlier micro steps are there
     has_reference: bool = False  # the model without its adapter computes, too
     offloads: bool = False  # activations lie in main memory until the backward pass
+    pairs: tuple[RowSize, ...] = ()
+
+    def input_shape(self) -> tuple[int, int]:
+        rows, length = self.rows, self.length
+        shapes = [pair.shape for pair in self.pairs]
+        if shapes and self.packed:
+            return 1, sum(map(sum, shapes))
+        if shapes:  # each side is padded to the longest
+            rows, length = sum(len(shape) - 1 for shape in shapes), max(map(max, shapes))
+        return (1, rows * length) if self.packed else (rows, length)
 
 
 def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
@@ -55,7 +70,10 @@ def trace(model, base, make_optimizer, step: Step) -> dict[str, int]:
     beside a model without an adapter, or None. make_optimizer: called with the model.
     """
     on_gpu, vocabulary = step.device == "cuda", model.config.get_text_config().vocab_size
-    tracker = StorageTracker(512 if on_gpu else 1, vocabulary, step.rows * step.length, on_gpu)
+    shape, in_loss = step.input_shape(), sum(pair.in_loss for pair in step.pairs)
+    tracker = StorageTracker(512 if on_gpu else 1, vocabulary, math.prod(shape), on_gpu)
+    if in_loss:
+        tracker.chosen[shape[0], shape[1] - 1] = in_loss
     prepare_model(model, step.kl_weight, base)
     model.train()
     if step.checkpointing:
@@ -99,13 +117,15 @@ def run_micro_step(model, step: Step, tracker: StorageTracker) -> None:
 
 def batch(step: Step) -> dict:
     """Inputs as the trainer's collator makes them."""
-    shape = (1, step.rows * step.length) if step.packed else (step.rows, step.length)
+    shape = step.input_shape()
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
     if step.packed:
         ends = torch.zeros(2, dtype=torch.int32)
         inputs |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=shape[1], max_length_k=shape[1])
+        if any(pair.shape[0] for pair in step.pairs):
+            inputs = {"input_ids": inputs["input_ids"], "shared_prompts": [pair.shape for pair in step.pairs]}
         inputs["position_ids"] = torch.arange(shape[1])[None]
-    elif step.rows > 1:  # transformers look at a mask's data and leave one of ones out
+    elif shape[0] > 1:  # transformers look at a mask's data and leave one of ones out
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     return inputs
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-OF_PAIRS = ("reference", "is_good", "length", "mismatched")  # what a batch of pairs has beside the model's inputs
+OF_PAIRS = (
+    "reference",
+    "is_good",
+    "length",
+    "tokens",
+    "answers",
+    "mismatched",
+)  # what a batch of pairs has beside the model's inputs
 FREE = ("simpo", "orpo")  # losses without a reference
 SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
 # What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
@@ -33,6 +40,11 @@ class Preference:
         if weight is None:
             weight = 0.0 if loss == "orpo" else 1.0
         return cls(loss, settings["BETA"], settings["LABEL_SMOOTHING"], weight, settings["GAMMA"])
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether answers are learned from two by two."""
+        return self.loss != "kto"
 
     @property
     def needs_reference(self) -> bool:
@@ -96,13 +108,11 @@ def compare(values: torch.Tensor) -> torch.Tensor:
     return values[:, 0] - values[:, 1]
 
 
-def sum_by_sequence(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor, sequences: int):
+def sum_by_sequence(losses: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor, sequences: int):
     """Log-probabilities and numbers of tokens in the loss of each sequence, (sequences,) both.
 
-    losses: (N,), of the tokens in the loss, row by row. labels, starts: (B, T); starts is True where a sequence begins.
-    sequences: their number, which is known without a look at the device.
+    losses: (N,), of the tokens in the loss, row by row. labels, numbers: (B, T), of the sequence that a token is of.
     """
-    in_loss = labels[:, 1:] != -100
-    number = starts.flatten().cumsum(0).view_as(starts)[:, 1:][in_loss] - 1  # (N,)
+    number = numbers[:, 1:][labels[:, 1:] != -100]  # (N,)
     sums = losses.new_zeros(sequences).index_add(0, number, -losses)
     return sums, losses.new_zeros(sequences).index_add(0, number, torch.ones_like(losses))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from common import distributed
-from common.data.compared import IGNORE_INDEX, sequences_of
+from common.data.compared import IGNORE_INDEX, sequences_of, share_prompts
 from common.train.preference import OF_PAIRS, PAIR_METRICS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
-from common.train.trainer import ChatTrainer, count_tokens
+from common.train.trainer import ChatTrainer
 
 # Of SFTTrainer: one pair at a time is two sequences without padding.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "padding-free" not in line.getMessage())
@@ -23,10 +23,15 @@ MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
 
 @dataclass
 class PairCollator:
-    """TRL's collator, with what belongs to pairs beside it. is_packed: a pair is one row, else two padded ones."""
+    """TRL's collator, with what belongs to pairs beside it.
+
+    is_packed: all pairs are one row, else each is two padded ones. shares: what the sequences of a pair begin with
+    stands in the row once (`compared.share_prompts`).
+    """
 
     collate: object
     is_packed: bool
+    shares: bool = False
 
     def __call__(self, rows: list[dict]) -> dict:
         sequences = [{name: row[name] for name in ("input_ids", "labels", "seq_lengths")} for row in rows]
@@ -36,12 +41,26 @@ class PairCollator:
             batch["mismatched"] = self.collate_sequences([o | {"seq_lengths": [len(o["labels"])]} for o in others])
         batch["is_good"] = torch.tensor([row["is_good"] for row in rows])
         batch["length"] = torch.tensor([count_first(row) for row in rows])
+        batch["tokens"] = torch.tensor(sum(len(row["labels"]) for row in rows if count_first(row)))
         if "reference" in rows[0]:
             batch["reference"] = torch.tensor([row["reference"] for row in rows])  # (pairs, 2)
         return batch
 
     def collate_sequences(self, rows: list[dict]) -> dict:
-        return self.collate(rows if self.is_packed else [part for row in rows for part in sequences_of(row)])
+        """Inputs and labels, and `answers`: of which sequence each token is, numbered through the batch."""
+        if not self.is_packed:
+            batch = self.collate([part for row in rows for part in sequences_of(row)])
+            numbers = torch.arange(len(batch["labels"]))[:, None]
+            return batch | {"answers": numbers.expand_as(batch["labels"])}
+        lengths = [length for row in rows for length in row["seq_lengths"]]
+        if self.shares:
+            batch = share_prompts(rows)
+            batch |= {name: torch.tensor([batch[name]]) for name in ("input_ids", "labels", "position_ids")}
+            batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX  # nothing predicts them
+            lengths = [length for shape in batch["shared_prompts"] for length in (shape[0] + shape[1], shape[2])]
+        else:
+            batch = self.collate(rows)
+        return batch | {"answers": torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]}
 
 
 def count_first(row: dict) -> int:
@@ -53,15 +72,16 @@ class PreferenceTrainer(ChatTrainer):
     """ChatTrainer for pairs, or for labelled answers (LOSS=kto).
 
     The reference is what the dataset's column `reference` has, the model without its new adapter where it has none.
+    shares_prompts: the prompt of a pair is computed once, see PairCollator.
     """
 
     evaluated = ("loss", *PAIR_METRICS)
 
-    def __init__(self, *args, preference: Preference, **kwargs):
+    def __init__(self, *args, preference: Preference, shares_prompts: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.preference, self.pairs_in_step, self.usual_length, self.divergence = preference, 1, 1.0, 0.0
         self.warned = False
-        self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"])
+        self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"], shares_prompts)
         self.penalties |= dict.fromkeys(PAIR_METRICS, 0.0)
 
     def _set_signature_columns_if_needed(self):
@@ -80,7 +100,7 @@ class PreferenceTrainer(ChatTrainer):
         check_reference(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
+        self.progress.tokens += int(self.accelerator.gather(inputs["tokens"][None]).sum())
         losses, values, router_loss = self.compare_pairs(model, inputs)
         share = 1 / self.current_gradient_accumulation_steps / distributed.count()
         values = {name: value.sum() / self.pairs_in_step for name, value in values.items()}
@@ -107,17 +127,12 @@ class PreferenceTrainer(ChatTrainer):
 
     def log_probs(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens of the answers, (pairs, 2) both, and the router loss."""
-        inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
-        labels = inputs.pop("labels")
+        labels, numbers, is_good = (inputs[name] for name in ("labels", "answers", "is_good"))
+        inputs = {name: value for name, value in inputs.items() if name not in (*OF_PAIRS, "labels")}
         losses, _, router_loss = model(**inputs, learn=labels, use_cache=False)
-        starts = torch.zeros_like(labels, dtype=torch.bool)
-        if "position_ids" in inputs:
-            starts = inputs["position_ids"] == 0
-        starts[:, 0] = True
-        sequences = inputs["cu_seq_lens_q"].shape[0] - 1 if "cu_seq_lens_q" in inputs else labels.shape[0]
-        sums, lengths = sum_by_sequence(losses, labels, starts, sequences)
-        answers = 1 if self.preference.loss == "kto" else 2
-        return sums.view(-1, answers), lengths.view(-1, answers), router_loss
+        side_by_side = 1 if self.preference.loss == "kto" else 2
+        sums, lengths = sum_by_sequence(losses, labels, numbers, len(is_good) * side_by_side)
+        return sums.view(-1, side_by_side), lengths.view(-1, side_by_side), router_loss
 
     def reference_log_probs(self, model, inputs: dict, ours: torch.Tensor, number: int = 0) -> torch.Tensor:
         """Those of the reference, as `ours`; 0 where the loss has none. number: of labelled answers, 1: mismatched."""
@@ -135,7 +150,7 @@ class PreferenceTrainer(ChatTrainer):
         self.model.eval()
         for batch in batches:
             batch = self._prepare_inputs(batch)
-            others = batch["mismatched"] | {name: batch[name] for name in ("reference",) if name in batch}
+            others = batch["mismatched"] | {name: batch[name] for name in ("is_good", "reference") if name in batch}
             with self.compute_loss_context_manager():
                 ours = self.log_probs(self.model, others)[0]
                 gains = (ours - self.reference_log_probs(self.model, others, ours, 1))[:, 0] * (batch["length"] > 0)

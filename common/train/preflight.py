@@ -31,11 +31,9 @@ def check_losses(trainer) -> None:
 
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
-    inputs = trainer._prepare_inputs(trainer.data_collator(longest_rows(trainer)))
-    inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        losses, difference, bound = check_row(trainer, inputs)
+        inputs, losses, difference, bound = check_row(trainer, longest_rows(trainer))
         if trainer.has_new_adapter and not trainer.restored:
             check_adapter(trainer, inputs, losses, bound)
     print(f"check: losses differ by {difference:.2g} nats from the model's own (bound {bound:.2g})")
@@ -66,8 +64,10 @@ def check_reference(trainer) -> None:
         report(trainer, f"REFERENCE={kind}: {problem}, so that the loss does not begin at that of no change. {remedy}")
 
 
-def check_row(trainer, inputs: dict) -> tuple[list[torch.Tensor], float, float]:
-    """The row's losses, their difference from the model's own, and its bound."""
+def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], float, float]:
+    """The batch of the rows, its losses, their difference from the model's own, and its bound."""
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    inputs = {name: value for name, value in inputs.items() if name not in OF_PAIRS}
     model, asked = trainer.model, trainer.settings.get("ATTN_IMPLEMENTATION")
     bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
     plain = choose_attention(model.config, None)
@@ -77,19 +77,23 @@ def check_row(trainer, inputs: dict) -> tuple[list[torch.Tensor], float, float]:
     if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
         bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
-        return losses, difference, bound
+        return inputs, losses, difference, bound
+    if "shared_prompts" in inputs:
+        print(f"check: no shared prompts, which give other losses, by {difference:.2g} nats a token")
+        trainer.data_collator.shares = False
+        return check_row(trainer, rows)
     ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
     if asked or not helps:
         report(trainer, explain(trainer, inputs, expected, helps, measured))
-        return losses, difference, bound
+        return inputs, losses, difference, bound
     print(f"check: attention {helps}, since {model.config._attn_implementation} gives other losses, {measured}")
     model.set_attn_implementation(helps)
     if trainer.base_model is not None:
         trainer.base_model.set_attn_implementation(helps)
     losses = row_losses(model, inputs)
-    return losses, worst_difference(expected, losses), bound
+    return inputs, losses, worst_difference(expected, losses), bound
 
 
 def check_adapter(trainer, inputs: dict, losses: list[torch.Tensor], bound: float) -> None:

@@ -198,9 +198,16 @@ def highest_losses(chats: list[dict], count: int = 3) -> list[dict]:
 
 
 def chats_of(inputs: dict):
-    """(input_ids, labels) of each chat in a batch, packed or padded; (1, T) each."""
+    """(input_ids, labels) of each chat in a batch, packed or padded or with one prompt for two; (1, T) each."""
     ids, labels = inputs["input_ids"], inputs["labels"]
-    if "attention_mask" in inputs:
+    if "shared_prompts" in inputs:
+        sizes = [size for shape in inputs["shared_prompts"] for size in shape]
+        pieces = list(zip(ids.split(sizes, 1), labels.split(sizes, 1), strict=True))
+        for number in range(0, len(pieces), 3):
+            prompt, *answers = pieces[number : number + 3]
+            for answer in answers:
+                yield tuple(torch.cat(parts, 1) for parts in zip(prompt, answer, strict=True))
+    elif "attention_mask" in inputs:
         for row, present in enumerate(inputs["attention_mask"].bool()):
             yield ids[row, present][None], labels[row, present][None]
     else:

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +14,12 @@ from common import cuda, hardware
 from common.cli import UserError
 from common.data import checks, prepare, templates
 from common.data.account import describe
+from common.data.compared import RowSize, size_of
 from common.data.encoder import ChatEncoder
 from common.eval import facts
 from common.model import load
 from common.model.adapters import load_adapter
-from common.model.attention import can_pack, choose_attention
+from common.model.attention import can_pack, can_share_prompts, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
 from common.train.galore import GaLore
@@ -48,12 +51,20 @@ class Job:
     train_set: object = None  # datasets.Dataset of input_ids and labels; load_data fills in these four
     eval_set: object = None
     data_digest: str = ""
-    row_length: int = 0  # tokens of the longest row
+    row_length: int = 0  # tokens of the longest row; of pairs, of a mean one
+    pairs: tuple[RowSize, ...] = ()  # of the train_set
 
     def empty_model(self, quantization: str | None = None, attention: str = "eager"):
         """The base on the meta device, without its adapter. attention: any model has the default."""
         model_config, vocabulary = load.load_config(self.source), len(self.tokenizer)
         return empty_model(model_config, quantization, self.dtype, attention, vocabulary)
+
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a pair is computed once for both answers."""
+        if not (self.settings["PACKING"] and self.preference.is_paired):
+            return False
+        rows = [*self.train_set["seq_lengths"], *(self.eval_set["seq_lengths"] if self.eval_set else ())]
+        return can_share_prompts(load.load_config(self.source), self.attention, max(map(max, rows)))
 
     def has_reference(self, kind: str) -> bool:
         """Whether the loss compares with a reference of this kind, live or kept."""
@@ -139,7 +150,9 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
     longest = account["length_percentiles"]["100"]
     if job.preference:
-        longest = max(map(sum, job.train_set["seq_lengths"]))
+        shares = job.shares_prompts()
+        job.pairs = tuple(size_of(row, shares) for row in job.train_set.with_format("numpy"))
+        longest = math.ceil(statistics.fmean(sum(pair.shape) for pair in job.pairs))
     elif settings["PACKING"]:
         longest = settings["MAX_LENGTH"]
     job.row_length, job.data_digest = min(longest, account["tokens"]), account["digest"]
@@ -160,7 +173,7 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
 
     packing, device = settings["PACKING"], hardware.device_type()
     kind = dict(full=job.is_full, offloads=settings["ACTIVATION_OFFLOADING"], has_reference=job.has_reference("live"))
-    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, **kind)
+    step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, pairs=job.pairs, **kind)
     optim, ratio = job.trainer_settings["OPTIM"], settings.get("LORA_PLUS_RATIO")
     optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, optim, lora_plus_ratio=ratio)
     plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
@@ -190,7 +203,7 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
     settings = job.settings
     kind, options = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer, {}
     if job.preference:
-        kind, options = PreferenceTrainer, {"preference": job.preference}
+        kind, options = PreferenceTrainer, {"preference": job.preference, "shares_prompts": job.shares_prompts()}
     trainer = kind(
         model=model,
         args=config.trainer_config(job.trainer_settings, plan, run.folder, job.dtype, evaluate=bool(job.eval_set)),

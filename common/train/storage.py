@@ -26,13 +26,15 @@ class StorageTracker(TorchDispatchMode):
         self.records: list[list] = []  # of storages: birth, end (clock; None: alive), bytes, kind
         self.alive: dict[int, list] = {}  # by the address of the storage
         self.phase = "weights"
+        self.chosen: dict[tuple, int] = {}  # for the trace: positions that a mask of this shape selects, where known
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.positions is not None and func is aten._local_scalar_dense.default:  # nothing but shapes is known
             kind = args[0].dtype
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
         if self.positions is not None and func is aten.nonzero.default:  # as if every position were chosen
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+            count = self.chosen.get(tuple(args[0].shape), args[0].numel())
+            return args[0].new_empty((count, args[0].ndim), dtype=torch.int64)
         kwargs = dict(kwargs or {})
         in_main_memory = kwargs.pop("pin_memory", False)  # of offloaded activations, until they are brought back
         out = func(*args, **kwargs)

@@ -282,6 +282,16 @@ def test_every_pair_is_trained_on_held_out_or_counted(tokenizer, encoder, tmp_pa
         make(settings | {"TOO_LONG": "error"}, encoder)
 
 
+def test_held_out_pairs_of_trained_questions_are_counted(encoder, tmp_path):
+    trained = [{"prompt": f"Question {n}?", "chosen": "Good.", "rejected": "Bad."} for n in range(4)]
+    held_out = [row | {"chosen": "Better."} for row in trained[:2]] + [trained[0] | {"prompt": "Another?"}]
+    files = [str(write_jsonl(tmp_path / f"{n}.jsonl", rows)) for n, rows in enumerate((trained, held_out))]
+    settings = SETTINGS | {"LOSS": "dpo", "DATA": files[0], "EVAL_DATA": files[1], "EVAL_SIZE": 0}
+    _, _, about = make(settings, encoder)
+    assert (about["trained"], about["held_out"]) == (4, 3)
+    assert [n for reason, n in about["changed"].items() if "trained on, too" in reason] == [2]
+
+
 def test_for_kto_a_pair_is_a_good_and_a_bad_answer_and_each_has_another_to_its_question(tokenizer, encoder, tmp_path):
     made = [{"prompt": f"Q{n}", "chosen": f"g{n}", "rejected": f"b{n}"} for n in range(3)]
     made.append({"prompt": "Q9", "completion": "b9", "label": False})

@@ -5,8 +5,10 @@ import torch
 from architectures import ARCHITECTURES, OTHERS, random_model
 
 from common.cli import UserError
+from common.data.compared import sequences_of, share_prompts
 from common.model import attention, generation
 from common.train.loss import add_chunked_loss
+from common.train.reliability import chats_of
 
 LENGTHS = [40, 23, 57, 9]
 UNPACKED = {"qwen3.5", "falcon", "lfm2", "llama-4", "mamba-2"}
@@ -55,6 +57,55 @@ def test_documents_of_a_row_are_computed_as_if_alone(name):
     model.set_attn_implementation(attention.choose_attention(model.config, None))
     padded = model(input_ids=ids, attention_mask=mask, learn=labels, use_cache=False)[0]
     torch.testing.assert_close(padded, expected, rtol=1e-5, atol=2e-5)
+
+
+def random_pairs() -> list[dict]:
+    """Pairs of unequal lengths; one without a prompt, one whose answers begin alike."""
+    generator, rows = torch.Generator().manual_seed(2), []
+    for prompt, better, worse in ((30, 12, 25), (1, 9, 4), (17, 5, 5)):
+        tokens = [torch.randint(3, 640, (length,), generator=generator).tolist() for length in (prompt, better, worse)]
+        tokens[2][:1] = tokens[1][:1]
+        sides = [tokens[0] + answer for answer in tokens[1:]]
+        labels = [[-100] * prompt + answer for answer in tokens[1:]]
+        rows.append(dict(input_ids=sum(sides, []), labels=sum(labels, []), seq_lengths=[len(side) for side in sides]))
+    return rows
+
+
+def losses_and_gradients(model, inputs: dict) -> list[torch.Tensor]:
+    model.zero_grad()
+    losses = model(learn=inputs.pop("labels"), use_cache=False, **inputs)[0]
+    (losses * torch.linspace(-1, 2, len(losses))).sum().backward()
+    return [losses, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "gpt-oss", "gemma2", "mixtral"])
+def test_answers_that_share_a_prompt_are_computed_as_if_alone(name):
+    model, rows = random_model(name), random_pairs()
+    kind = attention.choose_attention(model.config, None, packed=True, device="cpu")
+    model.set_attn_implementation(kind)
+    assert attention.can_share_prompts(model.config, kind, 8)
+    if window := getattr(model.config, "sliding_window", None):
+        assert not attention.can_share_prompts(model.config, kind, window + 1)
+        model.config.sliding_window = 64  # of which the masks are made
+        model = type(model)(model.config).eval()
+        model.set_attn_implementation(kind)
+    add_chunked_loss(model)
+    alone = []
+    for part in (part for row in rows for part in sequences_of(row)):
+        ids, labels = (torch.tensor([part[name]]) for name in ("input_ids", "labels"))
+        alone.append({"input_ids": ids, "labels": labels})
+    shared = {name: torch.tensor([tokens]) for name, tokens in share_prompts(rows).items() if name != "shared_prompts"}
+    shared["shared_prompts"] = share_prompts(rows)["shared_prompts"]
+    assert shared["shared_prompts"] == [(29, 13, 26), (0, 10, 5), (16, 6, 6)]
+    for (ids, labels), other in zip(chats_of(shared), alone, strict=True):
+        assert torch.equal(ids, other["input_ids"]) and torch.equal(labels, other["labels"])
+    ends = torch.tensor([0, *(length for row in rows for length in row["seq_lengths"])]).cumsum(0).int()
+    separate = {name: torch.cat([part[name] for part in alone], 1) for name in ("input_ids", "labels")}
+    separate["position_ids"] = torch.cat([torch.arange(part["labels"].shape[1]) for part in alone])[None]
+    separate |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=100, max_length_k=100)
+    expected, found = losses_and_gradients(model, separate), losses_and_gradients(model, shared)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["falcon", "lfm2", "opt", "gpt-oss"])

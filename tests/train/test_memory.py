@@ -10,19 +10,21 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, save_tiny, tiny_config, write_jsonl
+from conftest import ARCHITECTURES, FULL, ROOT, save_tiny, tiny_config, write_jsonl
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 from trl.trainer import sft_trainer
 
 from common import hardware
 from common.model import adapters, load, location, quantize
+from common.run.report import plot
 from common.train import batch_plan, galore, memory
 from common.train.meta_model import empty_model
 from common.train.optimizers import make_optimizer
 from common.train.storage import KINDS, StorageTracker
 from common.train.trainer import ChatTrainer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 MIB = 2**20
 FOLLOWED = [
     (script, how, checkpointing, length)
@@ -33,8 +35,7 @@ FOLLOWED = [
         ("qlora_train.py", "QUANTIZATION=hqq-3bit"),
         ("galore_train.py", "GALORE_RANK=32"),
     )
-    for checkpointing in (False, True)
-    for length in (128, 512)
+    for checkpointing, length in ((False, 512), (True, 128), *(((False, 128), (True, 512)) if FULL else ()))
 ]
 
 
@@ -117,15 +118,40 @@ def test_prediction_holds_with_several_micro_steps_and_rows(how, run, followed):
     ("REFERENCE=live", True), ("REFERENCE=live", False), ("QUANTIZATION=nf4", True), ("ADAPTER=None", False),
 ])  # fmt: skip
 def test_a_step_on_pairs_is_predicted_within_two_percent(how, checkpointing, run, followed, tmp_path):
-    words = "the small brown dog runs over a bridge and looks at its river".split()
-    answers = [" ".join(random.Random(number).choices(words, k=150)) for number in range(6)]
-    rows = [{"prompt": "Go.", "chosen": answers[i], "rejected": answers[i - 1]} for i in range(6)]
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", [2] * 6, [150] * 6)
     settings = "MAX_LENGTH=512", f"GRADIENT_CHECKPOINTING={checkpointing}", "TRAIN_ON=assistant"
     code, _, err = run("preference_train.py", "run", how, f"DATA={pairs}", *settings)
     assert code == 0, err
     predicted, real = followed()
     assert predicted == pytest.approx(real, rel=0.02)
+
+
+def write_pairs(file, prompts: list[int], answers: list[int]):
+    """Pairs of random answers with so many words, the worse as long as the better one of the row before."""
+    words = "the small brown dog runs over a bridge and looks at its river".split()
+    texts = [" ".join(random.Random(number).choices(words, k=length)) for number, length in enumerate(answers)]
+    rows = [
+        {"prompt": f"{number} " + "go " * length, "chosen": texts[number], "rejected": texts[number - 1]}
+        for number, length in enumerate(prompts)
+    ]
+    return write_jsonl(file, rows)
+
+
+@pytest.mark.parametrize("how", ["PACKING=True", "PACKING=False", "REFERENCE=live", "LOSS=kto"])
+def test_unequal_pairs_at_once_are_predicted_by_the_micro_step_that_is_the_largest(how, run, followed, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", [20, 150, 60, 90, 5, 40], [50, 20, 80, 35, 110, 65])
+    settings = "MAX_LENGTH=512", "TRAIN_ON=assistant", "PER_DEVICE_TRAIN_BATCH_SIZE=2", "GRADIENT_CHECKPOINTING=False"
+    settings += ("MAX_STEPS=6",)  # two epochs: in the first step there are no optimizer states yet
+    code, _, err = run("preference_train.py", "run", how, f"DATA={pairs}", *settings)
+    assert code == 0, err
+    predicted, real = followed()
+    assert predicted == pytest.approx(real, rel=0.02)
+
+
+def test_short_rows_are_computed_together_on_a_cpu(run, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", [5] * 8, [20] * 8)
+    code, out, err = run("preference_train.py", "run", f"DATA={pairs}", "BATCH_SIZE=8", "TRAIN_ON=assistant")
+    assert code == 0 and "8 rows at a time" in out, err
 
 
 def test_the_base_beside_a_model_that_learns_every_weight_is_predicted(run, followed):
@@ -485,6 +511,7 @@ def test_out_of_memory_in_the_last_evaluation_trains_nothing_again(run, monkeypa
 
 def test_a_run_that_logs_nothing_is_finished_all_the_same(run, tmp_path):
     assert run("qlora_train.py", "run", "LOGGING_STEPS=100")[0] == 0
+    plot(tmp_path / "run")
     assert (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "plot.png").exists()
 
 
