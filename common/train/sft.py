@@ -97,7 +97,7 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
     # Compiled, attention per document would be compiled again for every length of a document.
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
-    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
+    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document, dtype=dtype)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
     job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
     if source.adapter:  # one that does not fit is found here
