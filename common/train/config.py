@@ -140,6 +140,7 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
         report_to=split_list(settings["REPORT_TO"]) or "none",
         run_name=folder.name,
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # ReliableTrainer has its own
     )
     if distributed.engine() == "fsdp":  # now: making the arguments has set the state anew
         distributed.enable_fsdp_on_cpu()

@@ -16,10 +16,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 from common import distributed
 from common.model.attention import model_class
+from common.train.collator import predicts, predicts_outside
 
+# What autocast for CUDA computes, and returns, in float32.
+FLOAT32_UNDER_AUTOCAST = (torch.nn.LayerNorm, NewGELUActivation)
 CHUNK = 256  # positions whose logits exist at the same time
 
 
@@ -31,7 +35,7 @@ def router_loss_weight(config) -> float:
 
 
 def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = False) -> None:
-    """Give a model our loss, and its adapter weights in float32.
+    """Give a model our loss, its adapter weights in float32, and hidden states that stay in their dtype.
 
     base_model: the frozen model that KL_WEIGHT compares with; None: the model without its adapter.
     sharded: see `add_chunked_loss`.
@@ -44,10 +48,17 @@ def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = Fals
         # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+        elif isinstance(module, FLOAT32_UNDER_AUTOCAST):
+            module.register_forward_hook(keep_dtype)
     for parameter in model.parameters():
         # In 16 bits small updates round to nothing.
         if parameter.requires_grad and is_adapted:
             parameter.data = parameter.data.float()
+
+
+def keep_dtype(module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """The output in the dtype of the input. NF4 layers would hand float32 on, GaLore's would leave it to autograd."""
+    return output.to(inputs[0].dtype)
 
 
 class SplitForward:
@@ -83,7 +94,8 @@ class SplitForward:
 def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (losses, divergence, router loss).
 
-    labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1.
+    labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1. What
+    collator.CountingCollator adds to a batch may come with them, so that nobody waits for a GPU to find positions.
     losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: see `base_divergence`; the
     base is the model inside `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss:
     of a mixture of experts in training, not yet weighted; else 0. sharded: the head's weights are gathered by all
@@ -96,25 +108,24 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
     model.config.get_text_config().output_router_logits = False  # TRL sets it; only training needs them
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(*args, learn=None, **kwargs):
+    def forward(*args, learn=None, in_loss=None, outside=None, tokens=None, **kwargs):
         if learn is None:
             return own.forward(*args, **kwargs)
         routing = {"output_router_logits": True} if has_router_loss and model.training else {}
         output = own.decode(*args, **kwargs, **routing)
         hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
-        in_loss = learn[:, 1:] != -100
-        positions = in_loss.nonzero().unbind(1)
+        positions = tuple(predicts(learn).nonzero().T if in_loss is None else in_loss)
         losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded)
         divergence = router_loss = losses.new_zeros(())
         if routing:
             router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
         if context and model.training:
-            outside = ~in_loss if mask is None else ~in_loss & mask[:, 1:].bool()
+            outside = predicts_outside(learn, mask).nonzero().T if outside is None else outside
             with torch.no_grad(), context():
                 reference.decoder.eval()  # no dropout, no NEFTune noise
                 expected = reference.decode(*args, **kwargs).last_hidden_state[:, :-1]
                 own.decoder.train()
-            divergence = base_divergence(own, reference, context, hidden, expected, outside.nonzero())
+            divergence = base_divergence(own, reference, context, hidden, expected, outside)
         return losses, divergence, router_loss
 
     model.forward = forward
@@ -124,9 +135,9 @@ def base_divergence(own: SplitForward, reference: SplitForward, context, hidden,
     """Mean KL(base || model) in nats over up to CHUNK random positions outside of the loss.
 
     hidden, expected: hidden states (B, T - 1, hidden) of the model and of the base, whose logits `reference` gives
-    inside `with context():`. outside: (positions, 2), row and column of each.
+    inside `with context():`. outside: (2, positions), row and column of each.
     """
-    sample = outside[torch.randperm(len(outside))[:CHUNK].to(outside.device)].unbind(1)
+    sample = tuple(outside[:, torch.randperm(outside.shape[1])[:CHUNK].to(outside.device)])
 
     def divergence(hidden, expected):
         with torch.no_grad(), context():

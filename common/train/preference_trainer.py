@@ -10,10 +10,11 @@ import torch
 
 from common import distributed
 from common.data.compared import IGNORE_INDEX, sequences_of
+from common.train.collator import CountingCollator
 from common.train.preference import OF_PAIRS, PAIR_METRICS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
-from common.train.trainer import ChatTrainer, count_tokens
+from common.train.trainer import ChatTrainer
 
 # Of SFTTrainer: one pair at a time is two sequences without padding.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "padding-free" not in line.getMessage())
@@ -61,7 +62,7 @@ class PreferenceTrainer(ChatTrainer):
         super().__init__(*args, **kwargs)
         self.preference, self.pairs_in_step, self.usual_length, self.divergence = preference, 1, 1.0, 0.0
         self.warned = False
-        self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"])
+        self.data_collator = CountingCollator(PairCollator(self.data_collator.collate, self.settings["PACKING"]))
         self.penalties |= dict.fromkeys(PAIR_METRICS, 0.0)
 
     def _set_signature_columns_if_needed(self):
@@ -80,7 +81,6 @@ class PreferenceTrainer(ChatTrainer):
         check_reference(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
         losses, values, router_loss = self.compare_pairs(model, inputs)
         share = 1 / self.current_gradient_accumulation_steps / distributed.count()
         values = {name: value.sum() / self.pairs_in_step for name, value in values.items()}

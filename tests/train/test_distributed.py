@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from common.cli import UserError
 from common.train import batch_plan
+from common.train.collator import count_tokens
 from common.train.optimizers import make_optimizer
 from common.train.parallel import ZERO_BUCKET, EvenSampler
-from common.train.trainer import count_tokens
 
 BIN = Path(sys.executable).parent
 FULL = ["ADAPTER=None", "LEARNING_RATE=1e-3"]
