@@ -1,5 +1,6 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
 from common.model.targets import find_targets, ia3_layers, short_names
@@ -103,6 +106,30 @@ def keep_head_bias(model):
 def add_bias(layer, args, output):
     uses_base = layer.disable_adapters or layer.merged or not layer.active_adapters
     return output if uses_base else output + layer.base_layer.bias
+
+
+def add_in_one_pass(model) -> None:
+    """Let plain LoRA layers add their product to the base's result by one addmm.
+
+    peft passes over the result five times (product, scale, sum), and copies it first where the base is in 4 bits.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D)):
+            layer.forward = functools.partial(lora_forward, layer)
+
+
+def lora_forward(layer, inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """A LoRA layer's forward: inputs (..., in) -> (..., out); peft's own where it does more than plain LoRA."""
+    (name, *others), is_used = layer.active_adapters or [None], not (layer.disable_adapters or layer.merged)
+    is_plain = name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
+    if args or kwargs or others or not (is_used and is_plain):
+        return type(layer).forward(layer, inputs, *args, **kwargs)
+    result = layer.base_layer(inputs)
+    low, last = layer.lora_A[name](layer.lora_dropout[name](inputs)), layer.lora_B[name]  # low: (..., rank)
+    if result.dtype != low.dtype:  # of layers that compute in another dtype than autocast's
+        return result + (last(low) * layer.scaling[name]).to(result.dtype)
+    added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), last.weight.T, alpha=layer.scaling[name])
+    return added.view(result.shape)
 
 
 def read_config(folder: str) -> PeftConfig:

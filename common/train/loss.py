@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 from common import distributed
+from common.model.adapters import add_in_one_pass
 from common.model.attention import model_class
 from common.train.collator import predicts, predicts_outside
 
@@ -44,6 +45,8 @@ def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = Fals
     base = model.get_base_model() if is_adapted else model
     without_adapter = model.disable_adapter if kl_weight and base_model is None else None
     add_chunked_loss(base, without_adapter, base_model, sharded)
+    if not distributed.holds_parts():  # whose weights are whole only in the forward of the module that has them
+        add_in_one_pass(model)
     for module in model.modules():
         # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
         if isinstance(module, BaseTunerLayer):
