@@ -1,9 +1,9 @@
-"""The training loss: an ordinary cross-entropy over the tokens in the loss, in checkpointed chunks; and, against
-forgetting, the divergence from what the frozen base predicts.
+"""The training loss: an ordinary cross-entropy over the tokens in the loss, in chunks; and, against forgetting, the
+divergence from what the frozen base predicts.
 
 TRL's fused head also computes entropy and accuracy over every position with a Triton kernel that does not exist on the
 CPU. Here only positions with a label meet the head, 256 at a time, and their logits (256 x vocabulary, in float32) are
-computed again in the backward pass instead of being kept.
+not kept: the gradient of the hidden states is computed at once, or with a trained head the logits are once more.
 """
 
 import contextlib
@@ -128,13 +128,15 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
                 reference.decoder.eval()  # no dropout, no NEFTune noise
                 expected = reference.decode(*args, **kwargs).last_hidden_state[:, :-1]
                 own.decoder.train()
-            divergence = base_divergence(own, reference, context, hidden, expected, outside)
+            divergence = base_divergence(own, reference, context, hidden, expected, outside, sharded)
         return losses, divergence, router_loss
 
     model.forward = forward
 
 
-def base_divergence(own: SplitForward, reference: SplitForward, context, hidden, expected, outside) -> torch.Tensor:
+def base_divergence(
+    own: SplitForward, reference: SplitForward, context, hidden, expected, outside, sharded: bool
+) -> torch.Tensor:
     """Mean KL(base || model) in nats over up to CHUNK random positions outside of the loss.
 
     hidden, expected: hidden states (B, T - 1, hidden) of the model and of the base, whose logits `reference` gives
@@ -142,13 +144,15 @@ def base_divergence(own: SplitForward, reference: SplitForward, context, hidden,
     """
     sample = tuple(outside[:, torch.randperm(outside.shape[1])[:CHUNK].to(outside.device)])
 
-    def divergence(hidden, expected):
+    def divergences(hidden, expected):
         with torch.no_grad(), context():
             base = log_softmax(reference.logits(expected), dim=-1)  # (N, vocabulary)
         ours = log_softmax(own.logits(hidden), dim=-1)
-        return kl_div(ours, base, reduction="sum", log_target=True) / max(1, len(hidden))
+        return kl_div(ours, base, reduction="none", log_target=True).sum(1)
 
-    return checkpoint(divergence, hidden[sample], expected[sample], use_reentrant=False)
+    hidden = hidden[sample]
+    compute = once_more if sharded else choose_computation(own.logits, hidden)
+    return compute(divergences, hidden, expected[sample]).sum() / max(1, len(hidden))
 
 
 def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool) -> torch.Tensor:
@@ -161,4 +165,36 @@ def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded:
     chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
     if sharded:
         chunks += [(hidden[:0], targets[:0])] * (max(distributed.gather(len(chunks))) - len(chunks))
-    return torch.cat([checkpoint(head_losses, h, t, use_reentrant=False) for h, t in chunks])
+    compute = once_more if sharded else choose_computation(logits, hidden)
+    return torch.cat([compute(head_losses, h, t) for h, t in chunks])
+
+
+def choose_computation(logits, hidden: torch.Tensor):
+    """How losses of rows are computed without keeping their logits: by a head that is not trained, once."""
+    # float16 needs the gradient of the scaled loss. Whether the head is trained, no rows tell as well as many.
+    is_once = torch.is_grad_enabled() and hidden.dtype != torch.float16
+    return RowLosses.apply if is_once and not logits(hidden[:0].detach()).requires_grad else once_more
+
+
+def once_more(function, *args) -> torch.Tensor:
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+class RowLosses(torch.autograd.Function):
+    """function(hidden, other) -> (N,), losses of which each depends on its own row of hidden (N, size) only.
+
+    Their gradient is computed beside them, and the logits go at once, instead of being computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, function, hidden, other):
+        rows = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = function(rows, other)
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), rows))
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (by_row,) = ctx.saved_tensors
+        return None, (by_row * gradient[:, None]).to(by_row.dtype), None
