@@ -114,22 +114,31 @@ def add_in_one_pass(model) -> None:
     peft passes over the result five times (product, scale, sum), and copies it first where the base is in 4 bits.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D)):
-            layer.forward = functools.partial(lora_forward, layer)
+        is_new = isinstance(layer, LoraLayer) and not isinstance(layer, OnePass)
+        if is_new and isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D)):
+            layer.__class__ = with_one_pass(type(layer))
 
 
-def lora_forward(layer, inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """A LoRA layer's forward: inputs (..., in) -> (..., out); peft's own where it does more than plain LoRA."""
-    (name, *others), is_used = layer.active_adapters or [None], not (layer.disable_adapters or layer.merged)
-    is_plain = name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
-    if args or kwargs or others or not (is_used and is_plain):
-        return type(layer).forward(layer, inputs, *args, **kwargs)
-    result = layer.base_layer(inputs)
-    low, last = layer.lora_A[name](layer.lora_dropout[name](inputs)), layer.lora_B[name]  # low: (..., rank)
-    if result.dtype != low.dtype:  # of layers that compute in another dtype than autocast's
-        return result + (last(low) * layer.scaling[name]).to(result.dtype)
-    added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), last.weight.T, alpha=layer.scaling[name])
-    return added.view(result.shape)
+class OnePass:
+    """Mixin over a LoRA layer of peft."""
+
+    def forward(self, inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """inputs (..., in) -> (..., out); peft's own where it does more than plain LoRA."""
+        name, *others = self.active_adapters or [None]
+        is_used = name in self.lora_A and not (self.disable_adapters or self.merged)
+        if args or kwargs or others or not is_used or name in self.lora_variant or self.lora_bias[name]:
+            return super().forward(inputs, *args, **kwargs)
+        result = self.base_layer(inputs)
+        low, last = self.lora_A[name](self.lora_dropout[name](inputs)), self.lora_B[name]  # low: (..., rank)
+        if result.dtype != low.dtype:  # of layers that compute in another dtype than autocast's
+            return result + (last(low) * self.scaling[name]).to(result.dtype)
+        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), last.weight.T, alpha=self.scaling[name])
+        return added.view(result.shape)
+
+
+@functools.cache
+def with_one_pass(kind: type) -> type:
+    return type(kind.__name__, (OnePass, kind), {})
 
 
 def read_config(folder: str) -> PeftConfig:

@@ -189,9 +189,11 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, hidden, other):
         rows = hidden.detach().requires_grad_()
-        with torch.enable_grad():
+        # The hooks stand before TRL's, for whose offloading the backward pass would have begun.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             losses = function(rows, other)
-            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), rows))
+            gradient = torch.autograd.grad(losses.sum(), rows)
+        ctx.save_for_backward(*gradient)
         return losses.detach()
 
     @staticmethod
