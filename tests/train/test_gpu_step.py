@@ -1,5 +1,6 @@
 """What a training step does on a GPU, shown on the CPU: CUDA's rules of autocast, and what waits for the device."""
 
+import json
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -123,3 +124,27 @@ def test_a_gpu_is_waited_for_once_a_step(script, how, forwards, arguments, run_h
     assert len(micro_steps) >= 4 and reads.places.pop("masks") <= forwards * len(micro_steps)
     assert reads.places.pop("data") > 0 and reads.places.pop("{'_get_grad_norm'}") >= 2
     assert reads.places.keys() <= {"{'refresh'}"}, reads.places
+
+
+def test_compiled_layers_give_the_same_losses(arguments, run_here, monkeypatch, tmp_path):
+    """By the compiler's front and its autograd; without its back, which takes a C++ compiler and a minute."""
+    honest, graphs = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: honest(layer, backend="aot_eager", **how))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    for name in ("False", "True"):
+        words = [f"TORCH_COMPILE={name}", "MAX_STEPS=2", "EVAL_STEPS=None", "SAVE_STEPS=None", "LORA_DROPOUT=0"]
+        words += [
+            "GRADIENT_CHECKPOINTING=True",
+            "DTYPE=float32",
+            "ATTN_IMPLEMENTATION=sdpa",
+            "BATCH_SIZE=2",
+        ]
+        code, _, err = run_here("qlora_train.py", *arguments(name, *words))
+        assert code == 0, err
+        graphs.append(counters["stats"]["unique_graphs"])
+    plain, compiled = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[:2] for name in ("False", "True"))
+    for one, other in zip(map(json.loads, plain), map(json.loads, compiled), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert graphs[0] == 0 < graphs[1] < 12 and not counters["graph_break"], counters
