@@ -62,6 +62,10 @@ def varlen_documents(
     """
     if attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("shared_prompts") is not None:  # of pairs, whose two answers do not see each other
+        from common.model.attention import document_attention  # which imports this module
+
+        return document_attention(sdpa_attention_forward, module, query, key, value, None, scaling=scaling, **kwargs)
     rows, _, length, _ = query.shape
     total = key.shape[2]
     ends, most = cu_seq_lens_q, max_length_q

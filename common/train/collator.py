@@ -19,7 +19,8 @@ class CountingCollator:
     def __call__(self, rows: list[dict]) -> dict:
         batch = self.collate(rows)
         labels, mask = batch["labels"], batch.get("attention_mask")
-        batch |= {"tokens": int(count_tokens(batch)), "in_loss": predicts(labels).nonzero().T}
+        tokens = batch["tokens"] if "tokens" in batch else count_tokens(batch)
+        batch |= {"tokens": int(tokens), "in_loss": predicts(labels).nonzero().T}
         if self.with_outside:
             batch["outside"] = predicts_outside(labels, mask).nonzero().T
         return batch
