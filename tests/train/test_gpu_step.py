@@ -116,8 +116,8 @@ def test_a_gpu_is_waited_for_once_a_step(script, how, forwards, arguments, run_h
 
     monkeypatch.setattr(Trainer, "_run_epoch", counted)
     monkeypatch.setattr(Trainer, "floating_point_ops", lambda *args: micro_steps.append(args) or 0)
-    how = ["ATTN_IMPLEMENTATION=sdpa", "BATCH_SIZE=4", "MAX_STEPS=2", "LOGGING_STEPS=9", "EVAL_STEPS=None", *how]
-    how += ["SAVE_STEPS=None", "LORA_DROPOUT=0"]
+    usual = ["ATTN_IMPLEMENTATION=sdpa", "BATCH_SIZE=4", "PER_DEVICE_TRAIN_BATCH_SIZE=1", "MAX_STEPS=2"]
+    how = [*usual, "LOGGING_STEPS=9", "EVAL_STEPS=None", "SAVE_STEPS=None", "LORA_DROPOUT=0", *how]
     words = [word for word in arguments("run", *how) if script != "galore_train.py" or "LORA" not in word]
     code, _, err = run_here(script, *words)
     assert code == 0, err
