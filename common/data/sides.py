@@ -65,7 +65,7 @@ def role_in(turn: dict):
 
 def other_questions(row: dict, given: set[str]) -> list[str]:
     """The questions of a row, if COLUMNS names another; an instruction's input belongs to it."""
-    if not (named := given & set(QUESTIONS)):
+    if not (named := given & {*QUESTIONS, *LISTS}):
         return []
     return [
         name for name in ASKED if name in row and name not in given and not {name, *named} <= {"instruction", "input"}
@@ -136,8 +136,8 @@ def refuse_unclear(rest: dict, question: str, names: dict[str, str]) -> None:
         others = [] if is_part or is_empty(rest.get(name)) else asked_texts(rest[name], own[name])
         if not set(others) <= set(texts):
             system = question if question in ASKED else name
-            remedy = f'remove one, or make one the system message by COLUMNS="{own[system]}:system"'
-            refuse(own[name], f"another question than {own[question]}; {remedy}", rest[name])
+            remedy = f'take one by COLUMNS="{own[question]}:{question}", or make one the system message by COLUMNS='
+            refuse(own[name], f'another question than {own[question]}; {remedy}"{own[system]}:system"', rest[name])
 
 
 def asked_texts(value, place: str) -> list[str]:
@@ -155,10 +155,13 @@ def turns_at(row: dict, field: str) -> list[dict]:
 
 def said(turns: list[dict]) -> list[tuple]:
     """Role, text and calls of turns, by which they are compared."""
-    texts = [
-        turn["content"].strip() if isinstance(turn["content"], str) else str(turn["content"] or "") for turn in turns
-    ]
-    return [(known_role(t["role"]), text, t.get("tool_calls") or None) for t, text in zip(turns, texts, strict=True)]
+    return [(known_role(turn["role"]), text_in(turn["content"]), turn.get("tool_calls") or None) for turn in turns]
+
+
+def text_in(content) -> str:
+    """A content, or its parts, as one text."""
+    parts = content if isinstance(content, list) else [content or ""]
+    return "".join(str(part.get("text") if isinstance(part, dict) else part) for part in parts).strip()
 
 
 def answer_turns(answer, place: str) -> list[tuple]:

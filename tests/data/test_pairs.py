@@ -81,6 +81,7 @@ def written(chat: list[dict]) -> str:
         ({"prompt": [U], "chosen": [S, U, GOOD], "rejected": [S, U, BAD]}, WITH_SYSTEM),
         ({"messages": [P, A, U], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
         ({"messages": [P, A, U, GOOD], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
+        ({"prompt": [U], "chosen": [U, GOOD], "rejected": [U | {"content": [{"text": "Q"}]}, BAD]}, PLAIN),
         ({"conversation": [{"input": "Q", "output": "c"}], "chosen": [U, GOOD], "rejected": [U, BAD]}, PLAIN),
         ({"conversations": SAID[:2], "chosen": [GOOD], "rejected": [BAD]}, PLAIN),  # the better answer once more
         ({"prompt": [U, CALL, RESULT], "tools": [TOOL], "chosen": [GOOD], "rejected": [BAD]}, "u:Q (a:) t:1"),
@@ -203,6 +204,10 @@ def test_fields_may_have_other_names_and_those_not_used_are_told():
     assert str(pairs.to_compared({"q": "Q", "good": "g", "bad": ""}, columns)).startswith("bad: must be a text")
     row = {"prompt": "R", "q": "Q", "good": "g", "bad": "b"}
     assert list(map(written, pairs.to_compared(row, columns))) == ["u:Q a:g", "u:Q a:b"]
+    for taken in ("prompt", "instruction"):
+        row = {"instruction": "Q", "prompt": "R"} | {"chosen": "g", "rejected": "b"}
+        pair = pairs.to_compared(row, rows.parse_columns(f"{taken}:{taken}"))
+        assert written(pair[0]) == f"u:{row[taken]} a:g" and len(pair.notes) == 1
     row = {"question": "Q", "context": "R", "chosen": "g", "rejected": "b"}
     pair = pairs.to_compared(row, rows.parse_columns("question:instruction"))
     assert written(pair[0]) == "u:Q\n\nR a:g"
