@@ -194,8 +194,8 @@ def before_answer(rest: dict, field: str, better, name: str, names: dict[str, st
     turns = rest[field] if isinstance(rest[field], list) else [rest[field]]
     listed, answer = said(turns_at(rest, field)), answer_turns(better, name)
     answer = answer[-1:] if is_chat(better) else answer
-    if listed[-len(answer) :] == answer or listed[-1:] == answer[-1:]:
-        return turns[: -len(answer) if listed[-len(answer) :] == answer else -1]
+    if listed[-len(answer) :] == answer:
+        return turns[: -len(answer)]
     if listed[-1][0] == "assistant":
         refuse(names.get(field, field), "ends in an answer; put it into both sides, or remove it", listed[-1][1])
     return turns

@@ -83,6 +83,7 @@ def written(chat: list[dict]) -> str:
         ({"messages": [P, A, U, GOOD], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
         ({"prompt": [U], "chosen": [U, GOOD], "rejected": [U | {"content": [{"text": "Q"}]}, BAD]}, PLAIN),
         ({"conversation": [{"input": "Q", "output": "c"}], "chosen": [U, GOOD], "rejected": [U, BAD]}, PLAIN),
+        ({"conversation": [["P", "a"], ["Q", "c"]], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
         ({"conversations": SAID[:2], "chosen": [GOOD], "rejected": [BAD]}, PLAIN),  # the better answer once more
         ({"prompt": [U, CALL, RESULT], "tools": [TOOL], "chosen": [GOOD], "rejected": [BAD]}, "u:Q (a:) t:1"),
         ({"chosen": [U, GOOD, P], "rejected": [U, BAD, P]}, PLAIN),  # what is asked after the answers
@@ -118,11 +119,8 @@ def test_tools_reasoning_and_several_turns_may_be_the_answer():
 @pytest.mark.parametrize(
     "text",
     [
-        '{"role": "admin", "name": "x"}',
-        '{"role": "user"} is JSON',
-        '[{"from": "Oslo", "text": "x"}]',
-        "[{'a': 1}]",
-        "{}",
+        *('{"role": "admin", "name": "x"}', '[{"from": "Oslo", "text": "x"}]', "[{'a': 1}]", "{}", '{"role": "user"}'),
+        *('[{"role": "user", "content": "x"}, {"a": 1}]', '[{"role": "user", "content": "x"}] is JSON'),
     ],
 )
 def test_answers_that_are_json_stay_texts(text):
@@ -204,6 +202,8 @@ def test_fields_may_have_other_names_and_those_not_used_are_told():
     assert str(pairs.to_compared({"q": "Q", "good": "g", "bad": ""}, columns)).startswith("bad: must be a text")
     row = {"prompt": "R", "q": "Q", "good": "g", "bad": "b"}
     assert list(map(written, pairs.to_compared(row, columns))) == ["u:Q a:g", "u:Q a:b"]
+    pair = pairs.to_compared({"instruction": "Q", "q": "R", "good": "g", "bad": "b"}, columns | {"q": "input"})
+    assert written(pair[0]) == "u:Q\n\nR a:g"
     for taken in ("prompt", "instruction"):
         row = {"instruction": "Q", "prompt": "R"} | {"chosen": "g", "rejected": "b"}
         pair = pairs.to_compared(row, rows.parse_columns(f"{taken}:{taken}"))
