@@ -1,6 +1,7 @@
 """Settings that belong together checked, and put into TRL's terms."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from common.train.preference import SMOOTHED
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
 WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING ACTIVATION_OFFLOADING
-TORCH_COMPILE LOGGING_STEPS SEED""".split()
+LOGGING_STEPS SEED""".split()
 
 
 def check_combinations(settings: dict) -> None:
@@ -41,8 +42,14 @@ def check_combinations(settings: dict) -> None:
 
 
 def check_preference(settings: dict) -> None:
-    """Refuse settings that LOSS makes no use of."""
+    """Refuse settings that LOSS makes no use of; say what others need."""
     loss, smoothing = settings["LOSS"], settings["LABEL_SMOOTHING"]
+    rows = rows_per_step(settings)[0] * distributed.count()
+    if loss == "kto" and rows < 4:
+        estimate = "its estimate of the divergence is a mean over the rows of a step"
+        print(f"note: LOSS=kto with {rows} rows a step: {estimate}. Set BATCH_SIZE=8 or more.", file=sys.stderr)
+    if loss == "simpo" and settings["BETA"] < 1:
+        print(f"note: LOSS=simpo BETA={settings['BETA']}: its authors take 2 and more.", file=sys.stderr)
     for wrong, name, reason in (
         (settings["TRAIN_ON"] == "all", "TRAIN_ON=all", "only answers are compared. Set TRAIN_ON=assistant."),
         (
@@ -140,6 +147,7 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
         report_to=split_list(settings["REPORT_TO"]) or "none",
         run_name=folder.name,
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # ReliableTrainer has its own
     )
     if distributed.engine() == "fsdp":  # now: making the arguments has set the state anew
         distributed.enable_fsdp_on_cpu()

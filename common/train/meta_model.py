@@ -16,7 +16,7 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
     """What load_model would load, on the meta device: every shape and dtype, no weights. For memory.trace."""
     config = copy.deepcopy(config)
     # Kernels that need data (FlashAttention, FlexAttention) keep what attention per document keeps.
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", "varlen_documents"):
         attention = choose_attention(config, None, packed=True, device="cpu")
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocabulary)
@@ -58,7 +58,7 @@ def empty_quantized(module, dtype: torch.dtype) -> None:
         codes = torch.empty(module.weight.shape, dtype=torch.int8)
         module.weight = torch.nn.Parameter(codes, requires_grad=False)
         module.weight.CB = module.weight.SCB = None
-        module.state.CB, module.state.SCB, module.state.threshold = codes, torch.empty(len(codes)), 0.0
+        module.state.CB, module.state.SCB = codes, torch.empty(len(codes))
 
 
 def empty_adapter(model, folder: str):

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from common import distributed
+from common import cuda, distributed
 from common.cli import UserError
 from common.model.attention import choose_attention
 from common.train.preference import OF_PAIRS
@@ -25,6 +25,7 @@ SEARCHED = 32  # rows in which long chats are looked for
 POSITIONS = 256  # tokens in the loss of a chat, the last ones, that are compared
 
 
+@cuda.float32_products("highest")  # TF32 rounds as float16 does, and a fault could hide in that
 def check_losses(trainer) -> None:
     """Raise UserError where the trainer's loss is not the model's own; under DOCTOR=warn, print it.
 
@@ -50,7 +51,9 @@ def check_reference(trainer) -> None:
         changes = (ours - trainer.reference_log_probs(trainer.model, inputs, ours)) / lengths.clamp(min=1)
     trainer.model.train()
     difference = max(distributed.gather(changes.abs().max().item()))
-    bound = INT8_BOUND if getattr(trainer.model, "is_loaded_in_8bit", False) else REFERENCE_BOUNDS[trainer.dtype]
+    # The reference is computed as in training, in TF32, too.
+    dtype = torch.float16 if cuda.uses_tf32(trainer.dtype) else trainer.dtype
+    bound = INT8_BOUND if getattr(trainer.model, "is_loaded_in_8bit", False) else REFERENCE_BOUNDS[dtype]
     print(f"check: the reference differs by {difference:.2g} nats a token from the model (bound {bound:.2g})")
     if not difference <= bound:
         kind = trainer.settings["REFERENCE"]
@@ -58,7 +61,10 @@ def check_reference(trainer) -> None:
             f"it differs by {difference:.2g} nats a token from the model before the first step (bound {bound:.2g})"
         )
         remedy = {"kept": "Start a new run, or delete its data/reference.npz.", "live": "Set REFERENCE=kept."}[kind]
-        report(trainer, f"REFERENCE={kind}: {problem}, so that the loss does not begin at that of no change. {remedy}")
+        report(
+            trainer,
+            f"REFERENCE={kind}: {problem}, and the first loss would not be that of an untrained model. {remedy}",
+        )
 
 
 def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], float, float]:
@@ -77,7 +83,7 @@ def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], floa
         return inputs, losses, difference, bound
     if "shared_prompts" in inputs:
         print(f"check: no shared prompts, which give other losses, by {difference:.2g} nats a token")
-        trainer.data_collator.shares = False
+        trainer.data_collator.collate.shares = False
         return check_row(trainer, rows)
     ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import set_seed
 
-from common import hardware
+from common import cuda, hardware
 from common.cli import UserError
 from common.data import checks, prepare, templates
 from common.data.account import describe
@@ -22,6 +22,7 @@ from common.model.adapters import load_adapter
 from common.model.attention import can_pack, can_share_prompts, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
+from common.train.compiled import compile_layers
 from common.train.galore import GaLore
 from common.train.kept_reference import keep_reference
 from common.train.loss import router_loss_weight
@@ -106,10 +107,12 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     )
     print(note)
     probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
-    # Compiled, attention per document would be compiled again for every length of a document.
-    per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
-    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
-    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], settings["PACKING"], dtype=dtype)
+    if settings["TORCH_COMPILE"] and attention in ("sdpa_documents", "eager_documents"):
+        # Attention one document after the other would be compiled again for every length of a document.
+        attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"])
+    products = ", products in TF32" * cuda.uses_tf32(dtype)
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}{products}, attention {attention}")
     job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
     if source.adapter:  # one that does not fit is found here
         with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
@@ -188,12 +191,13 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
     base = job.frozen_base(model)
-    trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
+    with cuda.float32_products("high" if cuda.uses_tf32(job.dtype) else "highest"):
+        trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
 
-    def save(folder, weights):
-        load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
+        def save(folder, weights):
+            load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
 
-    run.execute(trainer, plan, save)
+        run.execute(trainer, plan, save)
 
 
 def make_trainer(job: Job, run, plan, model, base, optimizer):
@@ -223,6 +227,8 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
         has_new_adapter=keeps_base(settings, job.source),
         **options,
     )
+    if settings["TORCH_COMPILE"]:
+        compile_layers(trainer.model)
     if job.has_reference("kept"):
         keep_reference(trainer, run.folder / "data", job.source.adapter)
     return trainer
