@@ -31,8 +31,9 @@ def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_row
     for row in with_loss[:SHOWN]:
         show(row, tokenizer)
     if "seq_lengths" in rows[0]:
+        among = f"of {len(rows):,} rows checked: " if len(rows) < len(dataset) else ""
         for note in pair_notes(rows):
-            print(f"doctor: note: {note}")
+            print(f"doctor: note: {among}{note}")
         rows = [part for row in rows for part in sequences_of(row)]
     problems = list(row_problems(rows, tokenizer, encoder, settings, held))
     if frozen := set(encoder.new_token_ids) - set(trained_rows):

@@ -40,10 +40,10 @@ def read_row(row: dict, columns: dict[str, str], completion: str, notes: list[st
         refuse("row", "a message of a tree with wrong ids, or among other rows; give it a file of its own", row)
     preferences = [name for name in PREFERENCES if not is_empty(rest.get(name))]
     if preferences and not given:
-        value = rest[preferences[0]]
-        side = {str: "prompt:user, chosen:assistant", list: "chosen:messages"}.get(type(value))
+        name, value = preferences[0], rest[preferences[0]]
+        side = {str: f"prompt:user, {name}:assistant", list: f"{name}:messages"}.get(type(value))
         remedy = f', or learn one side only, by COLUMNS="{side}"' if side else ""
-        refuse(preferences[0], f"a row of preferences; use preference_train.py{remedy}", value)
+        refuse(name, f"a row of preferences; use preference_train.py{remedy}", value)
     fields = schema_of(rest, columns, given, row)
     if is_bad(rest, fields):
         return SkippedRow("label is false: a bad answer (preference_train.py learns from it)")
@@ -182,7 +182,7 @@ def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[st
         row["dialogue"] = "Summarize this dialogue:\n\n" + row["dialogue"].replace("\r\n", "\n")
     values = [row[name] for name in fields]
     if any(has_roles(value) for value in values):
-        return lists_of_turns(row, *fields)
+        return lists_of_turns(row, *fields, notes)
     if fields == rows.COMPLETION and completion == "continue":
         return text_turns("prompt", row.pop("prompt"), "completion", row.pop("completion"))
     return pair(row, *fields, notes)
@@ -190,18 +190,22 @@ def turns_of(row: dict, fields: tuple[str, ...], completion: str, notes: list[st
 
 def pair(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[str, dict]]:
     """A question and its answer, after the earlier turns in `history`."""
-    asked, answered = row.pop(question), row.pop(answer)
-    field = question
-    if question == "instruction":
-        more = next((name for name in ("input", "context") if not is_empty(row.get(name))), None)
-        added = row.pop(more, None)
-        if more and is_empty(asked):
-            field, asked = more, added
-        elif more:
-            asked = as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
+    (field, asked), answered = asked_in(row, question, notes), row.pop(answer)
     if isinstance(asked, str) and rows.FORMATTED.search(asked):
         return text_turns(field, asked, answer, answered)
     return [*history_in(row), (field, {"role": "user", "content": asked}), answer_in(row, answer, answered)]
+
+
+def asked_in(row: dict, question: str, notes: list[str]) -> tuple:
+    """A question and its field; an instruction is joined with its input."""
+    asked = row.pop(question)
+    more = next((name for name in ("input", "context") if not is_empty(row.get(name))), None)
+    if question != "instruction" or not more:
+        return question, asked
+    added = row.pop(more)
+    if is_empty(asked):
+        return more, added
+    return question, as_text(asked, question, notes) + "\n\n" + as_text(added, more, notes)
 
 
 def history_in(row: dict) -> list[tuple[str, dict]]:
@@ -228,9 +232,12 @@ def has_roles(value) -> bool:
     return isinstance(first, dict) and not {"role", "from"}.isdisjoint(rows.lowered(tuple(first)))
 
 
-def lists_of_turns(row: dict, question: str, answer: str) -> list[tuple[str, dict]]:
+def lists_of_turns(row: dict, question: str, answer: str, notes: list[str]) -> list[tuple[str, dict]]:
     """Turns and their continuation, each a text, a turn or a list; answers before the last are not in the loss."""
-    asked = turns_at(row, question) or [(question, {"role": "user", "content": row.pop(question)})]
+    asked = turns_at(row, question)
+    if not asked:
+        field, text = asked_in(row, question, notes)
+        asked = [(field, {"role": "user", "content": text})]
     give_weight([turn for _, turn in asked], 0)
     answered = turns_at(row, answer) or [answer_in(row, answer, row.pop(answer))]
     return history_in(row) + asked + answered

@@ -15,7 +15,7 @@ def pair_notes(rows: list[dict]) -> Iterator[str]:
         if len(row["seq_lengths"]) == 1:
             verdicts[tuple(row["input_ids"])].add(row["is_good"])
     if both := sum(len(found) == 2 for found in verdicts.values()):
-        yield f"{both} answers are labelled good and bad; keep one of each"
+        yield f"{both} {'answer is' if both == 1 else 'answers are'} labelled good and bad; keep one of each"
     keys = {tuple(tuple(part["input_ids"]) for part in pair) for pair in pairs}
     if both := sum(key[::-1] in keys for key in keys) // 2:
         yield f"{both} {'pair is' if both == 1 else 'pairs are'} there the other way round as well; keep one of each"

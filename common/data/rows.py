@@ -39,9 +39,8 @@ QUESTIONS = (
 )
 # The first whose fields a row has counts: Alpaca's rows also have `text`.
 SCHEMAS = (SUMMARY, *((name,) for name in LISTS), ARENA, TREE, *QUESTIONS, COMPLETION, TEXT)
-CHOSEN, REJECTED = (
-    tuple(f"{side}{rest}" for rest in ("", "_response", "_messages")) for side in ("chosen", "rejected")
-)
+CHOSEN = ("chosen", "chosen_response", "chosen_messages", "preferred_output")  # the last: OpenAI's
+REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 # What COLUMNS may name.
 TARGETS = {name for fields in SCHEMAS if fields not in (ARENA, TREE) for name in fields}
 TARGETS |= {"system", "context", "history", "tools", "chosen", "rejected", "label", *WEIGHTS, *REASONING}

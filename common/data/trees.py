@@ -33,7 +33,7 @@ def arena_sides(row: dict) -> tuple[list[tuple[str, dict]], list[tuple[str, dict
     """The winner's side of a pair and the loser's."""
     if row["winner"] not in ("model_a", "model_b"):
         return SkippedRow("arena: a tie")
-    if row.get("language", LANGUAGE_NAME) != LANGUAGE_NAME:
+    if str(row.get("language") or LANGUAGE).lower() not in (LANGUAGE, LANGUAGE_NAME.lower()):
         return SkippedRow(f"arena: not {LANGUAGE_NAME}")
     toxic = (row.get("toxic_chat_tag") or {}).values()
     if (row.get("openai_moderation") or {}).get("flagged") or any(tag.get("flagged") for tag in toxic):

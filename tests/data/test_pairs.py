@@ -60,14 +60,31 @@ def written(chat: list[dict]) -> str:
         ({"system": "S", "question": "Q", "chosen": "g", "rejected": "b"}, WITH_SYSTEM),  # orca
         ({"system": "S", "input": "Q", "chosen": "g", "rejected": "b"}, WITH_SYSTEM),
         ({"chosen": f"{HH} g", "rejected": f"{HH} b"}, LONGER),
+        ({"chosen": f"{HH} g".strip(), "rejected": f"{HH} b".strip()}, LONGER),
         ({"prompt": HH, "chosen": " g", "rejected": " b"}, LONGER),
         ({"messages": [S, U, GOOD], "rejected_response": "b"}, WITH_SYSTEM),  # ms-swift
         ({"messages": [U, GOOD], "rejected_messages": [U, BAD]}, PLAIN),
+        ({"messages": [P, A, U, GOOD], "rejected_response": "b"}, LONGER),
         ({"query": "Q", "response": "g", "rejected_response": "b", "history": [["P", "a"]]}, LONGER),
         ({"chosen_response": "g", "rejected_response": "b", "prompt": "Q"}, PLAIN),
         ({"conversation_a": [U, BAD], "conversation_b": [U, GOOD], "winner": "model_b", "language": "English"}, PLAIN),
         ({name: json.dumps(turns, indent=1) for name, turns in (("chosen", [U, GOOD]), ("rejected", [U, BAD]))}, PLAIN),
         ({"prompt": json.dumps([U]), "chosen": json.dumps(GOOD), "rejected": "b"}, PLAIN),  # cells of a table
+        ({name: json.dumps([dict(reversed(t.items())) for t in turns])  # content first, as in ultrafeedback
+          for name, turns in (("chosen", [U, GOOD]), ("rejected", [U, BAD]))}, PLAIN),
+        ({"input": {"messages": [S, U], "tools": [], "parallel_tool_calls": True},  # OpenAI
+          "preferred_output": [GOOD], "non_preferred_output": [BAD]}, WITH_SYSTEM),
+        ({"instruction": "Q", "input": "R", "chosen": [GOOD], "rejected": [BAD]}, "u:Q\n\nR"),
+        ({"prompt": "R\n\nQ", "context": "R", "chosen": "g", "rejected": "b"}, "u:R\n\nQ"),  # is in the prompt
+        # turns beside whole chats, which have some of them
+        ({"prompt": [S, U], "chosen": [U, GOOD], "rejected": [U, BAD]}, WITH_SYSTEM),
+        ({"prompt": [U], "chosen": [S, U, GOOD], "rejected": [S, U, BAD]}, WITH_SYSTEM),
+        ({"messages": [P, A, U], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
+        ({"messages": [P, A, U, GOOD], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
+        ({"prompt": [U], "chosen": [U, GOOD], "rejected": [U | {"content": [{"text": "Q"}]}, BAD]}, PLAIN),
+        ({"conversation": [{"input": "Q", "output": "c"}], "chosen": [U, GOOD], "rejected": [U, BAD]}, PLAIN),
+        ({"conversation": [["P", "a"], ["Q", "c"]], "chosen": [U, GOOD], "rejected": [U, BAD]}, LONGER),
+        ({"conversations": SAID[:2], "chosen": [GOOD], "rejected": [BAD]}, PLAIN),  # the better answer once more
         ({"prompt": [U, CALL, RESULT], "tools": [TOOL], "chosen": [GOOD], "rejected": [BAD]}, "u:Q (a:) t:1"),
         ({"chosen": [U, GOOD, P], "rejected": [U, BAD, P]}, PLAIN),  # what is asked after the answers
         ({"prompt": "Q", "chosen": "g</s>", "rejected": "b<|im_end|>"}, PLAIN),
@@ -100,6 +117,36 @@ def test_tools_reasoning_and_several_turns_may_be_the_answer():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        *('{"role": "admin", "name": "x"}', '[{"from": "Oslo", "text": "x"}]', "[{'a': 1}]", "{}", '{"role": "user"}'),
+        *('[{"role": "user", "content": "x"}, {"a": 1}]', '[{"role": "user", "content": "x"}] is JSON'),
+    ],
+)
+def test_answers_that_are_json_stay_texts(text):
+    better, worse = pairs.to_compared({"prompt": "Q", "chosen": text, "rejected": "b"}, loss="dpo")
+    assert (written(better), written(worse)) == (f"u:Q a:{text}", "u:Q a:b")
+
+
+def test_answers_of_weight_0_are_not_compared():
+    unasked = {"chosen": [U, GOOD | {"weight": 0}, P, A], "rejected": [U, BAD | {"weight": 0}, P, GOOD]}
+    assert list(map(written, pairs.to_compared(unasked, loss="dpo"))) == ["u:Q (a:g) u:P a:a", "u:Q (a:b) u:P a:g"]
+    same = {"messages": [P, A, U, GOOD], "rejected_response": "g"}
+    assert pairs.to_compared(same, loss="dpo") == "chosen and rejected are the same"
+
+
+def test_doubtful_pairs_are_counted_and_ties_left_out():
+    pair = {"prompt": "Q?", "chosen": "g", "rejected": "b"}
+    for more in ({"status": "tie"}, {"winner": "tie (bothbad)"}):
+        assert isinstance(pairs.to_compared(pair | more), SkippedRow)
+    for better, worse in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
+        for (one, other), count in {(8, 9): 1, ("1.0", 1): 1, (9, 8): 0, (None, 8): 0}.items():
+            notes = pairs.to_compared(pair | {better: one, worse: other}).notes
+            assert sum("scored no higher" in note for note in notes) == count, (one, other)
+    assert "chosen begins with the whole question" in " ".join(pairs.to_compared(pair | {"chosen": "Q? g"}).notes)
+
+
+@pytest.mark.parametrize(
     ("row", "is_good"),
     [
         ({"prompt": "Q", "completion": "g", "label": True}, True),
@@ -107,6 +154,8 @@ def test_tools_reasoning_and_several_turns_may_be_the_answer():
         ({"messages": [U, GOOD], "kto_tag": "false"}, False),
         ({"instruction": "Q", "output": "g", "label": 1}, True),
         ({"prompt": "Q", "response": "g", "kto_label": "good"}, True),
+        ({"prompt": json.dumps([U]), "completion": json.dumps([GOOD]), "label": True, "kto_tag": None}, True),
+        ({"prompt": "\n\nHuman: Q\n\nAssistant:", "completion": " g", "label": True}, True),
     ],
 )
 def test_labelled_answers_are_for_kto(row, is_good):
@@ -114,6 +163,25 @@ def test_labelled_answers_are_for_kto(row, is_good):
     assert written(chat) == "u:Q a:g" and one.is_good is is_good
     refused = pairs.to_compared(row, loss="dpo")
     assert isinstance(refused, InvalidRow) and re.match("(kto_)?(label|tag): .*LOSS=dpo.*set LOSS=kto", refused)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "completion": "g", "label": True, "kto_label": False}, "row: label and kto_label contradict"),
+        ({"text": "A great film", "label": 1}, "label: beside a text a label may be a class"),
+        ({"prompt": "Q", "completion": "g", "label": True, "weight": 0}, "completion: the answer has the weight 0"),
+    ],
+)
+def test_labels_that_may_mean_something_else_are_refused(row, expected):
+    found = pairs.to_compared(row, loss="kto")
+    assert isinstance(found, InvalidRow) and found.startswith(expected), found
+
+
+def test_arena_pairs_are_english_under_either_name():
+    row = {"winner": "model_a", "conversation_a": [U, GOOD], "conversation_b": [U, BAD]}
+    for language, is_read in (("English", True), ("en", True), (None, True), ("German", False), ("de", False)):
+        assert isinstance(pairs.to_compared(row | {"language": language}), pairs.Compared) == is_read, language
 
 
 def test_trees_give_the_best_and_the_worst_answer_to_the_last_ranked_question(tmp_path):
@@ -132,6 +200,17 @@ def test_fields_may_have_other_names_and_those_not_used_are_told():
     pair = pairs.to_compared({"q": "Q", "good": "g", "bad": "b", "score": 1, "Id": "x"}, columns)
     assert list(map(written, pair)) == ["u:Q a:g", "u:Q a:b"] and pair.notes == ("unused: score", "unused: Id")
     assert str(pairs.to_compared({"q": "Q", "good": "g", "bad": ""}, columns)).startswith("bad: must be a text")
+    row = {"prompt": "R", "q": "Q", "good": "g", "bad": "b"}
+    assert list(map(written, pairs.to_compared(row, columns))) == ["u:Q a:g", "u:Q a:b"]
+    pair = pairs.to_compared({"instruction": "Q", "q": "R", "good": "g", "bad": "b"}, columns | {"q": "input"})
+    assert written(pair[0]) == "u:Q\n\nR a:g"
+    for taken in ("prompt", "instruction"):
+        row = {"instruction": "Q", "prompt": "R"} | {"chosen": "g", "rejected": "b"}
+        pair = pairs.to_compared(row, rows.parse_columns(f"{taken}:{taken}"))
+        assert written(pair[0]) == f"u:{row[taken]} a:g" and len(pair.notes) == 1
+    row = {"question": "Q", "context": "R", "chosen": "g", "rejected": "b"}
+    pair = pairs.to_compared(row, rows.parse_columns("question:instruction"))
+    assert written(pair[0]) == "u:Q\n\nR a:g"
     pair = pairs.to_compared({"prompt": "Q", "chosen": "g", "rejected": "b", "label": 0, "chosen_response": "x"})
     assert pair.notes == ("unused: label", "unused: chosen_response")
 
@@ -145,7 +224,7 @@ FAULTS = [
     ({"prompt": [U], "chosen": [GOOD], "rejected": [BAD | {"content": ""}]}, "rejected[0].content: must be a text"),
     ({"instruction": "Q", "chosen": "g", "rejected": ""}, "rejected: must be a text that is not empty"),
     ({"messages": [U, GOOD], "rejected_response": " "}, "rejected_response: must be a text that is not empty"),
-    ({"chosen": f"{HH} g", "rejected": HH}, "rejected[3].value: must be a text that is not empty"),
+    ({"chosen": f"{HH} g", "rejected": HH}, 'rejected: no text after "Assistant:"; write one'),
     ({"chosen": "g", "rejected": "b"}, "row: no question beside chosen; write {"),
     ({"prompt": "", "chosen": "g", "rejected": "b"}, "row: no question beside chosen; write {"),
     ({"chosen": [U, GOOD], "rejected": [P, BAD]}, "rejected: answers another question than chosen; both must"),
@@ -153,8 +232,23 @@ FAULTS = [
     ({"chosen": [U, GOOD, P, A], "rejected": [U, GOOD, P]}, "rejected: it ends in a question without"),
     ({"prompt": [U], "chosen": [{"role": "bob", "content": "g"}], "rejected": [BAD]}, "chosen[0]: the role must be"),
     ({"prompt": "Q", "chosen": "g", "rejected": "b\0"}, "rejected: character U+0000 is not text; remove it"),
-    ({"prompt": "Q", "chosen": ["g", "h"], "rejected": ["b"]}, "chosen: must be a text; is this JSON of columns?"),
-    ({"prompt": "Q", "chosen": "[{'role': 'assistant'}]", "rejected": "b"}, "chosen: must be a turn or a list of"),
+    ({"prompt": "Q", "chosen": ["g", "h"], "rejected": ["b"]}, "chosen: must be one answer"),
+    ({"prompt": "Q", "chosen": {"text": "g", "score": 1}, "rejected": "b"}, "chosen: must be one answer"),
+    ({"prompt": ["Q"], "chosen": ["g"], "rejected": ["b"]}, "prompt: must be a text; is this JSON of columns?"),
+    ({"prompt": "Q", "responses": ["g", "b"], "chosen": 0, "rejected": 1}, "chosen: a number; if it says which"),
+    ({"prompt": "Q", "chosen": str([GOOD]), "rejected": "b"}, "chosen: turns that are not JSON; write them by json"),
+    ({"prompt": "Q", "Chosen": json.dumps([GOOD])[:-1], "rejected": "b"}, "Chosen: turns that are not JSON"),
+    ({"prompt": [P], "chosen": [U, GOOD], "rejected": [U, BAD]}, "prompt: its turns are neither part of chosen nor"),
+    ({"prompt": [U, A], "chosen": "g", "rejected": "b"}, "prompt: ends in an answer; put it into both sides, or"),
+    ({"messages": [U, A], "chosen": [GOOD], "rejected": [BAD]}, "messages: ends in an answer; put it into both"),
+    ({"prompt": "Q", "chosen": "g", "rejected": "b", "reasoning": "R"}, "reasoning: reasoning of which answer?"),
+    ({"prompt": "Q", "chosen": "g", "rejected": "b", "weight": 0}, "chosen: the answer has the weight 0"),
+    ({"prompt": [U], "chosen": GOOD, "rejected": BAD | {"weight": 0}}, "rejected: the answer has the weight 0"),
+    ({"instruction": "P", "prompt": "Q", "chosen": "g", "rejected": "b"}, "prompt: another question than instruction"),
+    ({"prompt": [U], "messages": [P, A, U], "chosen": "g", "rejected": "b"}, "messages: another question than prompt"),
+    ({"question": "Q", "context": "R", "chosen": "g", "rejected": "b"}, "context: is it part of the question? join"),
+    ({"prompt": "Q", "images": ["x.jpg"], "chosen": "g", "rejected": "b"}, "images: only text is supported; remove"),
+    ({"prompt": "Q", "accepted": "g", "rejected": "b"}, "chosen: no answer to compare rejected with; write one, or n"),
     ({"prompt": "Q", "chosen": True, "rejected": False}, "chosen: must be a text; write it as one"),
     ({"prompt": "Q", "completion": "g", "label": True}, "label: one answer with its label, of which"),
     ({"messages": [U, GOOD]}, "row: no preference; write {"),
@@ -167,6 +261,10 @@ def test_every_fault_is_named_with_its_line_and_the_row_s_own_field(tmp_path):
     file = write_jsonl(
         tmp_path / "faulty.jsonl", [{"prompt": "Q", "chosen": "g", "rejected": "b"}, *(r for r, _ in FAULTS)]
     )
+    told = str(pairs.to_compared({"Prompt": "", "Chosen": "g", "Rejected": "b"}))
+    assert told.endswith("the row has: ['Prompt', 'Chosen', 'Rejected']") and 'COLUMNS="yours:prompt"' in told
+    told = pairs.to_compared({"question": "Q", "response_j": "g", "response_k": "b"})
+    assert 'COLUMNS="yours:chosen, yours:rejected"' in told
     shown, count = sources.invalid_rows(sources.parse(str(file))[0], sources.Reading(loss="dpo"), "stop")
     assert count == len(FAULTS) > sources.MAX_SHOWN
     for number, (row, expected) in enumerate(FAULTS, start=2):
@@ -324,7 +422,7 @@ def test_a_folder_prepared_for_the_other_kind_is_refused(encoder, tmp_path, chat
 # The doctor
 
 
-def test_the_doctor_tells_what_pairs_would_teach_by_mistake(tokenizer, encoder, tmp_path, capsys):
+def test_the_doctor_tells_what_pairs_would_teach_by_mistake(tokenizer, encoder, tmp_path, capsys, monkeypatch):
     made = [
         {"prompt": f"Q{n}", "chosen": f"It is {n}, as everybody knows.", "rejected": f"It is {n}"} for n in range(20)
     ]
@@ -333,6 +431,9 @@ def test_the_doctor_tells_what_pairs_would_teach_by_mistake(tokenizer, encoder, 
     train, *_ = make(settings, encoder)
     checks.examine(train, tokenizer, encoder, settings, False, encoder.new_token_ids)
     said = capsys.readouterr().out
+    monkeypatch.setattr(checks, "ROWS", 11)
+    checks.examine(train, tokenizer, encoder, settings, False, encoder.new_token_ids)
+    assert re.search(r"doctor: note: of 11 rows checked: in \d+ of 11 pairs", capsys.readouterr().out)
     assert "doctor: note: 1 pair is there the other way round as well" in said
     assert "in 20 of 22 pairs one answer is the beginning of the other" in said
     assert "91% of the better answers are longer: the model may learn length instead" in said
@@ -340,4 +441,6 @@ def test_the_doctor_tells_what_pairs_would_teach_by_mistake(tokenizer, encoder, 
     made += [{"prompt": "Q9", "completion": "c", "label": label} for label in (True, False, True)]
     train, _, about = make(settings_of(tmp_path, made[-5:], "kto"), encoder)
     assert about["dropped"] == {"duplicate": 1}
+    both = [train[-1], train[-1] | {"is_good": not train[-1]["is_good"]}]
+    assert "1 answer is labelled good and bad" in " ".join(pair_checks.pair_notes(both))
     assert "3 answers are labelled good and bad" in " ".join(pair_checks.pair_notes(list(train)))
