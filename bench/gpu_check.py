@@ -214,7 +214,7 @@ def write_predictions() -> None:
     """Trace our side of every timed row of the plan as on CUDA, on this CPU."""
     import gpu_timing
 
-    found = {}
+    found = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if ROWS and PREDICTIONS.exists() else {}
     for row, _ in rows_to_run():
         if not row.startswith("smoke "):
             work, begun = work_of(row), time.perf_counter()

@@ -28,8 +28,7 @@ COLUMNS = (
 def describe() -> str:
     """Versions of everything imported, the device, its driver and what torch was built for."""
     names = ("torch", *REQUIRED, *OPTIONAL, *OTHERS)
-    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions() if d.name}
-    lines = [f"python {platform.python_version()}, " + ", ".join(f"{n} {installed.get(n, 'MISSING')}" for n in names)]
+    lines = [f"python {platform.python_version()}, " + ", ".join(f"{name} {version_of(name)}" for name in names)]
     if torch.cuda.is_available():
         properties, driver = torch.cuda.get_device_properties(0), guarded(read_driver)
         driver = driver.get("driver") or driver["error"]
@@ -39,6 +38,13 @@ def describe() -> str:
             f"built for {' '.join(torch.cuda.get_arch_list())}"
         )
     return "\n".join([*lines, f"{device_name()}, {os.environ.get('PYTORCH_ALLOC_CONF', 'no PYTORCH_ALLOC_CONF')}"])
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "MISSING"
 
 
 def device_name() -> str:
@@ -129,6 +135,8 @@ def cells(record: dict) -> list[str]:
 
     problems = [f"{name}: {side['error']}" for name, side in record["sides"].items() if "error" in side]
     problems += [f"{n}: NaN loss" for n, s in record["sides"].items() if any(map(math.isnan, s.get("losses", [])))]
+    if predicted and record["predicted"]["attention"] != record["attention"]:
+        problems.append(f"predicted for {record['predicted']['attention']}, ran {record['attention']}")
     on_gpu = all(side["reserved_gib"] is not None for side in good)
     can_compare = predicted and on_gpu and "error" not in ours and "ours" in record["sides"]
     return [

@@ -122,7 +122,7 @@ def trained() -> Path:
     """The folder of the row lora, which is run where it has not been in this process."""
     folder = Path(WORK.name) / "out" / "lora"
     if not (folder / "summary.json").exists():
-        train(QLORA, "lora")
+        run_smoke("lora")
     return folder
 
 

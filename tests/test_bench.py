@@ -1,5 +1,6 @@
 """The comparisons: both sides do the same work, and a machine without a GPU is told so."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,49 +9,115 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script, save_tiny, write_jsonl
 
+import common.run.folder
+
 sys.path.insert(0, str(ROOT / "bench"))
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo"])
-def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
-    import gpu_check
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo", "cudnn"])
+def test_gpu_check_trains_both_sides_alike(method):
+    from gpu_timing import Work, time_side
 
-    monkeypatch.setattr(gpu_check, "GALORE_RANK", 16)
-
-    monkeypatch.setattr(gpu_check, "MAX_LENGTH", 64)
-    monkeypatch.setattr(gpu_check, "STEPS", 4)
-    ours, trl = (gpu_check.time_training("tiny", method, side, "cpu") for side in ("ours", "trl"))
-    assert ours["losses"] == pytest.approx(trl["losses"], rel=0.01)
+    work = Work("tiny", method, 128)
+    theirs, ours = (time_side(work, side, "cpu", 2) for side in work.sides())
+    if method != "galore":  # another optimizer
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
     flop = 6 if method in ("full", "galore", "dpo") else 4
-    assert ours["flop_per_token"] == trl["flop_per_token"] == flop * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
-    assert ours["tokens_per_second"] > 0
+    assert ours["flop_per_token"] == theirs["flop_per_token"] == flop * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 640)
+    assert ours["tokens_per_second"] > 0 and len(ours["seconds"]) == len(theirs["seconds"]) == 2
 
 
 @pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo"])
-def test_gpu_check_predicts_what_it_measures(method, monkeypatch):
+def test_gpu_check_predicts_what_it_measures(method):
     """With all that a GPU's trainer does; on the CPU followed by storages instead of max_memory_allocated."""
-    import gpu_check
+    from gpu_timing import Work, predict, time_side
 
     from common.train.storage import StorageTracker
 
-    monkeypatch.setattr(gpu_check, "MAX_LENGTH", 256)
-    monkeypatch.setattr(gpu_check, "GALORE_RANK", 16)
-    monkeypatch.setattr(gpu_check, "STEPS", 3)
-    follower = StorageTracker()
+    follower, work = StorageTracker(), Work("tiny", method, 256)
     with follower:
-        gpu_check.time_training("tiny", method, "ours", "cpu")
-    assert gpu_check.predict("tiny", method, False, "cpu") == pytest.approx(follower.peak / 2**30, rel=0.1)
+        time_side(work, "ours", "cpu", 1)
+    assert predict(work, "cpu") == pytest.approx(follower.peak / 2**30, rel=0.1)
+
+
+def test_gpu_check_has_rows_of_unequal_length_that_cudnn_fails_on():
+    from gpu_timing import Work, random_rows
+
+    for method in ("lora", "dpo"):
+        rows = list(random_rows(Work("8B", method, 1024), 8))
+        lengths = [len(row["input_ids"]) for row in rows]
+        assert max(lengths) == 1024 and len(set(lengths)) > 5 and sum(n % 128 == 64 for n in lengths) >= 4
+        assert all(sum(row["seq_lengths"]) == len(row["labels"]) == n for row, n in zip(rows, lengths, strict=True))
+        assert len({length for row in rows for length in row["seq_lengths"]}) > 8
+    warm = list(random_rows(Work("8B", "galore", 1024), 2))
+    assert [len(row["input_ids"]) for row in warm[:17]] == [64] * 16 + [1024]
+
+
+def test_gpu_check_guards_each_row_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    import gpu_check
+    import gpu_timing
+
+    monkeypatch.setattr(gpu_check, "PREDICTIONS", tmp_path / "predictions.json")
+    (tmp_path / "predictions.json").write_text('{"tiny lora 64": {"attention": "varlen", "gib": 1}}')
+    settings = dict(DEVICE="cpu", MODELS="tiny", STEPS=1, ROUNDS=1, OUT_DIR=str(tmp_path / "results"))
+    settings |= dict(ROWS="tiny (lora|full|galore) 64$|smoke (full|offloading)", MINUTES=20)
+    for name, value in settings.items():
+        monkeypatch.setattr(gpu_check, name, value)
+    honest = gpu_timing.time_side
+
+    def failing(work, side, *args):
+        if (work.method, side) in (("full", "ours"), ("galore", "trl")):
+            raise RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA")
+        return honest(work, side, *args) | ({"losses": [math.nan]} if side == "trl" else {})
+
+    monkeypatch.setattr(gpu_timing, "time_side", failing)
+    monkeypatch.setattr(common.run.folder, "git_commit", lambda: None)  # a copy without .git
+    gpu_check.main()
+    out = capsys.readouterr().out
+    assert "smoke offloading | 0.0 s | skipped: needs CUDA" in out and re.search(r"smoke full \| .* ok: loss \d", out)
+    records = {record["row"]: record for record in gpu_check.read_results(tmp_path / "results" / "results.jsonl")}
+    assert records.keys() == {"smoke full", "tiny lora 64", "tiny full 64", "tiny galore 64"}
+    assert records["tiny galore 64"]["sides"]["ours"]["tokens_per_second"] > 0
+    assert records["tiny full 64"]["sides"]["trl"] == records["tiny galore 64"]["sides"]["trl"]  # not twice
+    page = (tmp_path / "results" / "table.md").read_text()
+    rows = {line.split(" | ")[0][2:]: line for line in page.splitlines() if line.startswith("| tiny")}
+    assert "ours: RuntimeError: CUDA error: an illegal" in rows["tiny full 64"] and "no .git" in page
+    assert "trl: NaN loss; predicted for varlen, ran sdpa_documents" in rows["tiny lora 64"]
+    assert "| nan% |" in rows["tiny lora 64"] and "not predicted" in rows["tiny full 64"]
+    assert "TORCH_USE_CUDA_DSA" in (tmp_path / "results" / "errors.log").read_text()
+    gpu_check.main()  # nothing is left to do but what could not be done
+    again = capsys.readouterr().out
+    assert "4 rows, 2 with an error: tiny galore 64, tiny full 64" in again and again.count("smoke") == 1
+    (tmp_path / "results" / "results.jsonl").unlink()
+    monkeypatch.setattr(gpu_check, "MINUTES", 0.01)
+    gpu_check.main()
+    assert "not begun, for want of time: smoke full, tiny lora 64" in capsys.readouterr().out
+
+
+def test_gpu_check_times_plain_torch_for_trl():
+    """cuDNN's attention, which training switches off, is on for TRL alone, as it is without this project."""
+    from gpu_timing import attention_kernels
+    from torch.backends.cuda import cudnn_sdp_enabled, enable_cudnn_sdp
+
+    before = cudnn_sdp_enabled()
+    enable_cudnn_sdp(False)
+    seen = {}
+    for side in ("trl", "ours", "cuDNN on", "cuDNN off"):
+        with attention_kernels(side):
+            seen[side] = cudnn_sdp_enabled()
+    assert seen == {"trl": True, "ours": False, "cuDNN on": True, "cuDNN off": False} and not cudnn_sdp_enabled()
+    enable_cudnn_sdp(before)
 
 
 def test_matrix_peak_is_a_positive_number():
-    import gpu_check
+    import gpu_results
 
-    assert gpu_check.matrix_peak_tflops("cpu", size=64, repeats=2) > 0
+    assert gpu_results.matrix_peak_tflops("cpu", size=64, repeats=2) > 0
 
 
 def test_gpu_check_without_a_gpu():
     result = run_script("bench/gpu_check.py")
-    assert result.returncode == 2 and result.stderr.startswith("error: this check needs a CUDA GPU")
+    assert result.returncode == 2 and "error: DEVICE=cuda: this check needs a CUDA GPU" in result.stderr
 
 
 @pytest.mark.parametrize("reference", ["live", "kept"])
