@@ -1,8 +1,10 @@
 """Tiny random models of each architecture, with a tokenizer trained on our own data: everything offline, on the CPU."""
 
+import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+
+def pytest_collection_finish():
+    """Every run ends with a collection, which would look through all that was imported: a quarter of a tiny run."""
+    gc.collect()
+    gc.freeze()
+
+
 CHAT = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi"},
@@ -32,6 +41,8 @@ CHAT = [
     {"role": "user", "content": "Name?"},
     {"role": "assistant", "content": "Brief."},
 ]
+# MATRIX=full: the combinations, too, whose parts the default run proves one by one.
+FULL = os.environ.get("MATRIX") == "full"
 ARCHITECTURES = ("llama", "stablelm", "gpt2", "mistral", "qwen2")
 
 
@@ -141,6 +152,48 @@ def arguments(tiny, chats_file, tmp_path):
             "LORA_R=4", "MAX_LENGTH=128", "EVAL_SIZE=4", "EVAL_STEPS=3", "SAVE_STEPS=1", "SAVE_TOTAL_LIMIT=9",
             "LORA_DROPOUT=0.1", "LEARNING_RATE=1e-2", *more,
         ]  # fmt: skip
+
+    return make
+
+
+# What takes two thirds of a tiny run's time and is proved elsewhere: memory's trace, the picture, peft's card.
+LEAN = {
+    "common.train.batch_plan.trace": lambda *step: dict.fromkeys(("weights", "gradients", "optimizer states"), 2**20),
+    "common.run.report.plot": lambda folder: (folder / "plot.png").touch(),
+    "peft.PeftModel.create_or_update_model_card": lambda *args: None,
+}
+
+
+@pytest.fixture
+def lean(monkeypatch):
+    """Runs without these parts."""
+    for name, stand_in in LEAN.items():
+        monkeypatch.setattr(name, stand_in)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs that are predicted and not drawn."""
+    for name in list(LEAN)[1:]:
+        monkeypatch.setattr(name, LEAN[name])
+
+
+@pytest.fixture(scope="session")
+def finished_runs():
+    return {}
+
+
+@pytest.fixture
+def finished(arguments, run_here, tmp_path, tmp_path_factory, finished_runs):
+    """finished(run, "NAME=value", ...): a copy of a LoRA run that was left alone, trained once for these settings."""
+
+    def make(run, *more):
+        if more not in finished_runs:
+            folder = tmp_path_factory.mktemp("finished")
+            code, _, error = run_here("qlora_train.py", *arguments("run", f"OUT_DIR={folder}", *more))
+            assert code == 0, error
+            finished_runs[more] = folder / "run"
+        return shutil.copytree(finished_runs[more], tmp_path / run)
 
     return make
 

@@ -2,12 +2,13 @@
 
     accelerate launch --config_file launch/fsdp.yaml --num_processes 2 tests/launched.py PLAN
 
-PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at", "full_at", "spike_at", "chunk"}: steps at
-which the last process gets a SIGTERM or SIGKILL (then there is PLAN.killed), its loss is not finite, the first cannot
-save, or a loss is taken for a spike; and positions whose logits exist at a time. The first process writes the exit
-codes to PLAN.codes.
+PLAN: a JSON list of {"script", "arguments", "signal_at", "kill_at", "nan_at", "full_at", "spike_at", "chunk", "lean"}:
+steps at which the last process gets a SIGTERM or SIGKILL (then there is PLAN.killed), its loss is not finite, the first
+cannot save, or a loss is taken for a spike; positions whose logits exist at a time; whether to leave out conftest.LEAN.
+The first process writes the exit codes to PLAN.codes.
 """
 
+import gc
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import execute
+import pytest
+from conftest import LEAN, execute
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +58,10 @@ for run in runs:
     ChatTrainer.compute_loss, SFTTrainer._save_checkpoint = compute_loss, save_checkpoint
     guard.is_spike = lambda _, recent, run=run: len(recent) + 1 == run.get("spike_at")
     loss.CHUNK = run.get("chunk", 256)
-    codes.append(execute(run["script"], run["arguments"]))
+    gc.freeze()  # each run ends with a collection, which would look through all that was imported
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in LEAN.items() if run.get("lean") else ():
+            patch.setattr(name, stand_in)
+        codes.append(execute(run["script"], run["arguments"]))
 if not RANK:
     Path(f"{plan}.codes").write_text(json.dumps(codes))

@@ -32,6 +32,7 @@ MORE = ""  # settings of the run, beside or instead of those below
 if __name__ == "__main__":
     apply_overrides(globals())
 
+import gc
 import json
 import multiprocessing
 import os
@@ -42,7 +43,7 @@ import threading
 
 import safetensors.torch
 import torch
-from conftest import ROOT, execute, save_tiny, save_tokenizer, write_jsonl
+from conftest import LEAN, ROOT, execute, save_tiny, save_tokenizer, write_jsonl
 from datasets import load_dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -53,6 +54,7 @@ from trl import SFTConfig, SFTTrainer
 
 import common.run.training_run
 import common.train.sft  # noqa: F401  imported once, before the forks
+from common.train import batch_plan
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -61,6 +63,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare_inputs(folder)
+        batch_plan.trace = LEAN["common.train.batch_plan.trace"]  # the longest part of each start, which writes nothing
+        gc.freeze()
         whole = folder / "whole"
         code, points = run_in_fork(SIDE, whole)
         assert code == 0, (whole / "log").read_text()

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHAT, ROOT, run_script, save_tiny, write_jsonl
+from conftest import ARCHITECTURES, CHAT, ROOT, save_tiny, write_jsonl
 from transformers import AutoTokenizer
 
 from common.chat import turns
@@ -215,10 +215,11 @@ def test_a_conversation_in_a_terminal(environment, chatty, tmp_path):
     assert terminal.process.wait(10) == 0
 
 
-def test_two_models_side_by_side(chatty, tiny, run_here):
+def test_two_models_side_by_side(chatty, tiny, run_here, monkeypatch):
     asked = [f"MODEL={chatty}", f"COMPARE={tiny()}", "TEMPERATURE=0", "MAX_NEW_TOKENS=4"]
-    result = run_script("chat_pipe.py", *asked, stdin="Hi\n")
-    assert result.returncode == 2 and "COMPARE=" in result.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    code, _, error = run_here("chat_pipe.py", *asked)
+    assert code == 2 and "COMPARE=" in error
     tokenizer = load.load_tokenizer(location.locate(str(tiny())))
     assert not tokenizer.chat_template  # and a base model is refused
     assert run_here("chat_pipe.py", *asked, "PROMPT=Hi")[0] == 2

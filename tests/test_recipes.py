@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny, write_jsonl
+from conftest import FULL, ROOT, save_tiny, write_jsonl
 from test_distributed import BIN, environment  # noqa: F401
 from test_formats import arena, oasst
 from test_judge import fake  # noqa: F401  a fixture
@@ -104,7 +104,9 @@ def run(tiny, rows, run_here, tmp_path, fake, monkeypatch):  # noqa: F811
             settings.append(f"PICTURE={tmp_path}/compare.png")
         elif script not in ("chat_pipe.py", "estimate_memory.py"):
             settings.append(f"OUT_DIR={tmp_path}/out")
-        if launcher == ["python"]:
+        if launcher[0] == "accelerate" and not FULL:  # test_distributed starts each of these engines
+            assert (ROOT / launcher[launcher.index("--config_file") + 1]).is_file()
+        if launcher == ["python"] or launcher[0] == "accelerate" and not FULL:
             code, out, error = run_here(script, *settings)
         else:
             done = launched([*launcher, script, *settings], tmp_path)

@@ -263,7 +263,7 @@ def test_wrong_inputs_end_with_2_and_one_line(tmp_path, tiny, trained, run_here,
     assert not loaded
 
 
-@pytest.mark.parametrize("name", ["wrong type", "broken JSON line", "run exists"])
+@pytest.mark.parametrize("name", ["wrong type", "run exists"])
 def test_wrong_inputs_in_a_process_of_their_own(name, tmp_path, tiny, trained):
     arguments, word = mistakes(tmp_path, tiny, trained[0])[name]
     defaults = [f"MODEL={tiny()}", f"DATA={tmp_path}/good.jsonl", f"OUT_DIR={tmp_path}/out", "EVAL_SIZE=0",

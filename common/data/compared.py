@@ -3,6 +3,8 @@
 import itertools
 from typing import NamedTuple
 
+import numpy as np
+
 IGNORE_INDEX = -100  # label of a token that is not in the loss
 
 
@@ -22,25 +24,19 @@ def sequences_of(row: dict) -> list[dict]:
     return parts
 
 
-def shared_length(row: dict) -> int:
-    """Tokens that both sequences of a pair begin with and that can be computed once.
+def size_of(row: dict, shares: bool) -> RowSize:
+    """shares: whether what the sequences of a pair begin with is computed once.
 
     That is the prompt but its last token, from which the first token of each answer is predicted.
     """
-    if len(row["seq_lengths"]) == 1 or not any(label != IGNORE_INDEX for label in row["labels"]):
-        return 0
-    first, second = sequences_of(row)
-    for number, same in enumerate(zip(*first.values(), *second.values(), strict=False)):
-        if same[0] != same[2] or (same[1], same[3]) != (IGNORE_INDEX, IGNORE_INDEX):
-            return max(0, number - 1)
-    return 0
-
-
-def size_of(row: dict, shares: bool) -> RowSize:
-    """shares: whether what the sequences share is computed once."""
-    shared = shared_length(row) if shares else 0
-    shape = shared, *(length - shared for length in row["seq_lengths"])
-    return RowSize(shape, sum(label != IGNORE_INDEX for label in row["labels"]))
+    ids, in_loss = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
+    first, shared = int(row["seq_lengths"][0]), 0
+    if shares and in_loss.any() and len(row["seq_lengths"]) == 2:
+        shorter = min(first, len(ids) - first)
+        part, same = slice(shorter), slice(first, first + shorter)
+        ends = (ids[part] != ids[same]) | in_loss[part] | in_loss[same]
+        shared = max(0, int(ends.argmax()) - 1)
+    return RowSize((shared, *(int(length) - shared for length in row["seq_lengths"])), int(in_loss.sum()))
 
 
 def share_prompts(rows: list[dict]) -> dict[str, list]:

@@ -127,12 +127,12 @@ def provenance() -> dict:
         launcher = ["accelerate", "launch", "--config_file", config, "--num_processes", str(count)]
         if (machines := count // int(os.environ.get("LOCAL_WORLD_SIZE", count))) > 1:
             launcher += ["--num_machines", str(machines)]
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    installed = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
     return dict(
         command=shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         commit=git_commit(),
-        versions={"python": platform.python_version(), **{name: installed.get(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **{name: p and p.version for name, p in installed.items()}},
         processes=count,
         engine=engine,
     )

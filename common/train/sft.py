@@ -150,7 +150,7 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     longest = account["length_percentiles"]["100"]
     if job.preference:
         shares = job.shares_prompts()
-        job.pairs = tuple(size_of(row, shares) for row in job.train_set)
+        job.pairs = tuple(size_of(row, shares) for row in job.train_set.with_format("numpy"))
         longest = math.ceil(statistics.fmean(sum(pair.shape) for pair in job.pairs))
     elif settings["PACKING"]:
         longest = settings["MAX_LENGTH"]

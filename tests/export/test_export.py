@@ -24,6 +24,7 @@ from common.export import gguf, gguf_tokenizer, hub, verify, verify_gguf
 from common.export.llama_cpp import LlamaCpp
 from common.model import load, location
 
+pytestmark = pytest.mark.usefixtures("lean")
 LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64,
@@ -571,23 +572,29 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_weights_are_loaded(chat
         assert code == 2 and f"error: {line}" in text and text.count("error: ") == 1
 
 
-@pytest.mark.parametrize("moment", ["merge", "gguf", "verify"])
-def test_killed_half_way_nothing_has_its_final_name(moment, chat_model, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="fork")
+def test_killed_half_way_nothing_has_its_final_name(chat_model, tmp_path):
     """A process that ends at once where `moment` is, as by kill -9."""
-    place = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}[moment]
+    places = {"merge": "load.sync_files", "gguf": "gguf.quantize", "verify": "verify_gguf.token_faults"}
+    settings = [f"MODEL={chat_model()}", f"OUT_DIR={tmp_path}", "GGUF=f16"]
     code = f"""
-import os, sys
-sys.argv = ["merge_and_export.py", "MODEL={chat_model()}", "OUT_DIR={tmp_path}", "RUN_NAME=export", "GGUF=f16"]
+import os, runpy, sys
 from common.export import gguf, verify, verify_gguf
 from common.model import load
-{place} = lambda *a: os._exit(9)
-import runpy
-runpy.run_path("merge_and_export.py", run_name="__main__")
+for moment, place in {places}.items():
+    child = os.fork()
+    if not child:
+        sys.argv = ["merge_and_export.py", *{settings}, "RUN_NAME=" + moment]
+        exec(place + " = lambda *a: os._exit(9)")
+        runpy.run_path("merge_and_export.py", run_name="__main__")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, moment
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 9
-    left = {path.name for path in (tmp_path / "export").iterdir()}
-    assert not any(name.endswith(".gguf") for name in left) and "export.json" not in left
-    assert ("final" in left) == (moment != "merge")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for moment in places:
+        left = {path.name for path in (tmp_path / moment).iterdir()}
+        assert not any(name.endswith(".gguf") for name in left) and "export.json" not in left
+        assert ("final" in left) == (moment != "merge")
 
 
 def test_llama_cpps_own_converter_is_used_where_it_is_named(chat_model, export, tmp_path):

@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from common.run.report import plot
 from common.train import checkpoints
 from common.train.trainer import ChatTrainer
 
+pytestmark = pytest.mark.usefixtures("lean")
 CLOCK = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
 
 
@@ -57,8 +59,8 @@ def cut_back(folder, step):
         (6, "LOGGING_STEPS=4"),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, settings, arguments, tmp_path, run_here):
-    assert run_here("qlora_train.py", *arguments("whole", *settings.split()))[0] == 0
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, settings, arguments, tmp_path, run_here, finished):
+    finished("whole", *settings.split())
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_back(tmp_path / "cut", step)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as stream:
@@ -74,8 +76,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, settings, argu
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_here, chats_file):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_here, chats_file, finished):
+    finished("run")
     cut_back(tmp_path / "run", 3)
     for change in ("LEARNING_RATE=1e-3", "BATCH_SIZE=2", "MAX_STEPS=7", "OPTIM=adafactor", "LORA_R=8"):
         code, _, error = run_here("qlora_train.py", *arguments("run", change))
@@ -93,8 +95,8 @@ def test_a_resume_that_would_change_the_run_is_refused(arguments, tmp_path, run_
     assert rates[2] > 5e-3 and 0 < max(rates[3:]) < 1e-3  # the new peak, on the same schedule
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(arguments, tmp_path, run_here):
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
+def test_a_run_killed_before_its_first_checkpoint_starts_again(arguments, tmp_path, run_here, finished):
+    finished("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_back(tmp_path / "cut", 0)
     assert run_here("qlora_train.py", *arguments("cut"))[0] == 0
@@ -102,8 +104,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(arguments, tmp_pa
 
 
 @pytest.fixture
-def run_with_checkpoints(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def run_with_checkpoints(tmp_path, finished):
+    finished("run")
     return tmp_path / "run"
 
 
@@ -160,38 +162,37 @@ def test_rotation_goes_by_step_and_keeps_the_newest(run_with_checkpoints):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
-@pytest.mark.parametrize("kill_at", ["optimizer.pt", "COMPLETE.json"])
-def test_kill_9_in_the_middle_of_a_save(kill_at, arguments, run_here, tmp_path):
+def test_kill_9_in_the_middle_of_a_save(arguments, run_here, tmp_path, finished):
     """The process dies while checkpoint-4 is written; the same command goes on and ends as if nothing had happened."""
+    places = ("optimizer.pt", "COMPLETE.json")
     shim = f"""
 import os, signal, sys
-sys.argv = ["qlora_train.py", *{arguments("killed")!r}]
-import torch, common.train.checkpoints as checkpoints
-save, replace, rotate = torch.save, os.replace, checkpoints.rotate
-def dies(real, place):
+import torch, common.train.sft, common.run.training_run
+def dies(real):
     def call(*a, **k):
-        paths = [str(x) for x in a]
-        if any("checkpoint-4" in p and p.endswith({kill_at!r}) for p in paths):
-            if {kill_at!r} == "optimizer.pt":
+        if any("checkpoint-4" in str(x) and str(x).endswith(kill_at) for x in a):
+            if kill_at == "optimizer.pt":
                 open(a[1], "wb").write(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        if place == {kill_at!r} and os.path.isdir(os.path.join(paths[0], "checkpoint-4")):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*a, **k)
     return call
-torch.save, os.replace = dies(save, ""), dies(replace, "")
-checkpoints.rotate = dies(rotate, "rotate")
+torch.save, os.replace = dies(torch.save), dies(os.replace)
 import runpy
-runpy.run_path("qlora_train.py", run_name="__main__")
+for kill_at, settings in {[(place, arguments(place)) for place in places]!r}:
+    child = os.fork()
+    if not child:
+        sys.argv = ["qlora_train.py", *settings]
+        runpy.run_path("qlora_train.py", run_name="__main__")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
     died = subprocess.run([sys.executable, "-c", shim], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
-    steps = [checkpoints.step_of(c) for c in checkpoints.published(tmp_path / "killed")]
-    assert steps[0] == (4 if kill_at == "rotate" else 3)
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
-    code, _, error = run_here("qlora_train.py", *arguments("killed"))
-    assert code == 0, error
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert died.stdout.splitlines().count("-9") == 2, died.stderr[-2000:]
+    finished("whole")
+    for place in places:
+        assert checkpoints.step_of(checkpoints.published(tmp_path / place)[0]) == 3
+        code, _, error = run_here("qlora_train.py", *arguments(place))
+        assert code == 0, error
+        assert_same_run(tmp_path / "whole", tmp_path / place)
 
 
 @pytest.fixture
@@ -214,6 +215,7 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_told(arguments, tmp_p
     poison({3})
     code, _, error = run_here("qlora_train.py", *arguments("run", "KL_WEIGHT=0.5"))
     assert code == 0 and error.count("not finite, no update") == 1
+    plot(tmp_path / "run")
     weights, metrics = result_of(tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     steps = [entry for entry in metrics if "learning_rate" in entry]
@@ -238,8 +240,8 @@ def test_many_steps_that_are_not_finite_end_the_run_with_4(arguments, tmp_path, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
-def test_a_stopped_run_saves_and_goes_on_without_a_lost_step(how, arguments, tmp_path, run_here, at_step):
-    assert run_here("qlora_train.py", *arguments("whole", "SAVE_STEPS=None"))[0] == 0
+def test_a_stopped_run_saves_and_goes_on_without_a_lost_step(how, arguments, tmp_path, run_here, at_step, finished):
+    finished("whole", "SAVE_STEPS=None")
     stop = (tmp_path / "cut" / "STOP").touch if how == "STOP" else lambda: os.kill(os.getpid(), getattr(signal, how))
     at_step({3: stop})
     code, _, error = run_here("qlora_train.py", *arguments("cut", "SAVE_STEPS=None"))

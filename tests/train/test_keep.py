@@ -16,6 +16,7 @@ from common.run import report, training_run
 from common.train import checkpoints
 from common.train.trainer import ChatTrainer, SFTTrainer
 
+pytestmark = pytest.mark.usefixtures("lean")
 LOSSES = {1: 5.0, 2: 4.0, 3: 4.5, 4: 3.0, 5: float("nan"), 6: 3.0, 7: 3.5, 8: 2.0}
 
 
@@ -158,12 +159,12 @@ CONSTANT = ["MAX_STEPS=None", "LR_SCHEDULER=constant", "WARMUP_RATIO=0", "SAVE_S
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_two_epochs_and_two_more_are_four(killed, arguments, run_here, tmp_path, at_step):
+def test_two_epochs_and_two_more_are_four(killed, arguments, run_here, tmp_path, at_step, finished):
     def train(run, epochs, *more):
         return run_here("qlora_train.py", *arguments(run, *CONSTANT, f"NUM_TRAIN_EPOCHS={epochs}", *more))
 
-    assert train("whole", 4)[0] == 0
-    assert train("run", 2)[0] == 0
+    finished("whole", *CONSTANT, "NUM_TRAIN_EPOCHS=4")
+    finished("run", *CONSTANT, "NUM_TRAIN_EPOCHS=2")
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
     code, _, error = train("run", 4)
     assert code == 3 and "ALLOW_CHANGE=NUM_TRAIN_EPOCHS" in error
@@ -198,8 +199,8 @@ def test_a_finished_run_goes_on_with_more_data(train, tmp_path, chats_file):
     assert "nothing to do" in train("run", *more)[1]
 
 
-def test_without_a_checkpoint_the_line_gives_a_command_that_works(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run", "SAVE_STEPS=None", "EVAL_STEPS=None"))[0] == 0
+def test_without_a_checkpoint_the_line_gives_a_command_that_works(arguments, run_here, tmp_path, finished):
+    finished("run", "SAVE_STEPS=None", "EVAL_STEPS=None")
     more = ["SAVE_STEPS=None", "EVAL_STEPS=None", "MAX_STEPS=8"]
     code, _, error = run_here("qlora_train.py", *arguments("run", *more))
     command = error.strip().rstrip(".").split("further: ")[1].split()

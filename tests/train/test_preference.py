@@ -158,6 +158,7 @@ def peer(loss: str, rows: list[dict], sft_weight: float):
     return in_order(ORPOTrainer, **methods), ORPOConfig(**TRL, **options), odds_rows(rows)
 
 
+@pytest.mark.usefixtures("lean")
 @pytest.mark.parametrize(
     "loss, more, sft_weight",
     [
@@ -211,6 +212,7 @@ def test_a_loss_of_pairs_has_no_perplexity_and_the_picture_shows_rewards(train, 
     assert lines["chosen reward"] == lines["rejected reward"] == 2
 
 
+@pytest.mark.usefixtures("lean")
 @pytest.mark.parametrize("loss, reference", [("dpo", "kept"), ("kto", "live")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(loss, reference, train, tmp_path, monkeypatch):
     settings = [f"REFERENCE={reference}", "SAVE_STEPS=1", "EVAL_SIZE=6", "EVAL_STEPS=2", "LORA_DROPOUT=0.1"]

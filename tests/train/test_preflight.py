@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 from architectures import save_model
+from conftest import FULL
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from common.cli import UserError
 from common.model import adapters, attention, load, location, merging
 from common.train import loss
+
+pytestmark = pytest.mark.usefixtures("lean")
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def adapted_smollm2(dtype, targets: str, rows=()):
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *([torch.float32] if FULL else [])])
 def test_sound_merges_of_a_real_model_pass_and_others_do_not(dtype, monkeypatch):
     """In 16 bits, too, where rounding moves predictions more than LoRA on a tied head, merged into both sides, does."""
     merging.merge_adapter(adapted_smollm2(dtype, "auto", [5, 17]), "sound")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,11 +17,13 @@ from test_checkpoints import assert_same_run, cut_back
 from common import files
 from common.data import prepare
 from common.model import load
+from common.run.report import plot
 from common.train import checkpoints, guard, saving, trainer
 from common.train.guard import is_spike
 from common.train.reliability import chats_of
 from common.train.trainer import ChatTrainer
 
+pytestmark = pytest.mark.usefixtures("lean")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
@@ -55,9 +56,11 @@ def fill(folder):
 
 
 @pytest.mark.parametrize("noticed", ["before the save", "in the save"])
-def test_a_full_disk_does_not_end_a_run(noticed, arguments, small_disk, tmp_path, run_here, at_step, monkeypatch):
+def test_a_full_disk_does_not_end_a_run(
+    noticed, arguments, small_disk, tmp_path, run_here, at_step, monkeypatch, finished
+):
     """Full at step 2, room again at step 3: the run goes on, saves later, and ends as the one with a large disk."""
-    assert run_here("qlora_train.py", *arguments("run", "SAVE_STEPS=2"))[0] == 0
+    finished("run", "SAVE_STEPS=2")
     if noticed == "in the save":
         monkeypatch.setattr(files, "check_space", lambda *args: None)
     at_step({2: lambda: fill(small_disk), 3: (small_disk / "ballast").unlink})
@@ -101,9 +104,9 @@ def test_too_small_a_disk_is_refused_before_training(arguments, run_here, tmp_pa
 
 
 def test_a_final_model_without_room_is_one_line_and_comes_with_the_next_start(
-    arguments, small_disk, run_here, tmp_path, monkeypatch
+    arguments, small_disk, run_here, tmp_path, monkeypatch, finished
 ):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+    finished("run")
     save_final = load.save_final
 
     def on_a_full_disk(*args):
@@ -119,8 +122,8 @@ def test_a_final_model_without_room_is_one_line_and_comes_with_the_next_start(
     assert_same_run(tmp_path / "run", small_disk / "run")
 
 
-def test_a_crash_in_the_evaluation_costs_nothing(arguments, run_here, tmp_path, monkeypatch):
-    assert run_here("qlora_train.py", *arguments("whole", "EVAL_STEPS=None"))[0] == 0
+def test_a_crash_in_the_evaluation_costs_nothing(arguments, run_here, tmp_path, monkeypatch, finished):
+    finished("whole", "EVAL_STEPS=None")
     with monkeypatch.context() as patch:
         patch.setattr(ChatTrainer, "get_eval_dataloader", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -153,8 +156,8 @@ def test_a_run_folder_belongs_to_one_run_at_a_time_and_a_dead_one_lets_go(argume
 
 @posix
 @pytest.mark.parametrize("moment", ["saving", "publishing", "evaluation", "final evaluation"])
-def test_a_signal_at_any_moment_costs_no_step(moment, arguments, run_here, tmp_path, monkeypatch):
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
+def test_a_signal_at_any_moment_costs_no_step(moment, arguments, run_here, tmp_path, monkeypatch, finished):
+    finished("whole")
     owner, name = {
         "saving": (trainer.SFTTrainer, "_save_checkpoint"),
         "publishing": (checkpoints, "publish"),
@@ -182,8 +185,8 @@ def test_a_signal_at_any_moment_costs_no_step(moment, arguments, run_here, tmp_p
 
 
 @posix
-def test_a_signal_while_the_data_is_prepared(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
+def test_a_signal_while_the_data_is_prepared(arguments, run_here, tmp_path, finished):
+    finished("whole")
     shim = (
         f"import os, runpy, sys; sys.argv = ['qlora_train.py', *{arguments('run')!r}]; sys.path.insert(0, '.')\n"
         "from common.data import prepare\n"
@@ -199,8 +202,8 @@ def test_a_signal_while_the_data_is_prepared(arguments, run_here, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_run_stopped_after_every_step(arguments, run_here, tmp_path, at_step):
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
+def test_a_run_stopped_after_every_step(arguments, run_here, tmp_path, at_step, finished):
+    finished("whole")
     at_step({step: (tmp_path / "run" / "STOP").touch for step in range(1, 6)})
     codes = [run_here("qlora_train.py", *arguments("run", "SAVE_TOTAL_LIMIT=2"))[0] for _ in range(6)]
     assert codes == [130] * 5 + [0] and steps_of(tmp_path / "run") == [6, 5]
@@ -210,10 +213,10 @@ def test_a_run_stopped_after_every_step(arguments, run_here, tmp_path, at_step):
 # Going on
 
 
-def test_new_tokens_go_on_bit_for_bit(arguments, run_here, tmp_path, base_tokenizer_folder):
+def test_new_tokens_go_on_bit_for_bit(arguments, run_here, tmp_path, base_tokenizer_folder, finished):
     model = save_tiny("gpt2", tmp_path / "base", base_tokenizer_folder, vocab_size=600)
     more = [f"MODEL={model}", "CHAT_TEMPLATE=chatml", "SAVE_STEPS=2"]
-    assert run_here("qlora_train.py", *arguments("whole", *more))[0] == 0
+    finished("whole", *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     cut_back(tmp_path / "run", 4)
     code, _, error = run_here("qlora_train.py", *arguments("run", *more))
@@ -221,8 +224,10 @@ def test_new_tokens_go_on_bit_for_bit(arguments, run_here, tmp_path, base_tokeni
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_resumed_run_learns_from_what_it_prepared_before(arguments, run_here, tmp_path, monkeypatch, chats_file):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_a_resumed_run_learns_from_what_it_prepared_before(
+    arguments, run_here, tmp_path, monkeypatch, chats_file, finished
+):
+    finished("run")
     cut_back(tmp_path / "run", 3)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "prepare", lambda *args, **kwargs: 1 / 0)
@@ -236,8 +241,8 @@ def test_a_resumed_run_learns_from_what_it_prepared_before(arguments, run_here, 
     assert code == 0, error
 
 
-def test_other_versions_are_told(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_other_versions_are_told(arguments, run_here, tmp_path, finished):
+    finished("run")
     cut_back(tmp_path / "run", 3)
     mark = tmp_path / "run" / "checkpoint-3" / checkpoints.MANIFEST
     about = json.loads(mark.read_text())
@@ -248,8 +253,8 @@ def test_other_versions_are_told(arguments, run_here, tmp_path):
     assert code == 0 and "resuming from checkpoint-3" in out and "torch was 2.0, now " in error
 
 
-def test_damaged_newer_checkpoints_never_push_out_the_good_ones(arguments, run_here, tmp_path, monkeypatch):
-    assert run_here("qlora_train.py", *arguments("run", "SAVE_TOTAL_LIMIT=3"))[0] == 0
+def test_damaged_newer_checkpoints_never_push_out_the_good_ones(arguments, run_here, tmp_path, monkeypatch, finished):
+    finished("run", "SAVE_TOTAL_LIMIT=3")
     cut_back(tmp_path / "run", 6)
     for step in (5, 6):
         (tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")
@@ -274,8 +279,8 @@ def test_rotation_keeps_the_best(tmp_path):
     assert steps_of(tmp_path) == [5, 4, 2]
 
 
-def test_checkpoints_know_the_loss_that_was_measured_at_their_step(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_checkpoints_know_the_loss_that_was_measured_at_their_step(tmp_path, finished):
+    finished("run")
     digest = checkpoints.latest_valid(tmp_path / "run")[1]["data"]
     losses = {checkpoints.step_of(c): checkpoints.eval_loss(c, digest) for c in checkpoints.published(tmp_path / "run")}
     metrics = map(json.loads, open(tmp_path / "run" / "metrics.jsonl"))
@@ -300,8 +305,8 @@ def test_a_loaded_optimizer_gets_its_pages_back():
     assert after["state2"].dtype == torch.uint8 and after["step"] == 3
 
 
-def test_what_a_file_manager_leaves_behind_spoils_no_checkpoint(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_what_a_file_manager_leaves_behind_spoils_no_checkpoint(arguments, run_here, tmp_path, finished):
+    finished("run")
     cut_back(tmp_path / "run", 4)
     (tmp_path / "run" / "checkpoint-4" / ".DS_Store").write_text("x")
     shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-copy-3")
@@ -311,8 +316,8 @@ def test_what_a_file_manager_leaves_behind_spoils_no_checkpoint(arguments, run_h
     assert (tmp_path / "run" / "checkpoint-copy-3" / checkpoints.MANIFEST).is_file()
 
 
-def test_a_rejected_checkpoint_is_put_aside_not_deleted(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_a_rejected_checkpoint_is_put_aside_not_deleted(arguments, run_here, tmp_path, finished):
+    finished("run")
     cut_back(tmp_path / "run", 4)
     (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
     code, out, error = run_here("qlora_train.py", *arguments("run"))
@@ -320,9 +325,9 @@ def test_a_rejected_checkpoint_is_put_aside_not_deleted(arguments, run_here, tmp
     assert (tmp_path / "run" / "rejected-4" / "adapter_model.safetensors").is_file()
 
 
-def test_checkpoints_alone_make_a_run(arguments, run_here, tmp_path):
+def test_checkpoints_alone_make_a_run(arguments, run_here, tmp_path, finished):
     """Even when a person has removed the other files, nothing is begun anew on top of them."""
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+    finished("run")
     cut_back(tmp_path / "run", 4)
     for name in ("metrics.jsonl", "settings.json"):
         (tmp_path / "run" / name).unlink()
@@ -333,10 +338,10 @@ def test_checkpoints_alone_make_a_run(arguments, run_here, tmp_path):
     assert code == 0 and "resuming from checkpoint-4" in out, error
 
 
-def test_other_weights_under_the_same_name_are_refused(arguments, run_here, tmp_path, tiny):
+def test_other_weights_under_the_same_name_are_refused(arguments, run_here, tmp_path, tiny, finished):
     model = tmp_path / "model"
     shutil.copytree(tiny(), model)
-    assert run_here("qlora_train.py", *arguments("run", f"MODEL={model}"))[0] == 0
+    finished("run", f"MODEL={model}")
     cut_back(tmp_path / "run", 4)
     weights = {name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -344,8 +349,8 @@ def test_other_weights_under_the_same_name_are_refused(arguments, run_here, tmp_
     assert code == 3 and "MODEL has other weights" in error
 
 
-def test_allowed_changes_take_effect_and_others_cannot_be_allowed(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_allowed_changes_take_effect_and_others_cannot_be_allowed(arguments, run_here, tmp_path, finished):
+    finished("run")
     cut_back(tmp_path / "run", 1)
     code, _, error = run_here("qlora_train.py", *arguments("run", "OPTIM=adafactor", "ALLOW_CHANGE=OPTIM"))
     assert code == 2 and "ALLOW_CHANGE=OPTIM: OPTIM cannot change within a run" in error
@@ -358,8 +363,8 @@ def test_allowed_changes_take_effect_and_others_cannot_be_allowed(arguments, run
     assert [e["step"] for e in entries if "eval_loss" in e] == [2, 4, 6]
 
 
-def test_a_refused_command_leaves_the_run_as_it_was(arguments, run_here, tmp_path, chats_file):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_a_refused_command_leaves_the_run_as_it_was(arguments, run_here, tmp_path, chats_file, finished):
+    finished("run")
     cut_back(tmp_path / "run", 3)
     text = chats_file.read_text()
     chats_file.write_text(text.replace('"content": "', '"content": "x', 1))
@@ -372,8 +377,8 @@ def test_a_refused_command_leaves_the_run_as_it_was(arguments, run_here, tmp_pat
     assert code == 0, error
 
 
-def test_a_finished_run_does_nothing(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_a_finished_run_does_nothing(arguments, run_here, tmp_path, finished):
+    finished("run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     code, out, _ = run_here("qlora_train.py", *arguments("run"))
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -381,8 +386,8 @@ def test_a_finished_run_does_nothing(arguments, run_here, tmp_path):
     assert code == 0 and "is finished: nothing to do" in out and changed <= {".lock"}
 
 
-def test_damaged_files_of_the_run_folder_are_no_traceback(arguments, run_here, tmp_path):
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+def test_damaged_files_of_the_run_folder_are_no_traceback(arguments, run_here, tmp_path, finished):
+    finished("run")
     cut_back(tmp_path / "run", 4)
     (tmp_path / "run" / "settings.json").write_text("")
     (tmp_path / "run" / "checkpoint-4" / checkpoints.MANIFEST).write_text('{"step": 4, "files": {}}')
@@ -460,6 +465,7 @@ def test_an_endless_loss_is_no_crash(arguments, run_here, tmp_path, monkeypatch)
                 ),
             )
             assert run_here("qlora_train.py", *arguments(f"run{scale}"))[0] == 0
+        plot(tmp_path / f"run{scale}")
         summary = json.loads((tmp_path / f"run{scale}" / "summary.json").read_text())
         assert (
             summary["eval_perplexity"] is None and "NaN" not in (tmp_path / f"run{scale}" / "metrics.jsonl").read_text()
@@ -467,8 +473,8 @@ def test_an_endless_loss_is_no_crash(arguments, run_here, tmp_path, monkeypatch)
 
 
 @posix
-def test_a_closed_terminal_stops_and_saves(arguments, tmp_path, run_here, at_step):
-    assert run_here("qlora_train.py", *arguments("whole"))[0] == 0
+def test_a_closed_terminal_stops_and_saves(arguments, tmp_path, run_here, at_step, finished):
+    finished("whole")
     out, err = sys.stdout, sys.stderr
     at_step({3: lambda: os.kill(os.getpid(), signal.SIGHUP)})
     code, *_ = run_here("qlora_train.py", *arguments("run", "SAVE_STEPS=None"))
@@ -534,9 +540,9 @@ class Malicious:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_code_in_a_checkpoint_does_not_run(name, arguments, run_here, tmp_path):
+def test_code_in_a_checkpoint_does_not_run(name, arguments, run_here, tmp_path, finished):
     """Also with a mark that vouches for it: whoever writes the file can write the mark."""
-    assert run_here("qlora_train.py", *arguments("run"))[0] == 0
+    finished("run")
     cut_back(tmp_path / "run", 3)
     canary, checkpoint = tmp_path / "canary", tmp_path / "run" / "checkpoint-3"
     about = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
@@ -591,12 +597,14 @@ def test_shards_outside_of_the_folder_are_refused(score_loss, tmp_path, tiny):
 # Secrets
 
 
-def test_a_token_of_the_environment_is_nowhere_in_a_run(arguments, tmp_path):
-    done = run_script("qlora_train.py", *arguments("run"), HF_TOKEN="hf_canary", MY_API_KEY="canary-two")
-    assert done.returncode == 0, done.stderr
+def test_a_token_of_the_environment_is_nowhere_in_a_run(arguments, tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setenv("MY_API_KEY", "canary-two")
+    code, out, error = run_here("qlora_train.py", *arguments("run"))
+    assert code == 0, error
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 20 and not [file for file in files if b"canary" in file.read_bytes()]
-    assert "canary" not in done.stdout + done.stderr
+    assert "canary" not in out + error
 
 
 def test_secrets_are_left_out_of_tracebacks():
@@ -632,11 +640,9 @@ def test_secrets_in_settings_are_refused_and_not_printed():
 @posix
 @pytest.mark.slow
 def test_a_sample_of_all_kill_points():
-    """README has the result of all of them: python tests/survival_sweep.py"""
-    started = time.monotonic()
+    """docs/reliability.md has the result of all of them: python tests/survival_sweep.py"""
     done = run_script("tests/survival_sweep.py", "EVERY=61")
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout.split("ours: ")[1].split()[0])
     assert kills >= 5 and done.stdout.count(f"{kills} of {kills}") == 3, done.stdout
     assert "steps lost, with a checkpoint after each: 1 at most" in done.stdout
-    print(f"{kills} kills in {time.monotonic() - started:.0f} s")

@@ -15,6 +15,7 @@ from common.train.loss import add_chunked_loss
 from common.train.optimizers import learning_rate_factor, make_optimizer, make_schedule, optimizer_class
 from common.train.trainer import ChatTrainer
 
+pytestmark = pytest.mark.usefixtures("lean")
 DOCUMENTS = [5, 9, 3]  # lengths of the documents in a packed row
 
 
