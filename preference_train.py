@@ -15,7 +15,7 @@ from common.settings import apply_overrides, current
 
 # Preference
 LOSS = "dpo"  # dpo, ipo; simpo and orpo, without a reference; kto, for rows with a label
-BETA = 0.1  # how strongly the model is held to the reference; orpo: weight of the odds ratio
+BETA = 0.1  # how strongly the model is held to the reference; simpo: 2 is usual; orpo: weight of the odds ratio
 LABEL_SMOOTHING = 0.0  # dpo and simpo: share of pairs that may be labelled the wrong way round
 SFT_WEIGHT: float | None = None  # adds the loss on the better answers, which keeps them likely; None: 1, for orpo 0
 GAMMA = 0.5  # simpo: margin to reach

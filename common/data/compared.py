@@ -1,6 +1,5 @@
 """Rows of compared answers: two side by side, or for KTO a labelled one and one to another question."""
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -55,17 +54,20 @@ def share_prompts(rows: list[dict]) -> dict[str, list]:
     return joined
 
 
-def with_mismatched(rows):
-    """A dataset of labelled answers, each with `mismatched`: the answer before it, to this one's question.
+def with_mismatched(rows, max_length: int):
+    """A dataset of labelled answers, each with `mismatched`: its question with the nearest earlier answer to another.
 
-    rows: a dataset of pairs, whose answers become one good and one bad, or of labelled answers.
+    rows: a dataset of pairs, whose answers become one good and one bad, or of labelled answers. max_length: tokens at
+    which a mismatched row is cut.
     """
     from datasets import Dataset  # slow import
 
     answers, made = [answer for row in rows for answer in answers_of(row)], []
-    for (_, *before, _), (prompt, ids, labels, is_good) in itertools.pairwise([answers[-1], *answers]):
+    for number, (prompt, ids, labels, is_good) in enumerate(answers):
+        earlier = (answers[number - back] for back in range(1, len(answers)))
+        _, other_ids, other_labels, _ = next((each for each in earlier if each[0] != prompt), answers[number - 1])
         ignored = [IGNORE_INDEX] * len(prompt)
-        other = dict(input_ids=[*prompt, *before[0]], labels=[*ignored, *before[1]])
+        other = dict(input_ids=[*prompt, *other_ids][:max_length], labels=[*ignored, *other_labels][:max_length])
         row = dict(input_ids=[*prompt, *ids], labels=[*ignored, *labels], is_good=is_good, mismatched=other)
         made.append(row | {"seq_lengths": [len(row["input_ids"])]})
     return Dataset.from_list(made)

@@ -76,15 +76,7 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
         raise UserError(f"{which}={settings[which]}: none of its rows is left ({why}).")
     # Rows held out; a pass for each repetition, so that the copies of a chat are far apart
     if not settings["EVAL_DATA"]:
-        size = settings["EVAL_SIZE"]
-        # Answers to one question are held out together.
-        groups = prompts if is_compared else np.arange(len(times))
-        count = int(groups.max()) + 1
-        held_out = round(size * count) if size < 1 else int(size)
-        if held_out >= count:
-            what = "prompts" if is_compared else "chats"
-            raise UserError(f"EVAL_SIZE={size} holds out {held_out} of {count} {what}: none is left.")
-        times[np.isin(groups, random.Random(settings["SEED"]).sample(range(count), held_out))] = 0
+        times[held_out(prompts if is_compared else np.arange(len(times)), settings)] = 0
     elif is_compared and (asked := np.isin(prompts[times == 0], prompts[times > 0]).sum()):
         reasons.counts["changed: held-out pairs whose question is trained on, too; compare others"] = int(asked)
     passes = [np.flatnonzero(times > i) for i in range(times.max())]
@@ -96,6 +88,16 @@ def prepare(settings: dict, encoder: ChatEncoder, folder: Path, keep_unlearned=T
     account["prepared_with"] |= {"encoding": encoder.fingerprint, "is_compared": is_compared}
     account["sources"] = {str(file): hash_file(file) for source in parts for file in source.files}
     return account
+
+
+def held_out(groups: np.ndarray, settings: dict) -> np.ndarray:
+    """Which rows EVAL_SIZE holds out; groups: a number of each row, by which they are held out together."""
+    size, count = settings["EVAL_SIZE"], int(groups.max()) + 1
+    number = round(size * count) if size < 1 else int(size)
+    if number >= count:
+        what = "prompts" if "LOSS" in settings else "chats"
+        raise UserError(f"EVAL_SIZE={size} holds out {number} of {count} {what}: none is left.")
+    return np.isin(groups, random.Random(settings["SEED"]).sample(range(count), number))
 
 
 def write_spool(file: Path, rows: Iterator[tuple[int, Encoded]]) -> tuple:
@@ -172,7 +174,7 @@ def load_folder(folder: Path, settings: dict, encoder: ChatEncoder, keep_unlearn
     evaluate = len(evaluation) and (settings["EVAL_SIZE"] or settings["EVAL_DATA"])
     evaluation = as_dataset(evaluation) if evaluate else None
     if settings.get("LOSS") == "kto":
-        train, evaluation = (rows and with_mismatched(rows) for rows in (train, evaluation))
+        train, evaluation = (rows and with_mismatched(rows, settings["MAX_LENGTH"]) for rows in (train, evaluation))
     return train, evaluation, account
 
 
@@ -180,6 +182,7 @@ def as_dataset(table: pa.Table):
     """A dataset of input_ids and labels."""
     import datasets  # slow import
 
+    datasets.disable_progress_bars()  # of shuffling and the like
     ids, masks = (table[name].combine_chunks() for name in SCHEMA.names)
     offsets = ids.offsets.to_numpy() - ids.offsets[0].as_py()
     tokens = ids.flatten().to_numpy()

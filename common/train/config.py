@@ -1,6 +1,7 @@
 """Settings that belong together checked, and put into TRL's terms."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def check_combinations(settings: dict) -> None:
 
 
 def check_preference(settings: dict) -> None:
-    """Refuse settings that LOSS makes no use of."""
+    """Refuse settings that LOSS makes no use of; say what others need."""
     loss, smoothing = settings["LOSS"], settings["LABEL_SMOOTHING"]
+    rows = rows_per_step(settings)[0] * distributed.count()
+    if loss == "kto" and rows < 4:
+        estimate = "its estimate of the divergence is a mean over the rows of a step"
+        print(f"note: LOSS=kto with {rows} rows a step: {estimate}. Set BATCH_SIZE=8 or more.", file=sys.stderr)
+    if loss == "simpo" and settings["BETA"] < 1:
+        print(f"note: LOSS=simpo BETA={settings['BETA']}: its authors take 2 and more.", file=sys.stderr)
     for wrong, name, reason in (
         (settings["TRAIN_ON"] == "all", "TRAIN_ON=all", "only answers are compared. Set TRAIN_ON=assistant."),
         (

@@ -19,8 +19,12 @@ OF_PAIRS = (
 )  # what a batch of pairs has beside the model's inputs
 FREE = ("simpo", "orpo")  # losses without a reference
 SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
-# What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token.
-PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "reference_kl")
+# What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token, and by how many nats a token an answer
+# became more or less likely than it is to the reference, on average.
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "logp_change")
+# Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
+MOST_MARGIN, LEAST_REWARD, ACCURATE = 5.0, -0.5, 0.95
+MOST_FALL = 0.5  # nats a token that the better answers may become less likely, where there is no reference
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Preference:
         return self.loss != "kto"
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        return PAIR_METRICS if self.needs_reference else PAIR_METRICS[:-1]
+
+    @property
     def needs_reference(self) -> bool:
         return self.loss not in FREE
 
@@ -59,7 +67,7 @@ class Preference:
         means, margins = ours / lengths, compare(ours - theirs)
         sft_loss = -ours[:, 0] / usual
         match self.loss:
-            case "dpo":  # arXiv 2305.18290, equation 7; label smoothing: arXiv 2403.00409
+            case "dpo":  # arXiv 2305.18290, equation 7; label smoothing: Mitchell's cDPO (ericmitchell.ai/cdpo.pdf)
                 losses = self.smoothed(self.beta * margins)
             case "ipo":  # arXiv 2310.12036, equation 17, by token as its authors have it (TRL's IPO)
                 losses = (compare((ours - theirs) / lengths) - 1 / (2 * self.beta)) ** 2
@@ -69,24 +77,43 @@ class Preference:
                 means = means.clamp(max=-1e-7)  # of a certain answer, and of a blank row, the odds are infinite
                 log_odds = compare(means) - compare(torch.log(-torch.expm1(means)))
                 losses = sft_loss - self.beta * logsigmoid(log_odds)
-        return losses + self.sft_weight * sft_loss  # arXiv 2404.19733, equation 1
+        return losses + self.sft_weight * sft_loss  # arXiv 2404.19733, equation 1, with a mean over all tokens
 
     def rewards(self, ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """What the model makes of each answer, (pairs, 2): BETA times its log-probability over the reference's."""
         return self.beta * ((ours - theirs) if self.needs_reference else ours / lengths)
 
-    def measure(self, ours, theirs, lengths, is_good: torch.Tensor) -> dict[str, torch.Tensor]:
-        """PAIR_METRICS of each pair, (pairs,); of labelled answers, the good ones stand for the chosen."""
-        rewards = self.rewards(ours, theirs, lengths)  # (pairs, 2)
+    def measure(self, ours, theirs, lengths, is_good: torch.Tensor, share_good: float) -> dict[str, torch.Tensor]:
+        """`metrics` of each pair, (pairs,), so that their means are those of the step.
+
+        Of labelled answers, the good ones stand for the chosen; share_good: of the answers of the step.
+        """
+        rewards, chosen_logp = self.rewards(ours, theirs, lengths), ours[:, 0] / lengths[:, 0]  # rewards: (pairs, 2)
         if self.loss == "kto":  # an answer alone: against none
-            margins = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
-            rewards = torch.stack([rewards[:, 0] * is_good, rewards[:, 0] * ~is_good], 1)
-        else:
+            right = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
+            good, bad = is_good / max(share_good, 1e-6), ~is_good / max(1 - share_good, 1e-6)
+            rewards, chosen_logp = torch.stack([rewards[:, 0] * good, rewards[:, 0] * bad], 1), chosen_logp * good
             margins = compare(rewards)
-        right = (margins > 0) + (margins == 0) / 2
-        per_token = ((ours - theirs).sum(1) / lengths.sum(1)).abs()
-        values = right, margins, *rewards.unbind(1), ours[:, 0] / lengths[:, 0], per_token
-        return dict(zip(PAIR_METRICS, values, strict=True))
+        else:
+            right = margins = compare(rewards)
+        right = (right > 0) + (right == 0) / 2
+        change = ((ours - theirs) / lengths).abs().mean(1)
+        values = right, margins, *rewards.unbind(1), chosen_logp, change
+        return dict(zip(self.metrics, values, strict=False))
+
+    def find_collapse(self, figures: dict[str, float], first_logp: float) -> str | None:
+        """What is wrong where pairs are told apart while the better answers become unlikely; None where nothing is.
+
+        figures: of `metrics`. first_logp: chosen_logp as it was first logged.
+        """
+        margin, reward, fall = figures["margin"], figures["chosen_reward"], first_logp - figures["chosen_logp"]
+        if figures["accuracy"] < ACCURATE:
+            return None
+        problem = f"the margin is {margin:.1f}" if margin > MOST_MARGIN else None
+        if reward < LEAST_REWARD if self.needs_reference else fall > MOST_FALL:
+            by = f"reward {reward:.2f}" if self.needs_reference else f"by {fall:.2f} nats a token"
+            problem = f"the chosen answers have become less likely ({by})"
+        return problem
 
     def smoothed(self, logits: torch.Tensor) -> torch.Tensor:
         """-log sigmoid, where a share of the pairs may be labelled the wrong way round."""

@@ -10,15 +10,13 @@ import torch
 
 from common import distributed
 from common.data.compared import IGNORE_INDEX, sequences_of, share_prompts
-from common.train.preference import OF_PAIRS, PAIR_METRICS, Preference, sum_by_sequence
+from common.train.preference import OF_PAIRS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
 from common.train.trainer import ChatTrainer
 
 # Of SFTTrainer: one pair at a time is two sequences without padding.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "padding-free" not in line.getMessage())
-# Above this margin and below this reward the demonstration's model gave broken answers at an accuracy of 1 (docs).
-MOST_MARGIN, LEAST_REWARD = 5.0, -0.5
 
 
 @dataclass
@@ -75,14 +73,15 @@ class PreferenceTrainer(ChatTrainer):
     shares_prompts: the prompt of a pair is computed once, see PairCollator.
     """
 
-    evaluated = ("loss", *PAIR_METRICS)
-
     def __init__(self, *args, preference: Preference, shares_prompts: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.preference, self.pairs_in_step, self.usual_length, self.divergence = preference, 1, 1.0, 0.0
+        self.preference, self.evaluated = preference, ("loss", *preference.metrics)
+        # Of the current step: pairs, mean tokens of good answers and their share; KTO's divergence.
+        self.pairs_in_step, self.usual_length, self.share_good, self.divergence = 1, 1.0, 1.0, 0.0
         self.warned = False
+        turn_off_dropout(self.model)
         self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"], shares_prompts)
-        self.penalties |= dict.fromkeys(PAIR_METRICS, 0.0)
+        self.penalties |= dict.fromkeys(preference.metrics, 0.0)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "labels", "seq_lengths", *OF_PAIRS]
@@ -122,7 +121,7 @@ class PreferenceTrainer(ChatTrainer):
         else:
             losses = self.preference.losses(ours, theirs, lengths, self.usual_length)
         with torch.no_grad():
-            values = self.preference.measure(ours, theirs, lengths, is_good)
+            values = self.preference.measure(ours, theirs, lengths, is_good, self.share_good)
         return losses * is_pair, {name: value * is_pair for name, value in values.items()}, router_loss
 
     def log_probs(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,6 +173,7 @@ class PreferenceTrainer(ChatTrainer):
         lengths = [pair for of_process in distributed.gather(lengths) for pair in of_process if pair[0]]
         good = [length for length, is_good in lengths if is_good]
         self.pairs_in_step, self.usual_length = max(1, len(lengths)), max(1, sum(good)) / max(1, len(good))
+        self.share_good = len(good) / self.pairs_in_step
         if self.preference.loss == "kto":  # over the whole step, however it is cut into micro steps
             self.divergence = self.mean_gain(batches)
         return batches, items
@@ -182,30 +182,38 @@ class PreferenceTrainer(ChatTrainer):
         return worst_pairs(self, batches)
 
     def evaluate(self, *args, **kwargs):
-        lengths = [count_first(row) for row in self.eval_dataset if row["is_good"]]
-        self.usual_length = statistics.fmean([length for length in lengths if length] or [1])  # 0: a blank row
+        lengths = [(count_first(row), row["is_good"]) for row in self.eval_dataset]
+        good = [length for length, is_good in lengths if length and is_good]  # 0: a blank row
+        self.usual_length = statistics.fmean(good or [1])
+        self.share_good = len(good) / max(1, sum(length > 0 for length, _ in lengths))
         if self.preference.loss == "kto":
             self.divergence = self.mean_gain(self.get_eval_dataloader())
         return super().evaluate(*args, **kwargs)
 
     def evaluation_sums(self, inputs: dict) -> torch.Tensor:
         losses, values, _ = self.compare_pairs(self.model, inputs)
-        sums = [losses.sum(), *(values[name].sum() for name in PAIR_METRICS)]
+        sums = [losses.sum(), *(values[name].sum() for name in self.preference.metrics)]
         return torch.stack([*sums, (inputs["length"] > 0).sum()])
 
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
-        margin, reward = logs.get("margin"), logs.get("chosen_reward")
-        if margin is None or self.warned or logs["accuracy"] < 1:
-            return
-        problem = f"the margin is {margin:.1f}" if margin > MOST_MARGIN else ""
-        if reward < LEAST_REWARD:
-            problem = f"the chosen answers have become less likely (reward {reward:.2f})"
-        if problem:
-            self.warned = True
-            remedy = f"Lower LEARNING_RATE={self.args.learning_rate}"
-            remedy += ", or set SFT_WEIGHT=1" if self.preference.sft_weight < 1 else ""
-            print(f"step {self.state.global_step}: every pair is right and {problem}. {remedy}.", file=sys.stderr)
+        for prefix in ("", "eval_"):
+            if f"{prefix}margin" in logs and not self.warned:
+                figures = {name: logs[prefix + name] for name in self.preference.metrics}
+                first = next((entry for entry in self.state.log_history if "chosen_logp" in entry), figures)
+                if problem := self.preference.find_collapse(figures, first["chosen_logp"]):
+                    self.warned = True
+                    remedy = f"Lower LEARNING_RATE={self.args.learning_rate}"
+                    remedy += ", or set SFT_WEIGHT=1" if self.preference.sft_weight < 1 else ""
+                    right = f"{figures['accuracy']:.0%} of the {'held-out ' * bool(prefix)}pairs are right"
+                    print(f"step {self.state.global_step}: {right} and {problem}. {remedy}.", file=sys.stderr)
+
+
+def turn_off_dropout(model) -> None:
+    """Leave dropout to the adapter: with the model's own, it would differ from its reference before it has learned."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
 
 
 def worst_pairs(trainer: PreferenceTrainer, batches: list[dict]) -> list[dict]:

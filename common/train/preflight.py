@@ -58,7 +58,10 @@ def check_reference(trainer) -> None:
             f"it differs by {difference:.2g} nats a token from the model before the first step (bound {bound:.2g})"
         )
         remedy = {"kept": "Start a new run, or delete its data/reference.npz.", "live": "Set REFERENCE=kept."}[kind]
-        report(trainer, f"REFERENCE={kind}: {problem}, so that the loss does not begin at that of no change. {remedy}")
+        report(
+            trainer,
+            f"REFERENCE={kind}: {problem}, and the first loss would not be that of an untrained model. {remedy}",
+        )
 
 
 def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], float, float]:

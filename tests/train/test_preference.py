@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, execute, save_tiny, write_jsonl
@@ -14,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.data import templates
-from common.data.compared import IGNORE_INDEX, sequences_of
+from common.data.compared import IGNORE_INDEX, sequences_of, with_mismatched
 from common.model import adapters
 from common.run import report
 from common.train import kept_reference, preference_trainer
@@ -275,3 +276,76 @@ def test_a_kept_reference_of_another_model_stops_the_run(base, files, run_here, 
     assert code == 2 and "REFERENCE=kept: it differs by 0." in error and "step 1/1" not in said
     code, said, error = run_here("preference_train.py", *common, "DOCTOR=warn")
     assert code == 0 and "check: REFERENCE=kept: it differs" in error and "step 1/1" in said
+
+
+def test_labelled_answers_are_measured_by_their_kind():
+    ours = torch.tensor([[-1.0], [-2.0], [-9.0], [-4.0]])
+    theirs, lengths = ours + torch.tensor([[-2.0], [-4.0], [1.0], [3.0]]), torch.full((4, 1), 2.0)
+    good = torch.tensor([True, True, False, False])
+    values = Preference("kto").measure(ours, theirs, lengths, good, 0.5)
+    means = {name: value.mean().item() for name, value in values.items()}
+    expected = dict(accuracy=1.0, margin=0.5, chosen_reward=0.3, rejected_reward=-0.2, chosen_logp=-0.75)
+    assert means == pytest.approx(expected | {"logp_change": 1.25})
+
+
+def test_what_has_become_of_an_answer_is_not_cancelled_by_the_other():
+    ours, theirs = torch.tensor([[-5.0, -15.0]]), torch.tensor([[-10.0, -10.0]])
+    values = Preference().measure(ours, theirs, torch.full((1, 2), 5.0), torch.tensor([True]), 1.0)
+    assert values["logp_change"].item() == 1.0
+    assert "logp_change" not in Preference("simpo").measure(ours, theirs, torch.ones(1, 2), torch.tensor([True]), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "margin", "reward", "logp", "told"),
+    [
+        ("dpo", 0.98, 1.0, -0.6, -3.0, "become less likely (reward -0.60)"),
+        ("dpo", 1.0, 6.0, 0.5, -1.0, "the margin is 6.0"),
+        ("dpo", 0.9, 6.0, -4.0, -3.0, None),
+        ("simpo", 1.0, 1.0, -12.5, -2.1, None),  # its reward is no difference from a reference
+        ("simpo", 1.0, 1.0, -12.5, -2.6, "become less likely (by 0.60 nats a token)"),
+        ("orpo", 1.0, 0.1, -0.7, -1.9, None),
+    ],
+)
+def test_pairs_that_are_right_while_the_answers_get_lost_are_told(loss, accuracy, margin, reward, logp, told):
+    figures = dict(accuracy=accuracy, margin=margin, chosen_reward=reward, chosen_logp=logp)
+    problem = Preference(loss).find_collapse(figures, first_logp=-2.0)
+    assert (problem is None) if told is None else told in problem
+
+
+def test_a_mismatched_answer_is_one_to_another_question_and_ends_at_max_length():
+    def sides(question):
+        return [[question, 9, answer, answer] for answer in (10 * question, 10 * question + 1)]
+
+    rows = [
+        dict(input_ids=sum(sides(n), []), labels=[-100, -100, 10 * n, 10 * n, -100, -100, 10 * n + 1, 10 * n + 1])
+        for n in (1, 2, 3)
+    ]
+    made = with_mismatched(Dataset.from_list([row | {"seq_lengths": [4, 4]} for row in rows]), 3)
+    assert [row["mismatched"]["input_ids"] for row in made] == [
+        [1, 9, 31], [1, 9, 31], [2, 9, 11], [2, 9, 11], [3, 9, 21], [3, 9, 21]
+    ]  # fmt: skip
+
+
+def test_a_reference_fits_other_numbers_of_blank_rows_and_a_broken_file_is_made_anew(tmp_path, capsys):
+    rows, kept = Dataset.from_list([{"a": 1}] * 3), np.ones((2, 2), np.float32)
+    for count in (1, 2, 3):
+        column = kept_reference.with_reference(rows.select(range(count)), kept)["reference"]
+        assert list(column) == [[1.0, 1.0]] * min(count, 2) + [[0.0, 0.0]] * max(0, count - 2)
+    file = tmp_path / "reference.npz"
+    assert kept_reference.read_file(file) == {}
+    file.write_bytes(b"PK\x03\x04 torn")
+    assert kept_reference.read_file(file) == {} and "computed again" in capsys.readouterr().err
+
+
+def test_dropout_of_the_model_is_off_and_that_of_the_adapter_on(train, base, tmp_path, monkeypatch):
+    inside = {}
+    honest = preference_trainer.turn_off_dropout
+
+    def look(model):
+        model.get_base_model().lm_head.add_module("dropout", torch.nn.Dropout(0.5))
+        honest(model)
+        inside.update((name, m.p) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout))
+
+    monkeypatch.setattr(preference_trainer, "turn_off_dropout", look)
+    train("dpo", "LORA_DROPOUT=0.1", "MAX_STEPS=1")
+    assert inside.pop("base_model.model.lm_head.dropout") == 0 and set(inside.values()) == {0.1}
