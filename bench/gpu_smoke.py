@@ -104,7 +104,8 @@ def chat_nf4() -> str:
 def evaluate() -> str:
     folder = Path(WORK.name) / "evaluation"
     chats = ("SUITES=loss", "CHATS=data/brief.jsonl[:8]", "MAX_LENGTH=256", f"OUT_DIR={folder}")
-    return run_script("evaluate_model.py", f"MODEL={trained()}", *chats)
+    with mock.patch.dict(sys.modules, {} if find_spec("openai") else {"openai": mock.MagicMock()}):  # of the judge
+        return run_script("evaluate_model.py", f"MODEL={trained()}", *chats)
 
 
 def export() -> str:
