@@ -5,9 +5,9 @@ speed, losses and memory of ours and plain TRL in turn, rows sorted by what they
     python bench/gpu_check.py DEVICE=cpu MODELS=tiny
     python bench/gpu_check.py PREDICT=True
 
-Writes OUT_DIR/results.jsonl as rows end, table.md and errors.log (full tracebacks). A row that fails is a result; the
-same command again goes on with the rows that are not in results.jsonl. PREDICT=True traces the memory of all timed rows
-on a CPU into bench/gpu_predictions.json, which is read from there on the GPU. Without a GPU it exits with 2.
+Writes OUT_DIR/results.jsonl as rows end, table.md and errors.log (full tracebacks). A row that fails, hangs or crashes
+is a result; the same command again goes on with the rows that are not in results.jsonl. PREDICT=True traces the memory
+of all timed rows on a CPU into bench/gpu_predictions.json, which is read on the GPU. Without a GPU it exits with 2.
 """
 
 import os
@@ -35,15 +35,21 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     if DEVICE == "cpu" or PREDICT:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not PREDICT and "GPU_CHECK_WORKER" not in os.environ:
+        from gpu_supervisor import supervise
+
+        sys.exit(supervise(Path(OUT_DIR), MINUTES, started))
 
 import importlib.util
 import json
 import math
 import re
-import signal
 
 import torch
 from gpu_results import REQUIRED, describe, device_name, guarded, line_of, matrix_peak_tflops, table_of
+from gpu_supervisor import BEGUN, BROKEN
+
+from common.files import write_atomic
 
 PREDICTIONS = ROOT / "bench" / "gpu_predictions.json"
 PACKAGES = {
@@ -123,19 +129,19 @@ def run_rows(folder: Path, records: list[dict], peak: float | None) -> None:
         if seconds * max(taken / expected, 0.3) > left:
             left_out.append(row)
             continue
-        # A row that hangs must not take the others' results with it; the clock of the machine is longer than ours.
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, out_of_time)
-            signal.alarm(int(left) + 60)
-        record = {"row": row, "device": device_name(), "peak_tflops": peak, **run_row(row, records)}
-        if hasattr(signal, "SIGALRM"):
-            signal.alarm(0)
+        record = {"row": row, "device": device_name(), "peak_tflops": peak}
+        write_atomic(folder / BEGUN, json.dumps(record | {"limit": min(5 * seconds, left) + 60}))
+        record |= run_row(row, records)
         record["seconds"] = time.perf_counter() - begun
         expected, taken = expected + seconds, taken + record["seconds"]
         records.append(record)
         write_record(folder, record)
+        (folder / BEGUN).unlink()
         print(line_of(record), flush=True)
         (folder / "table.md").write_text(table_of(describe(), [*records, *skipped]), encoding="utf-8")
+        if "error" in guarded(lambda: {"answer": torch.ones(1, device=DEVICE).item()}):
+            print("the device answers no more: the next rows in a new process", flush=True)
+            os._exit(BROKEN)
     if left_out:
         print(f"not begun, for want of time: {', '.join(left_out)}. The same command goes on with them.")
 
@@ -226,10 +232,6 @@ def write_predictions() -> None:
 def prediction(row: str) -> dict | None:
     """What was traced for a row; None where nothing was."""
     return json.loads(PREDICTIONS.read_text(encoding="utf-8")).get(row) if PREDICTIONS.exists() else None
-
-
-def out_of_time(*args):
-    raise TimeoutError("the row took longer than there was")
 
 
 if __name__ == "__main__":

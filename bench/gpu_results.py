@@ -61,13 +61,12 @@ def read_driver() -> dict:
 def guarded(call) -> dict:
     """What `call` returns, or its error: type, last line and traceback."""
     try:
+        free_memory()
         return call()
     except (Exception, SystemExit) as error:
         lines = str(error).strip().splitlines() or [""]
         trace = "".join(traceback.format_exception(error))
         return {"error": f"{type(error).__name__}: {lines[0][:200]}", "traceback": trace}
-    finally:
-        free_memory()
 
 
 def free_memory() -> None:
@@ -134,6 +133,7 @@ def cells(record: dict) -> list[str]:
         return side["tokens_per_second"] * side["flop_per_token"] / (peak or math.nan) / 1e12
 
     problems = [f"{name}: {side['error']}" for name, side in record["sides"].items() if "error" in side]
+    problems += [f"{n}, again: {s['error_again']}" for n, s in record["sides"].items() if "error_again" in s]
     problems += [f"{n}: NaN loss" for n, s in record["sides"].items() if any(map(math.isnan, s.get("losses", [])))]
     if predicted and record["predicted"]["attention"] != record["attention"]:
         problems.append(f"predicted for {record['predicted']['attention']}, ran {record['attention']}")

@@ -129,7 +129,7 @@ def trained() -> Path:
 
 def cudnn_kernels() -> str:
     """Gradients of SDPA under a mask of documents, with cuDNN's kernel and without; the seconds of a new length."""
-    said = []
+    said, before = [], torch.backends.cuda.cudnn_sdp_enabled()
     for use in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(use)
         seconds, bad = [], []
@@ -140,7 +140,7 @@ def cudnn_kernels() -> str:
             started = now()
             attention_has_nan(length)
             seconds[-1] -= now() - started
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(before)
         nan = f"NaN at {', '.join(map(str, bad))}" if bad else "no NaN"
         said.append(f"cuDNN {'on' if use else 'off'}: {nan}, a new length {max(seconds):.3f} s")
     return "; ".join(said)

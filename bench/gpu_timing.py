@@ -93,7 +93,9 @@ def time_work(work: Work, device: str, steps: int, rounds: int, known: dict, may
             if side in known or "error" in results.get(side, {}):
                 continue
             result = guarded(lambda side=side: time_side(work, side, device, steps))
-            if number and "error" not in result:
+            if number and "error" in result:
+                result = results[side] | {"error_again": result["error"]}
+            elif number:
                 result = max(result, results[side], key=lambda r: r["tokens_per_second"])
             results[side] = result
         if not may_go_on(now() - started):
@@ -130,7 +132,7 @@ def attention_kernels(side: str):
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def predict(work: Work, device: str = "cuda", length: int | None = None) -> float:
+def predict(work: Work, device: str = "cuda") -> float:
     """The traced peak of our side, in GiB, with cuBLAS's workspace."""
     attention, quantization = work.attention(device), "nf4" if work.method == "nf4" else None
     model = empty_model(work.config(), quantization, torch.bfloat16, attention)
