@@ -98,7 +98,12 @@ def table_of(description: str, records: list[dict]) -> str:
     timed = [cells(record) for record in records if "sides" in record]
     others = [[r["row"], f"{r.get('seconds', 0):.1f}", outcome(r)] for r in records if "sides" not in r]
     head = f"{datetime.date.today()}, commit {git_commit() or 'unknown (no .git)'}\n\n{description}\n"
-    return "\n".join([head, *markdown(COLUMNS, timed), "", *markdown(("row", "seconds", "result"), others), ""])
+    note = (
+        "Rows cudnn: both numbers ours with SDPA, cuDNN's attention off / on. On a CPU, allocated is resident memory."
+    )
+    return "\n".join(
+        [head, *markdown(COLUMNS, timed), "", note, "", *markdown(("row", "seconds", "result"), others), ""]
+    )
 
 
 def markdown(columns: tuple, rows: list[list[str]]) -> list[str]:
@@ -110,7 +115,8 @@ def line_of(record: dict) -> str:
     if "sides" not in record:
         return f"| {record['row']} | {record.get('seconds', 0):.1f} s | {outcome(record)} |"
     named = (f"{name}: {cell}" for name, cell in zip(COLUMNS[1:], cells(record)[1:], strict=True) if cell)
-    return f"{record['row']}: {'; '.join(named)}"
+    line = f"{record['row']}: {'; '.join(named)}"
+    return line.replace("ours / TRL", " / ".join(reversed(record["sides"])))
 
 
 def outcome(record: dict) -> str:

@@ -132,6 +132,7 @@ def cudnn_kernels() -> str:
     said, before = [], torch.backends.cuda.cudnn_sdp_enabled()
     for use in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(use)
+        attention_has_nan(256)  # loads the kernels
         seconds, bad = [], []
         for length in (1000, 1088, 4160):  # the last two leave 64 when divided by 128
             started = now()
