@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import FULL, ROOT, run_script, save_tiny, write_jsonl
 
 import common.run.folder
@@ -119,6 +121,27 @@ sys.exit({2: 75, 3: 0}[number])
     assert [record["row"] for record in records] == ["row 0", "row 1"] and not (tmp_path / "begun.json").exists()
     assert [record["error"] for record in records] == ["the process ended with code -6", "killed after 1 s"]
     assert (tmp_path / "count").read_text() == "4"
+
+
+def test_gpu_check_names_card_and_driver_and_compares_memory(monkeypatch):
+    import gpu_results
+
+    card = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+    for name, value in dict(get_device_properties=card, get_arch_list=["sm_90"], get_device_name="H100").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_results, "free_memory", lambda: None)
+    page = gpu_results.describe()  # without NVML
+    assert "H100, 80.0 GiB, capability 9.0, driver NVMLError" in page and "built for sm_90" in page
+    side = dict(tokens_per_second=100.0, flop_per_token=1e9, peak_gib=2.0, reserved_gib=2.5, seconds=[1, 2], losses=[1])
+    record = dict(row="8B lora 1024", sides={"trl": side, "ours": side | {"tokens_per_second": 150.0}}, seconds=9)
+    record |= dict(peak_tflops=1.0, predicted={"attention": "sdpa", "gib": 2.1}, attention="sdpa")
+    cells = dict(zip(gpu_results.COLUMNS, gpu_results.cells(record), strict=True))
+    assert cells["ratio"] == "1.50" and cells["of the matrix peak"] == "15% / 10%" and cells["result"] == "ok"
+    assert cells["reserved GiB"] == "2.50 / 2.50" and cells["predicted / allocated - 1"] == "+5.0%"
+    record["sides"]["trl"] = {"error": "OutOfMemoryError: CUDA out of memory"}
+    cells = dict(zip(gpu_results.COLUMNS, gpu_results.cells(record), strict=True))
+    assert cells["tok/s, ours / TRL"] == "150 / -" and cells["result"] == "trl: OutOfMemoryError: CUDA out of memory"
 
 
 def test_gpu_check_times_plain_torch_for_trl():
