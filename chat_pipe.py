@@ -16,7 +16,7 @@ from common.settings import apply_overrides, current
 MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder, or this embedded model
 ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 COMPARE: str | None = None  # a second model, which answers the same prompts; each continues from its own answers
-QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
+QUANTIZATION: str | None = "auto"  # auto: as trained; nf4, int8 or hqq-1bit to hqq-4bit; None: 2 bytes a weight
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
@@ -47,6 +47,7 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
+from common import distributed
 from common.chat import turns
 from common.chat.conversation import Conversation
 from common.chat.terminal import run_terminal
@@ -56,6 +57,7 @@ from common.model import generation
 
 def main():
     # Settings: combinations of which one would be ignored, and the file of prompts
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     interactive = sys.stdin.isatty()

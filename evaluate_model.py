@@ -18,7 +18,7 @@ MODEL = "smollm2-135m-instruct"  # hub id, local folder, .gguf file, run folder,
 ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
 MODELS: str | None = None  # several, comma-separated, in place of MODEL; each is compared with the first
 BASE: str | None = None  # model to compare with, scored first; None: no comparison
-QUANTIZATION: str | None = None  # nf4, int8 or hqq-1bit to hqq-4bit, for all models
+QUANTIZATION: str | None = "auto"  # auto: each as trained; for all models nf4, int8 or hqq-1bit to hqq-4bit; or None
 DTYPE: str | None = None  # None: bfloat16, float16 on older GPUs, float32 on older CPUs
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other; flash_attention_2 ...
 CHAT_TEMPLATE: str | None = None  # None: the model's own; chatml, llama3, zephyr, mistral, alpaca, or a .jinja file
@@ -65,6 +65,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from common import distributed
 from common.data import sources
 from common.eval import facts, judge, pairs, statistics, suites
 from common.eval.answers import read_prompts
@@ -76,19 +77,19 @@ from common.run import report
 
 def main():
     # Settings: every mistake that can be found without a model
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     names = [*([BASE] if BASE else []), *(map(str.strip, MODELS.split(",")) if MODELS else [ADAPTER or MODEL])]
-    located = {name: locate(name) for name in names}
+    located = {name: location.locate(*where(name)) for name in names}
+    results, answers = {name: begin_result(source) for name, source in located.items()}, {}
     chats, compared = (read_rows(suite, located.values()) for suite in ("loss", "pairs"))
     questions = facts.read_facts(FACTS) if FACTS and "facts" in SUITES else []
     prompts = [chat for _, chat in read_prompts(PROMPTS)] if "health" in SUITES else []
     judged = judge.read_questions(QUESTIONS) if "judge" in SUITES else []
-    judge_server = open_judge(names) if judged else None
-    cache = Cache(Path(OUT_DIR) / "answers.jsonl")
+    judge_server, cache = open_judge(names) if judged else None, Cache(Path(OUT_DIR) / "answers.jsonl")
 
     # Each model by itself
-    results, answers = {name: {"scores": {}, "intervals": {}} for name in names}, {}
     for name, result in results.items():
         model, tokenizer = load_model(name)
         print(f"\n{name}")
@@ -101,7 +102,7 @@ def main():
         if LM_EVAL_TASKS:
             suites.score_by_harness(result, model, tokenizer, LM_EVAL_TASKS)
         if judged:
-            who = f"{generation.identify_weights(located[name])}-{QUANTIZATION}-{DTYPE}"
+            who = f"{generation.identify_weights(located[name])}-{result['settings']['QUANTIZATION']}-{DTYPE}"
             answers[name] = judge.answer_questions(who, model, tokenizer, judged, ANSWER_TOKENS, cache)
         save(name, result)
         del model
@@ -121,10 +122,10 @@ def where(name: str) -> tuple[str, str, str | None]:
     return (MODEL, "MODEL", ADAPTER) if name == ADAPTER else (name, "MODEL", None)
 
 
-def locate(name: str) -> location.Source:
-    source = location.locate(*where(name))
-    load.find_quantization(source, QUANTIZATION)  # refuses one that the model cannot have
-    return source
+def begin_result(source: location.Source) -> dict:
+    """What a model's scores are put into; UserError for a QUANTIZATION that it cannot have."""
+    quantization = load.find_quantization(source, QUANTIZATION)
+    return {"scores": {}, "intervals": {}, "settings": current(globals()) | {"QUANTIZATION": quantization}}
 
 
 def load_model(name: str):
@@ -170,7 +171,7 @@ def save(name: str, result: dict) -> None:
     if location.run_settings(folder) is None:
         folder = Path(OUT_DIR) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "scores.json", json.dumps(result | {"settings": current(globals())}, indent=1))
+    write_atomic(folder / "scores.json", json.dumps(result, indent=1))
     statistics.draw(folder / "scores.png", name, result)
     if (folder / "summary.json").is_file():
         note = ", ".join(f"{key} {value:.3g}" for key, value in result["scores"].items())

@@ -100,6 +100,7 @@ TRANSFORMERS_NAMES = {
 
 def main():
     # Settings, tokenizer, template: every mistake that can be found without the weights is found here
+    distributed.device()  # first of all: it says why a GPU is not used
     settings = current(globals())
     source, dtype = location.locate(MODEL, adapter=ADAPTER), load.choose_dtype(DTYPE, full=True)
     refuse_untrainable(source, dtype)

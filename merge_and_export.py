@@ -15,7 +15,7 @@ from common.settings import apply_overrides, current
 # Model
 MODEL = "out/demo"  # run folder, adapter, local folder, hub id or .gguf file
 ADAPTER: str | None = None  # adapter folder, run folder or hub id that goes on MODEL; None: MODEL's own, if any
-QUANTIZATION: str | None = None  # base: nf4, int8, hqq-4bit ...; None: as in training
+QUANTIZATION: str | None = "auto"  # of the base: auto, as in training; nf4, int8, hqq-4bit ...; None: 2 bytes a weight
 MERGE_INTO: str | None = None  # original or dequantized base, after quantized training; None: the better
 DTYPE = "bfloat16"  # merged weights
 ATTN_IMPLEMENTATION: str | None = None  # None: sdpa, or eager where the model has no other
@@ -27,7 +27,7 @@ PRE_TOKENIZER: str | None = None  # llama.cpp's name of the pre-tokenizer; None:
 LLAMA_CPP: str | None = None  # checkout, whose converter and quantizer to use
 # Verification
 CHATS: str | None = None  # chats to compare on, as DATA; None: what the run held out, or data/brief.jsonl
-PROOF_DTYPE = "float32"  # computations; bfloat16 takes half the memory, and adds noise
+PROOF_DTYPE: str | None = None  # computations; None: float32 on GPU or CPU, else 16 bits, which are less exact
 PROOF_TOKENS = 1000  # tokens of answers to compare; 4 bytes each for every token of the vocabulary
 MAX_LENGTH = 1024  # tokens of each of these chats
 # Output
@@ -49,8 +49,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would hide the table
 
 from transformers.utils import logging
 
+from common import distributed
 from common.bounds import split_list
-from common.export import gguf, gguf_config, hub, llama_cpp, merge, verify, verify_gguf
+from common.export import gguf, gguf_config, hub, llama_cpp, merge, proof, verify, verify_gguf
 from common.export.gguf_tokenizer import modelfile
 from common.files import check_space, write_atomic
 from common.model import load, location
@@ -59,24 +60,24 @@ from common.run.folder import create_folder
 
 def main():
     # Settings: find every mistake before loading weights
+    distributed.device()  # first of all: it says why a GPU is not used
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = location.locate(MODEL, adapter=ADAPTER)
     config, run = load.load_config(source), location.run_folder(source)
-    trained_with = run and location.run_settings(run).get("QUANTIZATION")
-    quantization = load.find_quantization(source, QUANTIZATION or trained_with)
+    quantization = load.find_quantization(source, QUANTIZATION)
     bases = merge.choose_bases(source, quantization, MERGE_INTO)
-    kinds = split_list(GGUF)
+    dtype, kinds = load.choose_dtype(DTYPE), split_list(GGUF)
     gguf.check(config, kinds, LLAMA_CPP)
     tokenizer = merge.load_chat_tokenizer(source, CHAT_TEMPLATE, TEMPLATE_OPTIONS)
     card = hub.model_card(ADAPTER or MODEL, source.name, run)
     rows = verify.held_out_rows(CHATS, run, tokenizer, MAX_LENGTH, PROOF_TOKENS)
+    where = proof.choose_proof(config, PROOF_DTYPE, dtype, rows, bool(kinds))
     folder = create_folder(current(globals()), __file__)
     check_space(folder, load.count_weights(config) * gguf.bytes_per_weight(DTYPE, *kinds))
 
     # The trained model, with which the merged one is compared
-    dtype, proof_dtype = map(load.choose_dtype, (DTYPE, PROOF_DTYPE))
-    reference = verify.Reference(source, quantization, proof_dtype, ATTN_IMPLEMENTATION, tokenizer, rows)
+    reference = verify.Reference(source, quantization, where, ATTN_IMPLEMENTATION, tokenizer, rows)
     print(f"{ADAPTER or MODEL}: perplexity {reference.perplexity:.3f} on {len(reference.predictions)} tokens")
 
     # Merge, save, and verify what was saved
@@ -84,7 +85,7 @@ def main():
     merge.save_merged(folder, model, tokenizer, card)
     del model
     # Another base than in training makes another model, whose divergence was measured.
-    bound = verify.MERGE_BOUND + (kept["kl"] if quantization and kept["into"] == "original" else 0)
+    bound = verify.MERGE_BOUNDS[where.dtype] + (kept["kl"] if quantization and kept["into"] == "original" else 0)
     saved, saved_kl = verify.verify_merged(folder, reference, bound, bool(kinds))
 
     # GGUF files, which are compared with the merged model

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 # Before any library is imported: their notes about each other's future, which no user can act on, stay off the screen.
@@ -10,3 +11,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Could not find a config file|Unable to fetch remote file")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # looks for a CPU kernel on the hub, and says it found none
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before CUDA starts: rows of new lengths would leave holes between blocks. Not on WSL, where drivers before 615 fail
+# (pytorch issue 192330), and not over a choice of the user's.
+CHOSEN = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+if sys.platform == "linux" and "microsoft" not in os.uname().release and not any(map(os.environ.get, CHOSEN)):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "estimate_memory": TRAINERS_OPTIMIZERS,
     "galore_train": ("galore", "galore_8bit", "galore_torch", "adamw", "adamw_8bit", "adamw_anyprecision"),
 }
+TAKE_TRAINED = ("chat_pipe", "evaluate_model", "merge_and_export")  # may load a base as its adapter was trained on it
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 ATTENTIONS += ("sdpa_documents", "eager_documents")  # ours, which a run chooses and prints
@@ -34,7 +35,7 @@ CHOICES = {
     "QUANTIZATION": (None, "nf4", "int8", *HQQ),
     "DTYPE": (None, *DTYPES),
     "ATTN_IMPLEMENTATION": ATTENTIONS,
-    "PROOF_DTYPE": DTYPES,
+    "PROOF_DTYPE": (None, *DTYPES),
     "MERGE_INTO": (None, "original", "dequantized"),
     "TRAIN_ON": ("assistant", "last", "content", "all"),
     "BAD_ROWS": ("stop", "skip"),
@@ -110,6 +111,8 @@ LAYERS = r"-?\d+|(-?\d+)?:(-?\d+)?(:[1-9]\d*)?"  # a number, or a slice as Pytho
 def check_setting(name: str, value, script: str = "") -> None:
     """Raise UserError unless the value is possible. script: its name, for the choices of OPTIM."""
     choices = OPTIMIZERS.get(script, ()) if name == "OPTIM" else CHOICES.get(name, ())
+    if name == "QUANTIZATION" and script in TAKE_TRAINED:
+        choices = ("auto", *choices)
     if value in HQQ:
         check_package(name, value, "hqq", "hqq==0.2.8.post1")
     if name == "ATTN_IMPLEMENTATION" and "/" in str(value):  # of the hub

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Settings that libraries are given, and in the modules of data these, too.
 LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE")
 READ = ("DATA", "EVAL_DATA", "CHATS", "PAIRS")
+SIZED = ("MODEL", "BASE", "QUANTIZATION", "PROOF_DTYPE", "GENERATION_BATCH_SIZE", "CONTEXT", "MAX_LENGTH")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 READER_GONE = (errno.EPIPE, errno.EINVAL)  # the latter on Windows
@@ -63,6 +64,8 @@ def explain(error: Exception) -> Exception:
     failed = next((e for e in chain if isinstance(e, OSError) and e.errno in known), None)
     if isinstance(error, UserError) or is_training and not failed:
         return error
+    if explained := explain_memory(chain):
+        return explained
     if failed or isinstance(error, OSError) and error.filename:
         return explain_file(failed or error)
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -83,6 +86,20 @@ def explain(error: Exception) -> Exception:
     with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False, encoding="utf-8") as stream:
         stream.write(redact("".join(traceback.format_exception(error))))
     return UserError(f"{head} ({reason}, {file.name}:{line}; all of it in {stream.name})")
+
+
+def explain_memory(chain: list[BaseException]) -> UserError | None:
+    """Name the settings that memory goes by, and what to do; None for errors of another kind."""
+    if "torch" not in sys.modules:
+        return None
+    from common.hardware import is_out_of_memory  # imports torch
+
+    if not (ran_out := next(filter(is_out_of_memory, chain), None)):
+        return None
+    named = " ".join(f"{name}={script[name]}" for name in SIZED if name in script)
+    reason = str(ran_out).partition("\n")[0][:200]
+    remedy = "Close other programs, or set a smaller model, length or batch, or fewer bits (QUANTIZATION=nf4)."
+    return UserError(f"{named}: memory ran out ({reason}). {remedy}")
 
 
 def explain_file(error: OSError) -> UserError:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 
+from common import cuda
 from common.cli import RANK, explain
 
 
@@ -39,8 +40,15 @@ def holds_parts() -> bool:
 
 @functools.cache
 def device() -> torch.device:
-    """The device of this process, a GPU that CUDA (or ROCm) sees or the CPU; the first call joins the others."""
+    """The device of this process, a GPU that CUDA (or ROCm) sees or the CPU; the first call joins the others.
+
+    A script that computes calls it before all else: it says why a GPU is not used. UserError for one that cannot be.
+    """
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        cuda.check_kernels(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    elif problem := cuda.explain_idle_gpu():
+        print(problem, file=sys.stderr)
     for name, backend in (("MPS", torch.backends.mps), ("XPU", torch.xpu)):
         if backend.is_available() and not on_gpu:
             print(f"{name} is not used: nobody has tried these scripts on it. The CPU computes.", file=sys.stderr)

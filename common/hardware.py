@@ -97,8 +97,8 @@ def read_size(text: str, total: float = GIB) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, as torch, CUDA, cuBLAS or cuDNN say it, or the CPU's."""
-    signs = "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    ran_out = isinstance(error, RuntimeError) and re.search(signs, str(error))
+    signs = "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CPUAllocator: not enough memory"  # the last: Windows
+    ran_out = isinstance(error, RuntimeError) and re.search(signs, str(error)) or isinstance(error, MemoryError)
     return should_reduce_batch_size(error) or bool(ran_out)
 
 

@@ -19,9 +19,10 @@ SCRIPTS = [
 SETTINGS = {script.relative_to(ROOT).as_posix(): {s["name"]: s for s in declared(script)} for script in SCRIPTS}
 # Written as settings are, but read by other programs from the environment.
 ENVIRONMENT = set(
-    "DS_ACCELERATOR ENGINE OPENAI_API_KEY TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_PER_PROCESS_MEMORY_LIMIT".split()
+    """CUDA_VISIBLE_DEVICES DS_ACCELERATOR ENGINE OPENAI_API_KEY PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_PER_PROCESS_MEMORY_LIMIT""".split()
 )
-NO_SETTINGS = {"NAME", "RLIMIT_FSIZE", "TEST_DTYPE", "MATRIX"}
+NO_SETTINGS = {"INT8_THRESHOLD", "NAME", "RLIMIT_FSIZE", "TEST_DTYPE", "MATRIX"}
 OTHER_PROGRAMS = {"touch", "ollama"}
 
 
@@ -117,6 +118,17 @@ def test_quoted_error_is_what_the_script_prints(command, message, run_here, tmp_
     code, _, printed = run_here(*shlex.split(command))
     assert code == 2
     assert re.search(re.escape(message).replace(r"\.\.\.", ".+"), printed), printed
+
+
+def test_resume_is_exact_where_it_was_seen_to_be():
+    """Kernels of a GPU add up gradients in varying order; see docs/gpu.md."""
+    claims = 0
+    for section in re.split(r"^#+ ", "\n".join(map(prose, TEXTS.values())), flags=re.MULTILINE):
+        for part in section.split("\n\n"):
+            if "bit for bit" in part and re.search("resum|kill", part):
+                claims += 1
+                assert "CPU" in (section if part.startswith("|") else part), part
+    assert claims >= 6
 
 
 def test_readme_is_short():

@@ -261,6 +261,7 @@ def old_gpu(monkeypatch):
     [
         ("qlora_train.py", [], "float16"),
         ("qlora_train.py", ["ADAPTER=None"], "float32"),
+        ("preference_train.py", ["ADAPTER=None"], "float32"),
         ("galore_train.py", [], "float32"),
         ("galore_train.py", ["OPTIM=adamw"], "float32"),
         ("estimate_memory.py", ["METHOD=lora"], "float16"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from common.bounds import check_setting
 from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
@@ -34,8 +33,6 @@ def choose_bases(source: Source, quantization: str | None, merge_into: str | Non
         raise UserError(f"MODEL={source.name} is quantised ({own}): no adapter is merged into it. Use it as it is.")
     if source.adapter:
         check_merge(source.adapter)
-    if not own:
-        check_setting("QUANTIZATION", quantization)  # a run's package may be missing here
     bases = () if own else ("original",)
     bases += ("dequantized",) if source.adapter and quantization else ()
     if merge_into not in (None, *bases):
@@ -57,14 +54,14 @@ def load_chat_tokenizer(source: Source, template: str | None, options: str):
     return tokenizer
 
 
-def load_merged(source: Source, base: str, quantization: str | None, dtype, attention: str, vocabulary: int):
+def load_merged(source: Source, base: str, quantization: str | None, dtype, attention: str, vocabulary: int, device):
     """The source's model in `dtype`, with its adapter (if any) merged into the base's weights.
 
     base: "original", or "dequantized": as `quantization` rounds it. vocabulary: tokens in all.
     """
     quantization = quantization if base == "dequantized" else None
     bare = dataclasses.replace(source, adapter=None)
-    model = load.load_model(bare, quantization, dtype, attention, vocabulary=vocabulary)
+    model = load.load_model(bare, quantization, dtype, attention, vocabulary=vocabulary, device=device)
     if quantization:
         model = dequantize_hqq(model) if quantization in BITS else model.dequantize()
     if source.adapter:  # which the reference was loaded with, and so is checked
@@ -74,17 +71,18 @@ def load_merged(source: Source, base: str, quantization: str | None, dtype, atte
 
 def merge_best(source: Source, bases, quantization: str | None, dtype, reference: Reference):
     """Merge into each base; returns the model of lowest perplexity, its result, and all results."""
-    arguments, results = (quantization, dtype, reference.attention, len(reference.tokenizer)), []
+    proof, results = reference.proof, []
+    arguments = quantization, dtype, reference.attention, len(reference.tokenizer), proof.device
     for base in bases:
         model = None  # frees the last one before this one is loaded
         model = load_merged(source, base, *arguments)
-        predictions = predict(model.to(reference.dtype), reference.rows)
+        predictions = predict(model.to(proof.dtype), reference.rows)
         results.append({"into": base} | reference.compare(predictions))
         line = "merged into the {into} base: KL {kl:.2g} nats a token, perplexity {perplexity:.3f}"
         print(line.format(**results[-1]))
     ties = {"original": TIE, "dequantized": 1}
     kept = min(results, key=lambda result: result["perplexity"] / ties[result["into"]])
-    was_rounded = torch.promote_types(dtype, reference.dtype) != reference.dtype
+    was_rounded = torch.promote_types(dtype, proof.dtype) != proof.dtype
     if kept["into"] != base or was_rounded:
         model = None
         model = load_merged(source, kept["into"], *arguments)

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from common import distributed
+from common import hardware
 from common.data.encoder import ChatEncoder
 from common.data.tool_form import QUESTION, TOOL, ToolForm, try_to, write_tools
 from common.export import verify
 from common.export.llama_cpp import LlamaCpp, trained_context
+from common.export.proof import Proof
 from common.export.verify import Reference, Row, divergence, predict
 
 # Highest mean KL divergence from the merged model, in nats a token: f32, f16 and bf16 may differ by
@@ -42,7 +43,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     result |= dict(llama_cpp_kl=None, llama_cpp_long_kl=None, prompts=0, ended=0, tokens_per_second=0.0)
     long, expected = next((pair for pair in reference.long if len(pair[0].ids) <= context), (None, None))
     try:
-        model = load_gguf(file, reference.config, reference.dtype)
+        model = load_gguf(file, reference.config, reference.proof)
         predictions = predict(model, reference.rows)
         result |= reference.compare(predictions)
         within = torch.tensor([position < context for row in reference.rows for position in row.answers])
@@ -52,6 +53,8 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
     except (ValueError, NotImplementedError) as error:
         print(f"transformers cannot read {file.name}, llama.cpp alone decides: {error}", file=sys.stderr)
     except (RuntimeError, KeyError) as error:
+        if hardware.is_out_of_memory(error):  # which is no fault of the file
+            raise
         faults.append(f"transformers finds its tensors wrong: {error}")
     try:
         longest = max(map(len, reference.prompts)) + verify.ANSWER_TOKENS
@@ -64,7 +67,7 @@ def verify_gguf(file: Path, kind: str, reference: Reference) -> dict:
             faults.append(f"its answers do not end: 0 of {asked}, the model's {reference.ended}")
     except (RuntimeError, OSError, KeyError) as error:
         faults.append(f"llama.cpp refuses it: {error}")
-    return result | {"faults": [*faults, *prediction_faults(result, reference.dtype)]}
+    return result | {"faults": [*faults, *prediction_faults(result, reference.proof.dtype)]}
 
 
 def prediction_faults(result: dict, dtype: torch.dtype) -> Iterator[str]:
@@ -82,7 +85,7 @@ def prediction_faults(result: dict, dtype: torch.dtype) -> Iterator[str]:
             yield f"it predicts something else: {detail}"
 
 
-def load_gguf(file: Path, config, dtype: torch.dtype):
+def load_gguf(file: Path, config, proof: Proof):
     """The model as transformers reads it; the config fills what its reader omits."""
     from transformers import GgufConfig  # not in older releases
 
@@ -94,8 +97,8 @@ def load_gguf(file: Path, config, dtype: torch.dtype):
         config = AutoConfig.for_model("llama")
     values = {name: read.get(name, value) for name, value in values.items() if name != "model_type"}
     options = dict(config=type(config).from_dict(values), quantization_config=GgufConfig(dequantize=True))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **options)
-    return model.to(distributed.device()).eval()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=proof.dtype, **options)
+    return model.to(proof.device).eval()
 
 
 def measure_in_llama_cpp(llama: LlamaCpp, reference: Reference) -> dict:

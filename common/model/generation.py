@@ -30,19 +30,21 @@ PARTS[1]["thinking"] = PARTS[1]["reasoning_content"]  # as gpt-oss has it
 
 
 def load_for_chat(
-    model_name: str, quantization: str | None = None, dtype=None, attention: str | None = None,
+    model_name: str, quantization: str | None = "auto", dtype=None, attention: str | None = None,
     template: str | None = None, options: str = "", adapter: str | None = None,
 ):  # fmt: skip
     """(model, tokenizer), the adapter merged in memory unless the base is quantised or its kind has no merge.
 
-    template, options: as CHAT_TEMPLATE and TEMPLATE_OPTIONS. UserError for a model that nothing gives a template.
+    quantization, template, options: as QUANTIZATION, CHAT_TEMPLATE and TEMPLATE_OPTIONS. UserError without a template.
     """
     source = location.locate(model_name, adapter=adapter)
-    quantization = load.find_quantization(source, quantization)
+    requested, quantization = quantization, load.find_quantization(source, quantization)
     tokenizer = load.load_tokenizer(source)
     templates.choose_for_chat(tokenizer, template, options)
     run = location.run_folder(source) if source.adapter else None
-    if run and (trained := location.run_settings(run).get("QUANTIZATION")) != quantization:
+    if requested == "auto" and run and quantization:
+        print(f"QUANTIZATION={quantization}, as in training (None: 2 bytes a weight)", file=sys.stderr)
+    elif run and (trained := location.run_settings(run).get("QUANTIZATION")) != quantization:
         difference = f"with QUANTIZATION={trained}, here it is {quantization}"
         print(f"note: the adapter was trained {difference}", file=sys.stderr)
     attention = choose_attention(load.load_config(source), attention)

@@ -1,13 +1,11 @@
 """Models and tokenizers loaded in the right form, and saved; what cannot work is refused."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import AutoHfQuantizer
@@ -15,7 +13,8 @@ from transformers.quantizers import AutoHfQuantizer
 from common import distributed
 from common.cli import UserError
 from common.files import sync_files
-from common.model.location import Source
+from common.model.location import Source, trained_quantization
+from common.model.model_folders import convert_gguf
 from common.model.quantize import (
     BITS,
     BITSANDBYTES,
@@ -43,24 +42,6 @@ def from_hub(load, source: Source, **kwargs):
             hint += " Or name its base: MODEL=<base>, with ADAPTER=<adapter> where the script has that."
         error.add_note(f"MODEL={source.name} cannot be loaded. {hint}")
         raise
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to a bf16 folder in Hugging Face format."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # others may start at the same time
-        if folder.is_dir():
-            return
-        from transformers import GgufConfig  # not in older releases
-
-        print(f"converting {file.name} once, to {folder}", file=sys.stderr)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        options = dict(gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
 
 
 def load_config(source: Source):
@@ -106,11 +87,13 @@ def choose_dtype(name: str | None, full: bool = False) -> torch.dtype:
 def find_quantization(source: Source, requested: str | None, wish: str = "") -> str | None:
     """How the source's base is quantised once loaded: as its folder has it (UNPACKED: not), else as requested.
 
-    wish: the setting that requests it, with its value; "": QUANTIZATION. UserError where the folder's is another, or
-    cannot be loaded here.
+    requested: "auto" means as in the run that trained the source's adapter. wish: the setting that requests it, with
+    its value; "": QUANTIZATION. UserError where the folder's is another, or cannot be loaded here.
     """
     config = load_config(source)
     own = own_quantization(config)
+    if requested == "auto":
+        requested = own or trained_quantization(source)
     if own is None:
         return requested
     quantized = f"MODEL={source.name} is quantised already ({own})"
@@ -147,10 +130,11 @@ def check_length(source: Source, max_length: int) -> None:
 
 
 def load_model(
-    source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0
-):
-    """The model on this process's device, its embeddings with at least so many rows, and its adapter."""
-    model = load_base(source, quantization, dtype, attention)
+    source: Source, quantization: str | None, dtype: torch.dtype, attention: str, trainable=False, vocabulary=0,
+    device: torch.device | None = None,
+):  # fmt: skip
+    """The model with its adapter, its embeddings with at least so many rows. device: None means this process's."""
+    model = load_base(source, quantization, dtype, attention, device or distributed.device())
     model.config.name_or_path = model.name_or_path = source.name  # for peft's adapter_config.json
     # After an evaluation on CPUs with AVX512-BF16, bitsandbytes 0.50 would silently cut the gradients.
     for module in model.modules() if trainable else ():
@@ -169,7 +153,7 @@ def load_model(
     return model
 
 
-def load_base(source: Source, quantization: str | None, dtype: torch.dtype, attention: str):
+def load_base(source: Source, quantization: str | None, dtype: torch.dtype, attention: str, device: torch.device):
     """The model without adapter, quantised as its folder is or else as requested."""
     quantization, config = find_quantization(source, quantization), load_config(source)
     own, options = own_quantization(config), {}
@@ -188,12 +172,12 @@ def load_base(source: Source, quantization: str | None, dtype: torch.dtype, atte
         config=config,
         dtype=dtype,
         attn_implementation=attention,
-        device_map=None if elsewhere else {"": distributed.device()},
+        device_map=None if elsewhere else {"": device},
         use_safetensors=True,
         **options,
     )
     if quantization in BITS:
-        quantize_hqq(model, quantization, dtype, distributed.device())
+        quantize_hqq(model, quantization, dtype, device)
     if own in (*BITSANDBYTES, *UNPACKED):
         adopt_dtype(model, dtype)
         forget_codes(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from common.bounds import CHOICES, check_setting
 from common.cli import UserError, exit_with, nearest
 from common.files import hash_file
 from common.model.model_folders import (
@@ -180,3 +181,13 @@ def run_folder(source: Source) -> Path | None:
     """The folder of the run of ours that made adapter or model; None for others."""
     folder = Path(source.adapter or source.path).parent
     return None if run_settings(folder) is None else folder
+
+
+def trained_quantization(source: Source) -> str | None:
+    """QUANTIZATION of the run of ours that trained the source's adapter; UserError where its package is missing."""
+    run = run_folder(source) if source.adapter else None
+    quantization = run_settings(run).get("QUANTIZATION") if run else None
+    if quantization not in CHOICES["QUANTIZATION"]:  # of a base that was quantised already, and now is another
+        return None
+    check_setting("QUANTIZATION", quantization)
+    return quantization

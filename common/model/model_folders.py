@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import constants
 
 from common.cli import UserError
@@ -122,3 +124,22 @@ def holds_weights_on_hub(name: str) -> bool:
         return any(file_exists(name, file) for file in files)
     except (OSError, httpx2.TransportError):
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to a bf16 folder in Hugging Face format."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # others may start at the same time
+        if folder.is_dir():
+            return
+        import torch  # slow imports
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        print(f"converting {file.name} once, to {folder}", file=sys.stderr)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        options = dict(gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)

@@ -16,6 +16,7 @@ def locate_base(settings: dict) -> tuple[location.Source, torch.dtype, dict]:
 
     Refuses combinations that elsewhere fail silently or with a bare assertion, with the reason.
     """
+    distributed.device()  # first of all: it says why a GPU is not used
     adapter = settings["ADAPTER"]
     source = location.locate(settings["MODEL"], adapter=None if adapter in ADAPTERS else adapter)
     dtype = load.choose_dtype(settings["DTYPE"], full=adapter is None)

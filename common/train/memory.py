@@ -6,6 +6,7 @@ fused attention, the positions that a mask selects (all), numbers read back.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import sys
@@ -199,8 +200,9 @@ def stand_ins(step: Step) -> list:
         for owner, names in FLOAT32_ON_CUDA:
             for name in names.split():
                 patches.append(mock.patch.object(owner, name, in_float32(getattr(owner, name))))
-        if "bitsandbytes" in sys.modules:
-            patches.append(mock.patch.object(sys.modules["bitsandbytes"], "matmul", int8_on_gpu))
+    if "bitsandbytes" in sys.modules:
+        product = functools.partial(int8_product, step.device == "cuda")
+        patches.append(mock.patch.object(sys.modules["bitsandbytes"], "matmul", product))
     return patches
 
 
@@ -229,8 +231,14 @@ def in_float32(function):
     return call
 
 
-def int8_on_gpu(inputs, weight, out=None, state=None, threshold=0.0, bias=None):
-    """bitsandbytes.matmul, which on the CPU takes another path."""
-    from bitsandbytes.autograd._functions import MatMul8bitLt
+def int8_product(on_gpu: bool, inputs, weight, out=None, state=None, threshold=0.0, bias=None):
+    """bitsandbytes.matmul by the path it takes on the device; columns of outliers are searched, and none is found."""
+    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 
+    if state.is_training and not on_gpu:
+        return MatMul8bitFp.apply(inputs, weight, out, bias, state)
+    if state.threshold:
+        (inputs.half().abs() >= state.threshold).any(0)
+        state = copy.copy(state)
+        state.threshold = 0.0
     return MatMul8bitLt.apply(inputs, weight, out, bias, state)

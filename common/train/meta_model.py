@@ -58,7 +58,7 @@ def empty_quantized(module, dtype: torch.dtype) -> None:
         codes = torch.empty(module.weight.shape, dtype=torch.int8)
         module.weight = torch.nn.Parameter(codes, requires_grad=False)
         module.weight.CB = module.weight.SCB = None
-        module.state.CB, module.state.SCB, module.state.threshold = codes, torch.empty(len(codes)), 0.0
+        module.state.CB, module.state.SCB = codes, torch.empty(len(codes))
 
 
 def empty_adapter(model, folder: str):

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from common import distributed
+from common import cuda, distributed
 from common.cli import UserError
 from common.model.attention import choose_attention
 from common.train.preference import OF_PAIRS
@@ -25,6 +25,7 @@ SEARCHED = 32  # rows in which long chats are looked for
 POSITIONS = 256  # tokens in the loss of a chat, the last ones, that are compared
 
 
+@cuda.float32_products("highest")  # TF32 rounds as float16 does, and a fault could hide in that
 def check_losses(trainer) -> None:
     """Raise UserError where the trainer's loss is not the model's own; under DOCTOR=warn, print it.
 
@@ -50,7 +51,9 @@ def check_reference(trainer) -> None:
         changes = (ours - trainer.reference_log_probs(trainer.model, inputs, ours)) / lengths.clamp(min=1)
     trainer.model.train()
     difference = max(distributed.gather(changes.abs().max().item()))
-    bound = INT8_BOUND if getattr(trainer.model, "is_loaded_in_8bit", False) else REFERENCE_BOUNDS[trainer.dtype]
+    # The reference is computed as in training, in TF32, too.
+    dtype = torch.float16 if cuda.uses_tf32(trainer.dtype) else trainer.dtype
+    bound = INT8_BOUND if getattr(trainer.model, "is_loaded_in_8bit", False) else REFERENCE_BOUNDS[dtype]
     print(f"check: the reference differs by {difference:.2g} nats a token from the model (bound {bound:.2g})")
     if not difference <= bound:
         kind = trainer.settings["REFERENCE"]

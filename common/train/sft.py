@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import set_seed
 
-from common import hardware
+from common import cuda, hardware
 from common.cli import UserError
 from common.data import checks, prepare, templates
 from common.data.account import describe
@@ -109,7 +109,8 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     # Compiled, attention per document would be compiled again for every length of a document.
     per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
     attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
-    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}, attention {attention}")
+    products = ", products in TF32" * cuda.uses_tf32(dtype)
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}{products}, attention {attention}")
     job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
     if source.adapter:  # one that does not fit is found here
         with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
@@ -188,12 +189,13 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
     base = job.frozen_base(model)
-    trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
+    with cuda.float32_products("high" if cuda.uses_tf32(job.dtype) else "highest"):
+        trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
 
-    def save(folder, weights):
-        load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
+        def save(folder, weights):
+            load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)
 
-    run.execute(trainer, plan, save)
+        run.execute(trainer, plan, save)
 
 
 def make_trainer(job: Job, run, plan, model, base, optimizer):

@@ -18,13 +18,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from common import distributed, hardware
+from common.cli import UserError
 from common.data import templates
 from common.data.encoder import ChatEncoder
-from common.export import gguf, gguf_tokenizer, hub, verify, verify_gguf
+from common.export import gguf, gguf_tokenizer, hub, proof, verify, verify_gguf
 from common.export.llama_cpp import LlamaCpp
+from common.export.proof import Proof
 from common.model import load, location
 
 pytestmark = pytest.mark.usefixtures("lean")
+IN_FLOAT32 = Proof(torch.device("cpu"), torch.float32)
 LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64,
@@ -86,7 +90,7 @@ def test_every_architecture_is_read_back_as_it_was(name, chat_model, export):
     tokenizer, config = AutoTokenizer.from_pretrained(out / "final"), AutoConfig.from_pretrained(out / "final")
     ids = ChatEncoder(tokenizer).prompt(CHAT[:4])
     with torch.no_grad():
-        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, torch.float32)(torch.tensor([ids])).logits[0]
+        read = verify_gguf.load_gguf(out / "chat-model-f16.gguf", config, IN_FLOAT32)(torch.tensor([ids])).logits[0]
     expected = logits(folder, ids)
     assert torch.allclose(read, expected, atol=1e-3)
     llama = LlamaCpp(out / "chat-model-f16.gguf", 512)
@@ -269,6 +273,76 @@ def test_verification_in_16_bits_does_not_round_the_saved_weights(chat_model, tm
     assert code == 0, text
     saved, original = (load_file(path / "model.safetensors") for path in (out / "final", folder))
     assert all(torch.equal(saved[name], weight) for name, weight in original.items())
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(GiB of the GPU, GiB of main memory): choices are made as there; nothing can be put on its GPU."""
+
+    def make(gpu, memory):
+        free = {"cuda": gpu * 2**30, "cpu": memory * 2**30}
+        monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(hardware, "memory_limit", lambda setting, device: free[device])
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "requested, gpu, memory, has_gguf, expected",
+    [
+        (None, 80, 64, True, "float32 on the GPU, 3"), (None, 40, 16, False, "float32 on the GPU, 3"),
+        (None, 24, 64, True, "float32 on the CPU, 3"), (None, 24, 24, False, "bfloat16 on the GPU, 1"),
+        (None, 40, 24, True, "bfloat16 on the GPU, 1"), (None, 8, 24, False, "bfloat16 on the CPU, 1"),
+        ("bfloat16", 24, 64, True, "bfloat16 on the GPU, 1"), ("float32", 24, 64, True, "float32 on the CPU, 3"),
+        ("float32", 8, 8, True, "this may be too little"), (None, 8, 8, False, None),
+    ],
+)  # fmt: skip
+def test_eight_billion_weights_are_verified_where_they_fit(
+    requested, gpu, memory, has_gguf, expected, machine, monkeypatch, capsys
+):
+    machine(gpu, memory)
+    monkeypatch.setattr(load, "count_weights", lambda config: 8_030_261_248)
+    config = AutoConfig.for_model("llama", hidden_size=4096, vocab_size=128_256)
+    rows = [verify.Row([0] * 900, [0] * 800)]
+    if expected is None:
+        with pytest.raises(UserError, match="PROOF_DTYPE=None: no memory for float32 on the GPU, 3.*DTYPE=bfloat16"):
+            proof.choose_proof(config, requested, torch.bfloat16, rows, has_gguf)
+        return
+    chosen, out = proof.choose_proof(config, requested, torch.bfloat16, rows, has_gguf), capsys.readouterr().out
+    assert out.startswith("verification: ") and expected in out and out.count("\n") == 1
+    device = "cuda" if "on the GPU, " in out[:45] else "cpu"
+    assert (chosen.device.type, str(chosen.dtype)) == (device, f"torch.{out.split()[1]}")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "hqq-4bit"])
+def test_an_export_that_is_verified_on_the_cpu_leaves_the_gpu_alone(
+    quantization, tiny, chats_file, tmp_path, run_here, export, machine
+):
+    run = trained(run_here, tiny(), chats_file, tmp_path, f"QUANTIZATION={quantization}")
+    machine(0.001, 4)
+    code, out, text = export(run, "GGUF=f16")
+    assert code == 0 and "verification: float32 on the CPU" in text and (out / "final").is_dir(), text
+
+
+def test_memory_that_runs_out_is_one_line(chat_model, tmp_path, export, monkeypatch, run_here):
+    """It is no fault of a GGUF file, and no traceback."""
+
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of")
+
+    folder = chat_model()
+    for number, (owner, name) in enumerate(((load, "load_weights"), (verify, "predict"), (verify_gguf, "load_gguf"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, run_out)
+            code, _, text = export(folder, "GGUF=f16", f"RUN_NAME=export{number}")
+        assert code == 2 and "Traceback" not in text, text
+        assert (
+            f"error: MODEL={folder} QUANTIZATION=auto PROOF_DTYPE=None" in text and "memory ran out (CUDA out" in text
+        )
+    monkeypatch.setattr(load, "load_weights", run_out)
+    code, _, err = run_here("chat_pipe.py", f"MODEL={folder}", "PROMPT=Hi")
+    assert code == 2 and f"error: MODEL={folder} QUANTIZATION=auto" in err and "QUANTIZATION=nf4" in err
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "hqq-2bit"])

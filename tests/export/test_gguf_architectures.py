@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
 from common.export import gguf, gguf_config, verify, verify_gguf
+from common.export.proof import Proof
 from common.model import location
 from common.model.attention import choose_attention
 
@@ -104,7 +105,9 @@ def verified(tokenizer, tmp_path, monkeypatch):
         rows = verify.held_out_rows(None, None, tokenizer, 1024, 60)
         source = location.locate(str(tmp_path / "final"))
         attention = choose_attention(model.config, None)
-        reference = verify.Reference(source, None, torch.float32, attention, tokenizer, rows, answers=True)
+        reference = verify.Reference(
+            source, None, Proof(torch.device("cpu"), torch.float32), attention, tokenizer, rows, answers=True
+        )
         note = gguf.write(tmp_path / "model.gguf", tmp_path / "final", reference.config, tokenizer, "f32")
         return verify_gguf.verify_gguf(tmp_path / "model.gguf", "f32", reference) | {"note": note}
 

@@ -108,9 +108,36 @@ def test_every_width_trains_and_answers(quantization, tiny, chats_file, tmp_path
         kinds = sorted(name.split(".")[-2] for name in saved.keys())  # the tokens' are rows that the base never saw
     assert kinds == ["lora_A"] * 14 + ["lora_B"] * 14 + ["token_adapter"]
     answer = [f"MODEL={tmp_path / 'run'}", "PROMPT=Hi", "MAX_NEW_TOKENS=4", "TEMPERATURE=0"]
-    code, _, error = run_here("chat_pipe.py", *answer, f"QUANTIZATION={quantization}")
-    assert code == 0 and "note:" not in error, error
-    assert f"was trained with QUANTIZATION={quantization}, here it is None" in run_here("chat_pipe.py", *answer)[2]
+    code, _, error = run_here("chat_pipe.py", *answer)
+    assert code == 0 and f"QUANTIZATION={quantization}, as in training" in error and "note:" not in error, error
+    code, _, error = run_here("chat_pipe.py", *answer, "QUANTIZATION=None")
+    assert code == 0 and f"was trained with QUANTIZATION={quantization}, here it is None" in error
+
+
+def test_an_adapter_is_loaded_on_the_form_of_base_that_it_was_trained_on(tiny, chats_file, tmp_path, run_here):
+    """By default in every script that has no training of its own, and only its own base; None is none."""
+    code, _, error = run_here(
+        "qlora_train.py", f"MODEL={tiny()}", f"DATA={chats_file}", f"OUT_DIR={tmp_path}", "RUN_NAME=run", "MAX_STEPS=1",
+        "MAX_LENGTH=256", "LORA_R=4", "EVAL_SIZE=4", "QUANTIZATION=nf4",
+    )  # fmt: skip
+    assert code == 0, error
+    run, here = f"MODEL={tmp_path / 'run'}", f"OUT_DIR={tmp_path}"
+    code, out, error = run_here(
+        "evaluate_model.py", run, f"BASE={tiny()}", "SUITES=health", "CHAT_TEMPLATE=chatml", here
+    )
+    assert code == 0 and "QUANTIZATION=nf4, as in training" in error, error
+    for scores in tmp_path.rglob("scores.json"):  # of the run, and of its base
+        expected = "nf4" if scores.parent.name == "run" else None
+        assert json.loads(scores.read_text())["settings"]["QUANTIZATION"] == expected
+    for settings, expected in (([], "nf4"), (["QUANTIZATION=None"], None)):
+        name = f"export-{expected}"
+        code, _, error = run_here("merge_and_export.py", run, here, f"RUN_NAME={name}", *settings)
+        assert code == 0, error
+        assert json.loads((tmp_path / name / "export.json").read_text())["quantization"] == expected
+    code, _, error = run_here("qlora_train.py", run, f"DATA={chats_file}", here, "QUANTIZATION=auto")
+    assert code == 2 and "QUANTIZATION=auto is not known" in error
+    for model in (tiny(), tmp_path / "export-nf4"):  # which no adapter lies on
+        assert loading.find_quantization(location.locate(str(model)), "auto") is None
 
 
 def test_without_the_package_every_script_names_it(tiny, chats_file, tmp_path, run_here, monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from trl.trainer import sft_trainer
 
 from common import hardware
-from common.model import adapters, load
+from common.model import adapters, load, location, quantize
 from common.run.report import plot
 from common.train import batch_plan, galore, memory
 from common.train.meta_model import empty_model
@@ -164,18 +164,33 @@ def test_the_base_beside_a_model_that_learns_every_weight_is_predicted(run, foll
 def test_every_architecture_and_optimizer_can_be_traced(architecture, quantization):
     settings = dict(MODEL="tiny", LORA_R=16, LORA_ALPHA=32, LORA_DROPOUT=0.1, LORA_TARGET_MODULES="auto")
     totals = []
-    for variant in ("lora", "dora", "pissa", "ia3"):
+    for variant, device in (("lora", "cuda"), ("lora", "cpu"), ("dora", "cuda"), ("pissa", "cuda"), ("ia3", "cuda")):
         if variant == "ia3" and architecture == "stablelm" or quantization and variant in ("pissa", "dora"):
             continue  # peft does not know it; refused; peft reads the class of the weights
         if variant == "ia3" and quantization == "hqq-1bit":
             continue  # refused
         model = empty_model(tiny_config(architecture), quantization, torch.bfloat16, "sdpa", vocabulary=650)
         model = adapters.add_adapter(model, settings | {"ADAPTER": variant}, new_rows=[3] if variant == "lora" else [])
-        step = memory.Step(1, 64, kl_weight=1.0)
+        step = memory.Step(1, 64, kl_weight=1.0, device=device)
         parts = memory.trace(model, None, partial(make_optimizer, "adamw_torch_fused"), step)
         assert parts["weights"] > 100_000 and parts["activations"] + parts["workspace"] > 0
         totals.append(sum(parts.values()))
     assert max(totals) < 20 * MIB
+
+
+def test_outliers_of_int8_are_searched_where_the_loaded_layers_search_them(tiny):
+    source = location.locate(str(tiny()))
+    loaded = load.load_model(source, "int8", torch.bfloat16, "sdpa")
+    empty = empty_model(load.load_config(source), "int8", torch.bfloat16, "sdpa")
+    states = [model.get_submodule("model.layers.0.mlp.down_proj").state for model in (loaded, empty)]
+    assert [state.threshold for state in states] == [quantize.INT8_THRESHOLD] * 2
+    peaks, state = [], states[1]
+    for threshold in (0.0, quantize.INT8_THRESHOLD):
+        state.threshold = threshold
+        with StorageTracker() as tracker:
+            memory.int8_product(True, torch.empty(1000, 128, dtype=torch.bfloat16, device="meta"), None, state=state)
+        peaks.append(tracker.peak)
+    assert peaks[1] > peaks[0] and state.threshold == quantize.INT8_THRESHOLD
 
 
 def test_optimizers_differ_by_their_states():
