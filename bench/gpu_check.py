@@ -72,7 +72,7 @@ smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5
 1.6B lora 1024: 15; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20; 1.6B full 1024: 10
 smoke int8: 5; smoke hqq: 5; smoke galore_8bit: 4; smoke float16: 4; smoke float32: 4; smoke adamw_bnb_8bit: 4
 smoke paged_adamw_8bit: 4; smoke loftq: 5; smoke kl: 4; smoke checkpointing: 4; smoke offloading: 4; smoke unpacked: 4
-smoke chat nf4: 3
+smoke chat nf4: 3; smoke compile: 60
 8B lora 1024: 25; 8B lora 8192 checkpointing: 70
 8B nf4 1024: 30; 8B nf4 8192 checkpointing: 80
 8B dpo 1024: 30; 8B dpo 8192 checkpointing: 90
