@@ -72,12 +72,12 @@ smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5
 1.6B lora 1024: 15; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20; 1.6B full 1024: 10
 smoke int8: 5; smoke hqq: 5; smoke galore_8bit: 4; smoke float16: 4; smoke float32: 4; smoke adamw_bnb_8bit: 4
 smoke paged_adamw_8bit: 4; smoke loftq: 5; smoke kl: 4; smoke checkpointing: 4; smoke offloading: 4; smoke unpacked: 4
-smoke chat nf4: 3; smoke compile: 60
+smoke chat nf4: 3
 8B lora 1024: 25; 8B lora 8192 checkpointing: 70
 8B nf4 1024: 30; 8B nf4 8192 checkpointing: 80
 8B dpo 1024: 30; 8B dpo 8192 checkpointing: 90
 1.6B lora 4096: 25; 1.6B nf4 4096: 25; 1.6B dpo 4096: 30; 1.6B galore 4096: 35; 1.6B full 4096: 15
-8B galore 1024: 45; 8B full 1024: 20
+8B galore 1024: 45; 8B full 1024: 20; smoke compile: 60
 1.6B lora 8192: 40; 1.6B nf4 8192: 40; 1.6B dpo 8192 checkpointing: 50; 1.6B galore 8192 checkpointing: 50
 1.6B full 8192 checkpointing: 25
 8B cudnn 4096: 40; 8B lora 4096 checkpointing: 50; 8B offload 4096: 40; 1.6B cudnn 1024: 15
