@@ -105,7 +105,7 @@ def choose_dtype() -> torch.dtype:
 
 def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
-    attention = choose_attention(config, None, PACKING, DEVICE)
+    attention = choose_attention(config, None, PACKING, DEVICE, choose_dtype())
     empty = functools.partial(empty_model, config, quantization, choose_dtype(), attention)
     if METHOD in ("full", "galore"):
         return empty(), empty().requires_grad_(False) if KL_WEIGHT and not LOSS else None

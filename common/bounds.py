@@ -23,7 +23,7 @@ OPTIMIZERS = {
 TAKE_TRAINED = ("chat_pipe", "evaluate_model", "merge_and_export")  # may load a base as its adapter was trained on it
 ADAPTERS = ("lora", "dora", "rslora", "pissa", "loftq", "ia3")
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-ATTENTIONS += ("sdpa_documents", "eager_documents")  # ours, which a run chooses and prints
+ATTENTIONS += ("sdpa_documents", "eager_documents", "varlen_documents")  # ours, which a run chooses and prints
 TEMPLATES = ("chatml", "llama3", "zephyr", "mistral", "alpaca")
 CHANGEABLE = """DATA EVAL_DATA EVAL_SIZE MAX_SAMPLES TOO_LONG DROP_PATTERN NUM_TRAIN_EPOCHS MAX_STEPS BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS LEARNING_RATE MIN_LR LR_SCHEDULER WARMUP_RATIO WARMUP_STEPS MAX_GRAD_NORM KL_WEIGHT

@@ -1,5 +1,6 @@
 """Adapters: LoRA, its variants and IA3, put on a frozen model by peft."""
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
 from common.model.targets import find_targets, ia3_layers, short_names
@@ -103,6 +106,39 @@ def keep_head_bias(model):
 def add_bias(layer, args, output):
     uses_base = layer.disable_adapters or layer.merged or not layer.active_adapters
     return output if uses_base else output + layer.base_layer.bias
+
+
+def add_in_one_pass(model) -> None:
+    """Let plain LoRA layers add their product to the base's result by one addmm.
+
+    peft passes over the result five times (product, scale, sum), and copies it first where the base is in 4 bits.
+    """
+    for layer in model.modules():
+        is_new = isinstance(layer, LoraLayer) and not isinstance(layer, OnePass)
+        if is_new and isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D)):
+            layer.__class__ = with_one_pass(type(layer))
+
+
+class OnePass:
+    """Mixin over a LoRA layer of peft."""
+
+    def forward(self, inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """inputs (..., in) -> (..., out); peft's own where it does more than plain LoRA."""
+        name, *others = self.active_adapters or [None]
+        is_used = name in self.lora_A and not (self.disable_adapters or self.merged)
+        if args or kwargs or others or not is_used or name in self.lora_variant or self.lora_bias[name]:
+            return super().forward(inputs, *args, **kwargs)
+        result = self.base_layer(inputs)
+        low, last = self.lora_A[name](self.lora_dropout[name](inputs)), self.lora_B[name]  # low: (..., rank)
+        if result.dtype != low.dtype:  # of layers that compute in another dtype than autocast's
+            return result + (last(low) * self.scaling[name]).to(result.dtype)
+        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), last.weight.T, alpha=self.scaling[name])
+        return added.view(result.shape)
+
+
+@functools.cache
+def with_one_pass(kind: type) -> type:
+    return type(kind.__name__, (OnePass, kind), {})
 
 
 def read_config(folder: str) -> PeftConfig:

@@ -15,6 +15,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from common import distributed
 from common.cli import UserError
+from common.model.varlen import supports_varlen
 
 # Kinds of layers (config.layer_types) whose tokens can be kept apart by attention alone. Convolutions and running
 # states, as in Qwen3.5, LFM2 and Mamba, go on from one document to the next.
@@ -44,13 +45,19 @@ def can_pack(config, max_length: int) -> bool:
     return separates and layers <= PACKABLE and not (is_cut or kind._is_stateful)
 
 
-def choose_attention(config, name: str | None, packed: bool = False, device: str | None = None) -> str:
+def choose_attention(
+    config, name: str | None, packed: bool = False, device: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> str:
     """transformers' name of the attention: the one asked for, else SDPA, or eager where the model has no SDPA.
 
-    packed: attend per document where rows hold several and the model's own mask is slow (on a CPU) or not to be relied
-    on (eager). device: its type; None: this process's. Raises UserError where the model does not support `name`.
+    packed: attend per document where rows hold several and the model's own mask is slow or not to be relied on (eager).
+    device: its type; None: this process's. dtype: of the computation. Raises UserError where the model does not support
+    `name`.
     """
-    kind = model_class(config)
+    kind, device = model_class(config), device or distributed.device().type
+    has_varlen = device == "cuda" and supports_varlen(config, kind, dtype)
+    if name == "varlen_documents" and not has_varlen:
+        raise UserError(f"ATTN_IMPLEMENTATION={name}: not for this {config.model_type}, GPU or DTYPE. Set None.")
     if name in ("sdpa", "flash_attention_2", "flex_attention"):
         supported = dict(sdpa=kind._supports_sdpa, flex_attention=kind._supports_flex_attn)
         if not (supported | {"flash_attention_2": kind._supports_flash_attn})[name]:
@@ -58,7 +65,9 @@ def choose_attention(config, name: str | None, packed: bool = False, device: str
         if name == "flash_attention_2" and not find_spec("flash_attn"):
             raise UserError(f"ATTN_IMPLEMENTATION={name}: the package is missing: pip install flash-attn.")
     chosen = name or ("sdpa" if kind._supports_sdpa else "eager")
-    on_cpu = name is None and (device or distributed.device().type) == "cpu"
+    if packed and name is None and has_varlen:
+        return "varlen_documents"
+    on_cpu = name is None and device == "cpu"
     is_ours = on_cpu or chosen == "eager" or chosen == "sdpa" and config.model_type in MIXES_DOCUMENTS
     if packed and is_ours and kind._supports_attention_backend:
         return f"{chosen}_documents"
@@ -66,13 +75,13 @@ def choose_attention(config, name: str | None, packed: bool = False, device: str
 
 
 def can_share_prompts(config, attention: str, longest: int) -> bool:
-    """Whether two answers may follow one prompt in a row (`compared.share_prompts`), which needs one of our attentions.
+    """Whether two answers may follow one prompt in a row (`compared.share_prompts`), which `document_attention` allows.
 
     longest: tokens of a prompt and its longer answer. Windows are not looked at, so it must fit into them.
     """
     text = config.get_text_config().to_dict()
     windows = [text.get(name) or longest for name in ("sliding_window", "attention_chunk_size")]
-    return attention.endswith("_documents") and longest <= min(windows)
+    return attention in ("sdpa_documents", "eager_documents") and longest <= min(windows)
 
 
 def eager_attention(module, *args, **kwargs):

@@ -17,7 +17,7 @@ from common.train.preference import SMOOTHED
 # Settings whose names are the libraries' own in capitals.
 PASSED_ON = """NUM_TRAIN_EPOCHS PER_DEVICE_TRAIN_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS PACKING LEARNING_RATE
 WEIGHT_DECAY MAX_GRAD_NORM OPTIM NEFTUNE_NOISE_ALPHA GRADIENT_CHECKPOINTING ACTIVATION_OFFLOADING
-TORCH_COMPILE LOGGING_STEPS SEED""".split()
+LOGGING_STEPS SEED""".split()
 
 
 def check_combinations(settings: dict) -> None:
@@ -147,6 +147,7 @@ def trainer_config(settings: dict, plan: BatchPlan, folder: Path, dtype: torch.d
         report_to=split_list(settings["REPORT_TO"]) or "none",
         run_name=folder.name,
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # ReliableTrainer has its own
     )
     if distributed.engine() == "fsdp":  # now: making the arguments has set the state anew
         distributed.enable_fsdp_on_cpu()

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from common.cli import UserError
 from common.model.targets import is_linear, match_layers
-from common.train.moments import add_stochastically, get_moments, put_moments
+from common.train.moments import add_stochastically, get_moments, make_maps, put_moments
 
 FIRST_REFRESHES = 16  # steps over which the random bases of the start are replaced
 
@@ -38,8 +38,9 @@ class GaLore(torch.optim.AdamW):
 
     def __init__(self, projected, other_params, rank=128, update_gap=50, scale=0.25, eight_bit=False, **adamw):
         super().__init__([{"params": list(projected)}, {"params": list(other_params)}], **adamw)
-        self.update_gap, self.scale, self.eight_bit = update_gap, scale, eight_bit
+        self.update_gap, self.scale = update_gap, scale
         self.projected = self.param_groups[0]["params"]
+        self.maps = make_maps(self.projected[0].device) if eight_bit else None
         self.projected_grads: dict[torch.Tensor, torch.Tensor] = {}  # of this batch, (rank, max(m, n)) each
         self.is_gathered = False
         count, first = len(self.projected), min(FIRST_REFRESHES, update_gap)
@@ -50,7 +51,7 @@ class GaLore(torch.optim.AdamW):
             start = torch.randn(short, rank, generator=torch.Generator().manual_seed(number))
             like = dict(dtype=parameter.dtype, device=parameter.device)
             self.state[parameter] = {"step": 0, "basis": torch.linalg.qr(start).Q.to(**like)}
-            put_moments(self.state[parameter], *torch.zeros(2, rank, long, **like), eight_bit)
+            put_moments(self.state[parameter], *torch.zeros(2, rank, long, **like), self.maps)
             parameter.register_post_accumulate_grad_hook(self.project)
 
     def attach(self, model) -> None:
@@ -114,8 +115,8 @@ class GaLore(torch.optim.AdamW):
         new, triangle = torch.linalg.qr(average(gradient @ mean.T).float())
         new *= triangle.diagonal().sign()  # QR leaves the signs open
         state["basis"] = new.to(old.dtype).contiguous()  # as it will be when loaded: strides change the last bits
-        first, second = rotate_moments(*get_moments(state, self.eight_bit), new.T @ old.float())
-        put_moments(state, first.to(old.dtype), second.to(old.dtype), self.eight_bit)
+        first, second = rotate_moments(*get_moments(state, self.maps), new.T @ old.float())
+        put_moments(state, first.to(old.dtype), second.to(old.dtype), self.maps)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients, as they are applied, so that their joint norm is at most max_norm; returns it."""
@@ -139,10 +140,10 @@ class GaLore(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             state["step"] += 1
-            first, second = get_moments(state, self.eight_bit)
+            first, second = get_moments(state, self.maps)
             first.lerp_(low, 1 - beta1)
             second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
-            put_moments(state, first, second, self.eight_bit)
+            put_moments(state, first, second, self.maps)
             correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
             direction = first / second.sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
             if group["weight_decay"]:

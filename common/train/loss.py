@@ -1,9 +1,9 @@
-"""The training loss: an ordinary cross-entropy over the tokens in the loss, in checkpointed chunks; and, against
-forgetting, the divergence from what the frozen base predicts.
+"""The training loss: an ordinary cross-entropy over the tokens in the loss, in chunks; and, against forgetting, the
+divergence from what the frozen base predicts.
 
 TRL's fused head also computes entropy and accuracy over every position with a Triton kernel that does not exist on the
 CPU. Here only positions with a label meet the head, 256 at a time, and their logits (256 x vocabulary, in float32) are
-computed again in the backward pass instead of being kept.
+not kept: the gradient of the hidden states is computed at once, or with a trained head the logits are once more.
 """
 
 import contextlib
@@ -16,10 +16,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 from common import distributed
+from common.model.adapters import add_in_one_pass
 from common.model.attention import model_class
+from common.train.collator import predicts, predicts_outside
 
+# What autocast for CUDA computes, and returns, in float32.
+FLOAT32_UNDER_AUTOCAST = (torch.nn.LayerNorm, NewGELUActivation)
 CHUNK = 256  # positions whose logits exist at the same time
 
 
@@ -31,7 +36,7 @@ def router_loss_weight(config) -> float:
 
 
 def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = False) -> None:
-    """Give a model our loss, and its adapter weights in float32.
+    """Give a model our loss, its adapter weights in float32, and hidden states that stay in their dtype.
 
     base_model: the frozen model that KL_WEIGHT compares with; None: the model without its adapter.
     sharded: see `add_chunked_loss`.
@@ -40,14 +45,23 @@ def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = Fals
     base = model.get_base_model() if is_adapted else model
     without_adapter = model.disable_adapter if kl_weight and base_model is None else None
     add_chunked_loss(base, without_adapter, base_model, sharded)
+    if not distributed.holds_parts():  # whose weights are whole only in the forward of the module that has them
+        add_in_one_pass(model)
     for module in model.modules():
         # Autocast casts activations anyway; PEFT's own cast to the adapter's float32 first doubles that traffic.
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+        elif isinstance(module, FLOAT32_UNDER_AUTOCAST):
+            module.register_forward_hook(keep_dtype)
     for parameter in model.parameters():
         # In 16 bits small updates round to nothing.
         if parameter.requires_grad and is_adapted:
             parameter.data = parameter.data.float()
+
+
+def keep_dtype(module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """The output in the dtype of the input. NF4 layers would hand float32 on, GaLore's would leave it to autograd."""
+    return output.to(inputs[0].dtype)
 
 
 class SplitForward:
@@ -83,7 +97,8 @@ class SplitForward:
 def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (losses, divergence, router loss).
 
-    labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1.
+    labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1. What
+    collator.CountingCollator adds to a batch may come with them, so that nobody waits for a GPU to find positions.
     losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: see `base_divergence`; the
     base is the model inside `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss:
     of a mixture of experts in training, not yet weighted; else 0. sharded: the head's weights are gathered by all
@@ -96,45 +111,48 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
     model.config.get_text_config().output_router_logits = False  # TRL sets it; only training needs them
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(*args, learn=None, **kwargs):
+    def forward(*args, learn=None, in_loss=None, outside=None, tokens=None, **kwargs):
         if learn is None:
             return own.forward(*args, **kwargs)
         routing = {"output_router_logits": True} if has_router_loss and model.training else {}
         output = own.decode(*args, **kwargs, **routing)
         hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
-        in_loss = learn[:, 1:] != -100
-        positions = in_loss.nonzero().unbind(1)
+        positions = tuple(predicts(learn).nonzero().T if in_loss is None else in_loss)
         losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded)
         divergence = router_loss = losses.new_zeros(())
         if routing:
             router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
         if context and model.training:
-            outside = ~in_loss if mask is None else ~in_loss & mask[:, 1:].bool()
+            outside = predicts_outside(learn, mask).nonzero().T if outside is None else outside
             with torch.no_grad(), context():
                 reference.decoder.eval()  # no dropout, no NEFTune noise
                 expected = reference.decode(*args, **kwargs).last_hidden_state[:, :-1]
                 own.decoder.train()
-            divergence = base_divergence(own, reference, context, hidden, expected, outside.nonzero())
+            divergence = base_divergence(own, reference, context, hidden, expected, outside, sharded)
         return losses, divergence, router_loss
 
     model.forward = forward
 
 
-def base_divergence(own: SplitForward, reference: SplitForward, context, hidden, expected, outside) -> torch.Tensor:
+def base_divergence(
+    own: SplitForward, reference: SplitForward, context, hidden, expected, outside, sharded: bool
+) -> torch.Tensor:
     """Mean KL(base || model) in nats over up to CHUNK random positions outside of the loss.
 
     hidden, expected: hidden states (B, T - 1, hidden) of the model and of the base, whose logits `reference` gives
-    inside `with context():`. outside: (positions, 2), row and column of each.
+    inside `with context():`. outside: (2, positions), row and column of each.
     """
-    sample = outside[torch.randperm(len(outside))[:CHUNK].to(outside.device)].unbind(1)
+    sample = tuple(outside[:, torch.randperm(outside.shape[1])[:CHUNK].to(outside.device)])
 
-    def divergence(hidden, expected):
+    def divergences(hidden, expected):
         with torch.no_grad(), context():
             base = log_softmax(reference.logits(expected), dim=-1)  # (N, vocabulary)
         ours = log_softmax(own.logits(hidden), dim=-1)
-        return kl_div(ours, base, reduction="sum", log_target=True) / max(1, len(hidden))
+        return kl_div(ours, base, reduction="none", log_target=True).sum(1)
 
-    return checkpoint(divergence, hidden[sample], expected[sample], use_reentrant=False)
+    hidden = hidden[sample]
+    compute = once_more if sharded else choose_computation(own.logits, hidden)
+    return compute(divergences, hidden, expected[sample]).sum() / max(1, len(hidden))
 
 
 def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool) -> torch.Tensor:
@@ -147,4 +165,38 @@ def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded:
     chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
     if sharded:
         chunks += [(hidden[:0], targets[:0])] * (max(distributed.gather(len(chunks))) - len(chunks))
-    return torch.cat([checkpoint(head_losses, h, t, use_reentrant=False) for h, t in chunks])
+    compute = once_more if sharded else choose_computation(logits, hidden)
+    return torch.cat([compute(head_losses, h, t) for h, t in chunks])
+
+
+def choose_computation(logits, hidden: torch.Tensor):
+    """How losses of rows are computed without keeping their logits: by a head that is not trained, once."""
+    # float16 needs the gradient of the scaled loss. Whether the head is trained, no rows tell as well as many.
+    is_once = torch.is_grad_enabled() and hidden.dtype != torch.float16
+    return RowLosses.apply if is_once and not logits(hidden[:0].detach()).requires_grad else once_more
+
+
+def once_more(function, *args) -> torch.Tensor:
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+class RowLosses(torch.autograd.Function):
+    """function(hidden, other) -> (N,), losses of which each depends on its own row of hidden (N, size) only.
+
+    Their gradient is computed beside them, and the logits go at once, instead of being computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, function, hidden, other):
+        rows = hidden.detach().requires_grad_()
+        # The hooks stand before TRL's, for whose offloading the backward pass would have begun.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            losses = function(rows, other)
+            gradient = torch.autograd.grad(losses.sum(), rows)
+        ctx.save_for_backward(*gradient)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (by_row,) = ctx.saved_tensors
+        return None, (by_row * gradient[:, None]).to(by_row.dtype), None

@@ -16,7 +16,7 @@ def empty_model(config, quantization: str | None, dtype: torch.dtype, attention:
     """What load_model would load, on the meta device: every shape and dtype, no weights. For memory.trace."""
     config = copy.deepcopy(config)
     # Kernels that need data (FlashAttention, FlexAttention) keep what attention per document keeps.
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", "varlen_documents"):
         attention = choose_attention(config, None, packed=True, device="cpu")
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocabulary)

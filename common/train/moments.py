@@ -5,36 +5,44 @@ import torch
 BLOCK = 256  # moments that share a scale, in 8 bits
 
 
-def get_moments(state: dict, eight_bit: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adam's first and second moments, in the dtype of the basis."""
-    if not eight_bit:
-        return state["exp_avg"], state["exp_avg_sq"]
-    return tuple(dequantize(state, name, state["basis"].dtype) for name in ("exp_avg", "exp_avg_sq"))
+def make_maps(device: torch.device) -> dict[str, torch.Tensor]:
+    """The values of 8-bit codes by the name of the moment; second moments, without a sign, have a finer map.
 
-
-def put_moments(state: dict, first: torch.Tensor, second: torch.Tensor, eight_bit: bool) -> None:
-    if eight_bit:
-        quantize(state, "exp_avg", first)
-        quantize(state, "exp_avg_sq", second)
-    else:
-        state["exp_avg"], state["exp_avg_sq"] = first, second
-
-
-def quantize(state: dict, name: str, moment: torch.Tensor) -> None:
-    """Keep a moment as 8-bit codes with a scale for each block; second moments, without a sign, on a finer map."""
+    To be made once: bitsandbytes takes a millisecond for each.
+    """
     from bitsandbytes import functional as bnb
 
-    code = bnb.create_dynamic_map(signed=name == "exp_avg").to(moment.device)
+    return {name: bnb.create_dynamic_map(signed=name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def get_moments(state: dict, maps: dict | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adam's first and second moments, in the dtype of the basis. maps: of 8-bit codes; None: there are no codes."""
+    if maps is None:
+        return state["exp_avg"], state["exp_avg_sq"]
+    return tuple(dequantize(state, name, code) for name, code in maps.items())
+
+
+def put_moments(state: dict, first: torch.Tensor, second: torch.Tensor, maps: dict | None) -> None:
+    if maps is None:
+        state["exp_avg"], state["exp_avg_sq"] = first, second
+    else:
+        quantize(state, "exp_avg", first, maps["exp_avg"])
+        quantize(state, "exp_avg_sq", second, maps["exp_avg_sq"])
+
+
+def quantize(state: dict, name: str, moment: torch.Tensor, code: torch.Tensor) -> None:
+    """Keep a moment as 8-bit codes with a scale for each block."""
+    from bitsandbytes import functional as bnb
+
     codes, quantized = bnb.quantize_blockwise(moment.float().contiguous(), code=code, blocksize=BLOCK)
     state[name], state[f"{name}_scales"] = codes, quantized.absmax
 
 
-def dequantize(state: dict, name: str, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(state: dict, name: str, code: torch.Tensor) -> torch.Tensor:
     from bitsandbytes import functional as bnb
 
-    code = bnb.create_dynamic_map(signed=name == "exp_avg").to(state[name].device)
-    scales = state[f"{name}_scales"]
-    return bnb.dequantize_blockwise(state[name], absmax=scales, code=code, blocksize=BLOCK).to(dtype)
+    moment = bnb.dequantize_blockwise(state[name], absmax=state[f"{name}_scales"], code=code, blocksize=BLOCK)
+    return moment.to(state["basis"].dtype)
 
 
 def add_stochastically(weights: torch.Tensor, update: torch.Tensor, seed: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from common import distributed
 from common.data.compared import IGNORE_INDEX, sequences_of, share_prompts
+from common.train.collator import CountingCollator
 from common.train.preference import OF_PAIRS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
@@ -80,7 +81,8 @@ class PreferenceTrainer(ChatTrainer):
         self.pairs_in_step, self.usual_length, self.share_good, self.divergence = 1, 1.0, 1.0, 0.0
         self.warned = False
         turn_off_dropout(self.model)
-        self.data_collator = PairCollator(self.data_collator, self.settings["PACKING"], shares_prompts)
+        collate = PairCollator(self.data_collator.collate, self.settings["PACKING"], shares_prompts)
+        self.data_collator = CountingCollator(collate)
         self.penalties |= dict.fromkeys(preference.metrics, 0.0)
 
     def _set_signature_columns_if_needed(self):
@@ -99,7 +101,6 @@ class PreferenceTrainer(ChatTrainer):
         check_reference(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.progress.tokens += int(self.accelerator.gather(inputs["tokens"][None]).sum())
         losses, values, router_loss = self.compare_pairs(model, inputs)
         share = 1 / self.current_gradient_accumulation_steps / distributed.count()
         values = {name: value.sum() / self.pairs_in_step for name, value in values.items()}

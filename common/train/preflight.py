@@ -83,7 +83,7 @@ def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], floa
         return inputs, losses, difference, bound
     if "shared_prompts" in inputs:
         print(f"check: no shared prompts, which give other losses, by {difference:.2g} nats a token")
-        trainer.data_collator.shares = False
+        trainer.data_collator.collate.shares = False
         return check_row(trainer, rows)
     ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))

@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from common import distributed, hardware
+from common import distributed
 from common.cli import RANK, UserError
 from common.train import checkpoints
 from common.train.saving import SavingTrainer
@@ -72,7 +73,9 @@ class ReliableTrainer(SavingTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.micro_steps.append((inputs, loss))
-        return loss
+        # Trainer's logging_nan_inf_filter, without its wait for the GPU in every micro step.
+        usual = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, usual)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm of a step's gradients; where it or a loss is not finite, the gradients go, and with them the update.
@@ -163,10 +166,11 @@ class StepHooks(TrainerCallback):
         self.trainer.note_evaluation(metrics)
 
     def on_step_begin(self, *args, **kwargs):
-        self.started = hardware.now()
+        # A GPU is not waited for: each step has waited in `_get_grad_norm`, and leaves the next only its update.
+        self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        seconds, progress = hardware.now() - self.started, self.trainer.progress
+        seconds, progress = time.perf_counter() - self.started, self.trainer.progress
         self.trainer.step_seconds.append(seconds)
         progress.seconds += seconds
         progress.joules = self.trainer.energy_j()

@@ -22,6 +22,7 @@ from common.model.adapters import load_adapter
 from common.model.attention import can_pack, can_share_prompts, choose_attention
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
+from common.train.compiled import compile_layers
 from common.train.galore import GaLore
 from common.train.kept_reference import keep_reference
 from common.train.loss import router_loss_weight
@@ -106,9 +107,10 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
     )
     print(note)
     probe = facts.make_probe(settings["EVAL_FACTS"], settings["EVAL_PROMPTS"], tokenizer)
-    # Compiled, attention per document would be compiled again for every length of a document.
-    per_document = settings["PACKING"] and not settings["TORCH_COMPILE"]
-    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], per_document)
+    attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"], settings["PACKING"], dtype=dtype)
+    if settings["TORCH_COMPILE"] and attention in ("sdpa_documents", "eager_documents"):
+        # Attention one document after the other would be compiled again for every length of a document.
+        attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"])
     products = ", products in TF32" * cuda.uses_tf32(dtype)
     print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}{products}, attention {attention}")
     job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
@@ -225,6 +227,8 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
         has_new_adapter=keeps_base(settings, job.source),
         **options,
     )
+    if settings["TORCH_COMPILE"]:
+        compile_layers(trainer.model)
     if job.has_reference("kept"):
         keep_reference(trainer, run.folder / "data", job.source.adapter)
     return trainer

@@ -90,5 +90,9 @@ def kernel_bytes(func, args) -> int:
     """What a GPU's kernel allocates for itself, beside its results."""
     if func.name() == "bitsandbytes::gemm_4bit":  # the weights, dequantised (some shapes of newer releases do without)
         return math.prod(args[2]) * args[0].element_size()
-    is_attention = func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    return args[1].numel() * 4 if is_attention else 0  # the gradient of the queries, in float32
+    is_varlen = func.name() == "torch_attn::_varlen_attn_backward"
+    if not is_varlen and func is not aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return 0
+    query, key = args[1:3]
+    # The gradient of the queries, in float32; those of keys and values that heads share, first for each head.
+    return query.numel() * 4 + (2 * query.nbytes if is_varlen and key.shape != query.shape else 0)

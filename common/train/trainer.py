@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from common import distributed
 from common.cli import RANK
 from common.train import optimizers, parallel
+from common.train.collator import CountingCollator
 from common.train.loss import prepare_model, router_loss_weight
 from common.train.preflight import check_losses
 from common.train.reliability import ReliableTrainer
@@ -46,7 +47,9 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
             share = distributed.count() * self.args.per_device_train_batch_size
             self.train_dataset = parallel.with_blanks(self.train_dataset, self.blank_row(), share)
             self.eval_dataset = self.eval_dataset and parallel.with_blanks(self.eval_dataset, self.blank_row(), share)
-        self.micro_steps_with_tokens = 1  # of the current step, in all processes: some have blank rows only
+        # Of the current step: micro steps of all processes that have more than blank rows, and what add_to_log took.
+        self.micro_steps_with_tokens, self.unread = 1, []
+        self.data_collator = CountingCollator(self.data_collator, bool(kl_weight))
         if base_model is not None:
             base_model.to(distributed.device())  # it is not sharded where the model is
         prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
@@ -58,18 +61,13 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         check_losses(self)
         super().restore_progress()
 
-    # Loss
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.model.training:
-            self.progress.tokens += int(self.accelerator.gather(count_tokens(inputs)[None]).sum())
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         losses, divergence, router_loss = model(**inputs, learn=labels, use_cache=False)
         if num_items_in_batch is None:  # evaluation
             return losses.sum() / count_loss_tokens(labels).clamp(min=1)
-        # DDP averages gradients over processes, while num_items_in_batch counts the labels of all of them.
-        # At least 1: a batch of answers of weight 0 alone has none, and 0 / 0 would be NaN.
+        # DDP averages gradients, while num_items_in_batch counts the labels of all processes; there may be none.
         loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
         # A step's sum, over all processes, is a mean.
         share = 1 / self.current_gradient_accumulation_steps / distributed.count()
@@ -80,16 +78,19 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
 
     def add_to_log(self, values: dict[str, torch.Tensor], share: float) -> None:
         """Add a micro step's part of what is logged beside the loss. share: of the step that the part stands for."""
-        for name in self.penalties:
-            if math.isfinite(value := values[name].item()):
-                sums = self.progress.penalties.setdefault(name, [0.0, 0, 0.0, 0])
-                sums[:] = [total + more for total, more in zip(sums, (value, share) * 2, strict=True)]
+        self.unread += [(name, values[name].detach(), share) for name in self.penalties]
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)  # has waited for the GPU
+        add_penalties(self.progress.penalties, self.unread)
+        self.unread = []
+        return norm
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
-        if self.kl_weight:
-            with_tokens = sum(bool(count_tokens(batch)) for batch in batches)
-            self.micro_steps_with_tokens = sum(distributed.gather(with_tokens))
+        tokens = [tokens for part in distributed.gather([batch["tokens"] for batch in batches]) for tokens in part]
+        self.micro_steps_with_tokens = sum(map(bool, tokens))
+        self.progress.tokens += sum(tokens)
         return batches, items
 
     def log(self, logs, start_time=None):
@@ -196,6 +197,14 @@ def shielded_adapter(model):
         parameter.data = data.to(parameter.device)
 
 
+def add_penalties(sums_by_name: dict[str, list], parts: list[tuple[str, torch.Tensor, float]]) -> None:
+    """Add the finite ones of a step's parts (name, value, share of the step) to the sums of the run."""
+    for name, value, share in parts:
+        if math.isfinite(value := value.item()):
+            sums = sums_by_name.setdefault(name, [0.0, 0, 0.0, 0])
+            sums[:] = [total + more for total, more in zip(sums, (value, share) * 2, strict=True)]
+
+
 def separate_penalties(logs: dict, sums_by_name: dict[str, list], weights: dict[str, float]) -> None:
     """Log the means of what is measured beside the loss, and take what is part of it out of the losses logged."""
     for name, weight in weights.items():
@@ -207,16 +216,6 @@ def separate_penalties(logs: dict, sums_by_name: dict[str, list], weights: dict[
             sums[2:] = 0.0, 0
         else:
             logs["train_loss"] -= weight * totals[0] / (totals[1] or 1)
-
-
-def count_tokens(inputs: dict) -> torch.Tensor:
-    """Tokens of a batch, without padding and the single ones that are blank rows."""
-    if "attention_mask" in inputs:
-        lengths = inputs["attention_mask"].sum(1)
-        return lengths[lengths > 1].sum()
-    begins = inputs["position_ids"].flatten() == 0
-    ends = torch.cat([begins[1:], begins.new_ones(1)])
-    return (~(begins & ends)).sum()
 
 
 def count_loss_tokens(labels: torch.Tensor) -> torch.Tensor:

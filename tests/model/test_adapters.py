@@ -6,7 +6,8 @@ import architectures
 import pytest
 import torch
 from conftest import tiny_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from common.cli import UserError
@@ -154,3 +155,40 @@ def test_names_are_written_short_where_they_mean_the_same(tmp_path):
     assert adapted.peft_config["default"].target_modules == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "pissa", "dora"])
+@pytest.mark.parametrize("kind, quantization", [("llama", None), ("gpt2", None), ("llama", "nf4"), ("llama", "int8")])
+def test_lora_in_one_pass_is_pefts(kind, quantization, variant, tiny, monkeypatch):
+    """The same output and gradients; what is more than plain LoRA is left to peft."""
+    if quantization and variant in ("pissa", "dora"):
+        pytest.skip("refused, or slow")
+    dtype = torch.bfloat16 if quantization == "int8" else torch.float32
+    model = loading.load_model(location.Source("tiny", str(tiny(kind))), quantization, dtype, "sdpa", trainable=True)
+    torch.manual_seed(0)
+    (model, _), calls = adapt(model, ADAPTER=variant), []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + torch.randn_like(parameter) * 0.05
+
+    def outcome():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            output = model(input_ids=IDS, use_cache=False).logits
+        output.float().square().mean().backward()
+        return [output.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    expected, honest = outcome(), torch.addmm
+    adapters.add_in_one_pass(model)
+    monkeypatch.setattr(torch, "addmm", lambda *args, **how: calls.extend(how) or honest(*args, **how))
+    close = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.1, atol=0.02)
+    for one, other in zip(expected, outcome(), strict=True):
+        torch.testing.assert_close(one, other, **close)
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    assert len(calls) == (0 if variant == "dora" else layers)
+    with model.disable_adapter():
+        model(input_ids=IDS)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=model.active_peft_config.target_modules))
+    model.base_model.set_adapter(["default", "other"])
+    model(input_ids=IDS)
+    assert len(calls) == (0 if variant == "dora" else layers)

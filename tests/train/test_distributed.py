@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from common.cli import UserError
 from common.train import batch_plan
+from common.train.collator import count_tokens
 from common.train.optimizers import make_optimizer
 from common.train.parallel import ZERO_BUCKET, EvenSampler
-from common.train.trainer import count_tokens
 
 BIN = Path(sys.executable).parent
 FULL = ["ADAPTER=None", "LEARNING_RATE=1e-3"]
@@ -166,8 +166,10 @@ def test_two_processes_learn_what_one_does(engine, singles, common_settings, tmp
     expected = [143 if "signal_at" in run else 0 for run in plan]
     assert json.loads(Path(f"{file}.codes").read_text()) == expected, done.stderr[-3000:]
 
+    # With parts of the weights, LoRA's product and the loss's gradient are computed in another order: 1.4e-4 after 10
+    # steps of Adam at 1e-2.
     for name in ENGINES[engine]:
-        assert_equal_runs(singles / name, tmp_path / name, 1e-4)
+        assert_equal_runs(singles / name, tmp_path / name, 5e-4 if engine == "fsdp" else 1e-4)
     stopped = list(tmp_path.glob("*-again"))
     for again in stopped:
         assert_equal_runs(tmp_path / again.name.removesuffix("-again"), again, 0)

@@ -34,21 +34,27 @@ def random_model(architecture: str, attention: str = "sdpa"):
     return AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=attention).float()
 
 
+@pytest.mark.parametrize("head_is_trained", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_chunked_loss_is_the_models_own_loss(architecture, monkeypatch):
+def test_chunked_loss_is_the_models_own_loss(architecture, head_is_trained, monkeypatch):
+    """The head computes a chunk once where it is frozen, and else once more in the backward pass."""
     monkeypatch.setattr("common.train.loss.CHUNK", 4)  # several chunks
     ids, _, labels, _ = packed_row()
-    model = random_model(architecture)
+    model, calls = random_model(architecture), []
+    model.get_output_embeddings().weight.requires_grad_(head_is_trained)
     own = model(input_ids=ids, labels=labels).loss
     own.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     add_chunked_loss(model)
-    loss = model(input_ids=ids, learn=labels)[0].sum() / (labels[:, 1:] != -100).sum()
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: calls.append(inputs[0].numel() > 0))
+    count = (labels[:, 1:] != -100).sum()
+    loss = model(input_ids=ids, learn=labels)[0].sum() / count
     loss.backward()
+    assert sum(calls) == -(-count // 4) * (1 + head_is_trained)
     torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
     assert model(input_ids=ids).logits.shape == (1, ids.shape[1], 640)  # without `learn`, everything is as before
 
 
