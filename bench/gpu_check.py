@@ -1,196 +1,238 @@
-"""Speed and memory on a CUDA GPU, ours and plain TRL in turn: one table for runs.md, within 10 minutes.
+"""Proves or disproves this project on a CUDA GPU in eight minutes: every method by a short run of its script, then
+speed, losses and memory of ours and plain TRL in turn, rows sorted by what they are worth.
 
     python bench/gpu_check.py
+    python bench/gpu_check.py DEVICE=cpu MODELS=tiny
+    python bench/gpu_check.py PREDICT=True
 
-Models of 1.6 B and 8 B are built from their configs with random weights (memory and speed do not care), so that no
-download is needed. Without a GPU it says so and exits 2.
+Writes OUT_DIR/results.jsonl as rows end, table.md and errors.log (full tracebacks). A row that fails, hangs or crashes
+is a result; the same command again goes on with the rows that are not in results.jsonl. PREDICT=True traces the memory
+of all timed rows on a CPU into bench/gpu_predictions.json, which is read on the GPU. Without a GPU it exits with 2.
 """
 
+import os
 import sys
+import time
 from pathlib import Path
 
+started = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import hardware
-from common.cli import UserError, run_main
-from common.data.compared import IGNORE_INDEX
-from common.files import GIB
-from common.hardware import now
-from common.run.folder import git_commit
+from common.cli import ROOT, UserError, run_main
 from common.settings import apply_overrides
-from common.train import batch_plan, memory, optimizers
-from common.train.meta_model import empty_model
 
-MODELS = "1.6B,8B"  # of SHAPES below
-METHODS = (
-    "lora,offload,nf4,full,galore,dpo"  # offload: activations in RAM; galore: against TRL's full; dpo: LoRA on pairs
-)
-MAX_LENGTH = 1024  # tokens of a row
-STEPS = 12  # optimizer steps a run; the first two are not timed
-LORA_R = 16  # rank, on every linear layer
-GALORE_RANK = 128
+DEVICE = "cuda"  # or cpu: all but the device itself, with MODELS=tiny
+MODELS = "8B,1.6B"  # of gpu_timing.SHAPES; tiny takes the place of both, with a sixteenth of their tokens
+MINUTES: int | float = 8  # no row is begun that would end later
+ROWS: str | None = None  # regex of the rows to run: "smoke", "8B lora"; None: all
+STEPS = 8  # timed optimizer steps of a run
+ROUNDS = 2  # runs of each side, in turn; of the second, as many as there is time for
+PREDICT = False  # True: write bench/gpu_predictions.json, and nothing else
+OUT_DIR = "out/gpu_check"
 
 if __name__ == "__main__":
     apply_overrides(globals())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if DEVICE == "cpu" or PREDICT:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not PREDICT and "GPU_CHECK_WORKER" not in os.environ:
+        from gpu_supervisor import supervise
 
-import datetime
-import functools
-import gc
-import time
+        sys.exit(supervise(Path(OUT_DIR), MINUTES, started))
+
+import importlib.util
+import json
+import math
+import re
 
 import torch
-from datasets import Dataset
-from peft import get_peft_model
-from sides import SIDES, Pairs, lora, make_galore, train_side
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from gpu_results import REQUIRED, describe, device_name, guarded, line_of, matrix_peak_tflops, table_of
+from gpu_supervisor import BEGUN, BROKEN
 
-# The published shapes of StableLM-2 1.6B and Llama-3 8B; "tiny" is for the tests.
-SHAPES = {
-    "1.6B": ("stablelm", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32,
-                              num_key_value_heads=32, vocab_size=100_352)),
-    "8B": ("llama", dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, vocab_size=128_256)),
-    "tiny": ("llama", dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, vocab_size=640)),
+from common.files import write_atomic
+
+PREDICTIONS = ROOT / "bench" / "gpu_predictions.json"
+PACKAGES = {
+    "nf4": "bitsandbytes", "int8": "bitsandbytes", "hqq": "hqq", "galore_8bit": "bitsandbytes", "loftq": "bitsandbytes",
+    "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "export": "gguf",
 }  # fmt: skip
+ON_CUDA_ALONE = ("float16", "galore_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "loftq", "offloading", "offload")
+ON_CUDA_ALONE += ("cudnn kernels",)
+# Rows by worth: a smoke row, or model, method, tokens, with checkpointing or not; and its seconds on an H100 (guessed).
+PLAN = """
+smoke lora: 8
+8B lora 4096: 45
+8B nf4 4096: 50
+8B dpo 4096: 60
+8B galore 4096 checkpointing: 70
+8B full 4096 checkpointing: 35
+smoke nf4: 5; smoke full: 4; smoke galore: 4; smoke dpo kept: 5; smoke dpo live: 5; smoke resume: 6; smoke chat: 3
+smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5
+1.6B cudnn 4096: 20
+1.6B lora 1024: 15; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20; 1.6B full 1024: 10
+smoke int8: 5; smoke hqq: 5; smoke galore_8bit: 4; smoke float16: 4; smoke float32: 4; smoke adamw_bnb_8bit: 4
+smoke paged_adamw_8bit: 4; smoke loftq: 5; smoke kl: 4; smoke checkpointing: 4; smoke offloading: 4; smoke unpacked: 4
+smoke chat nf4: 3
+8B lora 1024: 25; 8B lora 8192 checkpointing: 70
+8B nf4 1024: 30; 8B nf4 8192 checkpointing: 80
+8B dpo 1024: 30; 8B dpo 8192 checkpointing: 90
+1.6B lora 4096: 25; 1.6B nf4 4096: 25; 1.6B dpo 4096: 30; 1.6B galore 4096: 35; 1.6B full 4096: 15
+8B galore 1024: 45; 8B full 1024: 20; smoke compile: 60
+1.6B lora 8192: 40; 1.6B nf4 8192: 40; 1.6B dpo 8192 checkpointing: 50; 1.6B galore 8192 checkpointing: 50
+1.6B full 8192 checkpointing: 25
+8B cudnn 4096: 40; 8B lora 4096 checkpointing: 50; 8B offload 4096: 40; 1.6B cudnn 1024: 15
+8B galore 8192 checkpointing: 110; 8B full 8192 checkpointing: 60
+"""
 
 
 def main():
-    if not torch.cuda.is_available():
-        raise UserError("this check needs a CUDA GPU, and torch sees none.")
-    peak = matrix_peak_tflops("cuda")
-    print(f"{hardware.device_name()}: bf16 matrix peak measured at {peak:.0f} TFLOP/s", flush=True)
-    columns = "date | commit | check | device | tok/s | of peak | peak GiB | predicted GiB | off | ratio to TRL"
-    print(f"| {columns} |\n" + "|---" * 10 + "|")
-    for name in MODELS.split(","):
-        for method in METHODS.split(","):
-            for checkpointing in (False, True) if method in ("lora", "nf4") else (False,):
-                print_rows(name, method, checkpointing, peak)
+    print(describe(), flush=True)
+    missing = [name for name in REQUIRED if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(
+            f"these packages are missing, and every row needs them: {', '.join(missing)}. pip install them."
+        )
+    if PREDICT:
+        write_predictions()
+        return
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "DEVICE=cuda: this check needs a CUDA GPU, and torch sees none. DEVICE=cpu MODELS=tiny goes dry."
+        )
+    folder = Path(OUT_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_results(folder / "results.jsonl")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    peak = guarded(lambda: {"tflops": matrix_peak_tflops(DEVICE, 8192 if DEVICE == "cuda" else 256)})
+    print(f"bf16 matrix products, at the most: {peak.get('tflops', math.nan):.1f} TFLOP/s {peak.get('error', '')}")
+    run_rows(folder, records, peak.get("tflops"))
+    failed = [r["row"] for r in records if "error" in r or any("error" in s for s in r.get("sides", {}).values())]
+    print(f"{len(records)} rows, {len(failed)} with an error: {', '.join(failed) or 'none'}")
+    print(f"{time.perf_counter() - started:.0f} s; {folder / 'table.md'}, errors in {folder / 'errors.log'}")
 
 
-def print_rows(name: str, method: str, checkpointing: bool, peak: float) -> None:
-    """A row for each side; TRL's without checkpointing only, for the time it takes."""
-    results = {}
-    for side in SIDES[1:] if checkpointing else SIDES:
-        try:
-            results[side] = time_training(name, method, side, "cuda", checkpointing)
-        except RuntimeError as error:
-            if not hardware.is_out_of_memory(error):
-                raise
-            print(f"{name} {method} {side}: out of memory", flush=True)
-    predicted = predict(name, method, checkpointing, "cuda")
-    for side, r in results.items():
-        share = r["tokens_per_second"] * r["flop_per_token"] / (peak * 1e12)
-        cells = [
-            f"{datetime.date.today()}", git_commit(),
-            f"{name} {method} {MAX_LENGTH} {'checkpointing ' * checkpointing}{side}", hardware.device_name(),
-            f"{r['tokens_per_second']:,.0f}", f"{share:.0%}", f"{r['peak_gib']:.2f}",
-            f"{predicted:.2f}" if side == "ours" else "",
-            f"{predicted / r['peak_gib'] - 1:+.1%}" if side == "ours" else "",
-            f"{r['tokens_per_second'] / results['trl']['tokens_per_second']:.2f}" if "trl" in results else "",
-        ]  # fmt: skip
-        print(f"| {' | '.join(cells)} |", flush=True)
+def run_rows(folder: Path, records: list[dict], peak: float | None) -> None:
+    """Run what is not in the records and fits into MINUTES, in order; append to the files, print."""
+    expected, taken, skipped, left_out = 1.0, 1.0, [], []
+    for row, seconds in rows_to_run():
+        if any(record["row"] == row for record in records):
+            continue
+        if reason := cannot_run(row):
+            skipped.append({"row": row, "skipped": reason})
+            print(line_of(skipped[-1]), flush=True)
+            continue
+        begun = time.perf_counter()
+        left = started + 60 * MINUTES - begun
+        if seconds * max(taken / expected, 0.3) > left:
+            left_out.append(row)
+            continue
+        record = {"row": row, "device": device_name(), "peak_tflops": peak}
+        write_atomic(folder / BEGUN, json.dumps(record | {"limit": min(5 * seconds, left) + 60}))
+        record |= run_row(row, records)
+        record["seconds"] = time.perf_counter() - begun
+        expected, taken = expected + seconds, taken + record["seconds"]
+        records.append(record)
+        write_record(folder, record)
+        (folder / BEGUN).unlink()
+        print(line_of(record), flush=True)
+        (folder / "table.md").write_text(table_of(describe(), [*records, *skipped]), encoding="utf-8")
+        if "error" in guarded(lambda: {"answer": torch.ones(1, device=DEVICE).item()}):
+            print("the device answers no more: the next rows in a new process", flush=True)
+            os._exit(BROKEN)
+    if left_out:
+        print(f"not begun, for want of time: {', '.join(left_out)}. The same command goes on with them.")
 
 
-def predict(name: str, method: str, checkpointing: bool, device: str) -> float:
-    """The traced peak of our side, in GiB, with cuBLAS's workspace."""
-    architecture, shape = SHAPES[name]
-    config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
-    model = empty_model(config, "nf4" if method == "nf4" else None, torch.bfloat16, "sdpa")
-    is_full = method in ("full", "galore")
-    kind = dict(checkpointing=checkpointing, full=is_full, offloads=method == "offload", has_reference=method == "dpo")
-    step = memory.Step(1, MAX_LENGTH, device=device, **kind)
-    optimizer = functools.partial(optimizers.make_optimizer, "adamw_torch_fused")
-    if method == "galore":
-        optimizer = functools.partial(make_galore, rank=GALORE_RANK)
-    parts = memory.trace(model if is_full else get_peft_model(model, lora(LORA_R)), None, optimizer, step)
-    return (sum(parts.values()) + (batch_plan.CUBLAS_WORKSPACE if device == "cuda" else 0)) / GIB
+def run_row(row: str, records: list[dict]) -> dict:
+    """The result of a row: what a smoke row says, or both sides of a timed one; errors are results."""
+    if row.startswith("smoke "):
+        return guarded(lambda: {"said": importlib.import_module("gpu_smoke").run_smoke(row.removeprefix("smoke "))})
+    return guarded(lambda: time_row(row, records))
 
 
-def matrix_peak_tflops(device: str, size: int = 8192, repeats: int = 20) -> float:
-    """What the device reaches on square bf16 matrix products, in TFLOP/s."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    a @ b
-    started = now()
-    for _ in range(repeats):
-        a @ b
-    return 2 * size**3 * repeats / (now() - started) / 1e12
+def time_row(row: str, records: list[dict]) -> dict:
+    from gpu_timing import time_work
+
+    work = work_of(row)
+    known = [r["sides"]["trl"] for r in records if r.get("peer") == work.peer() and "trl" in r.get("sides", {})]
+    end = started + 60 * MINUTES
+
+    def may_go_on(seconds: float) -> bool:
+        return time.perf_counter() + 1.2 * seconds < end
+
+    sides = time_work(work, DEVICE, STEPS, ROUNDS, {"trl": known[0]} if known else {}, may_go_on)
+    return {"sides": sides, "peer": work.peer(), "predicted": prediction(row), "attention": work.attention(DEVICE)}
 
 
-def build_model(name: str, method: str, device: str):
-    """A model with random weights on the device; for nf4 its linear layers but the head quantised in place."""
-    architecture, shape = SHAPES[name]
-    config = AutoConfig.for_model(architecture, **shape, max_position_embeddings=4096)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if method == "nf4":
-        quantize_in_place(model, device)
-    return model
+def work_of(row: str):
+    from gpu_timing import Work
+
+    model, method, length, *checkpointing = row.split()
+    return Work(model, method, int(length), bool(checkpointing))
 
 
-def quantize_in_place(model, device: str) -> None:
-    """Replace every linear layer but the head by bitsandbytes' NF4 with double quantisation."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is torch.nn.Linear and layer is not head:
-                nf4 = dict(compress_statistics=True, quant_type="nf4")
-                sizes = (layer.in_features, layer.out_features)
-                new = Linear4bit(*sizes, compute_dtype=torch.bfloat16, device="meta", **nf4)
-                new.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, module=new, **nf4)
-                new.bias = layer.bias
-                setattr(parent, name, new.to(device))
-                layer.weight = None
-    model.is_loaded_in_4bit = True  # what peft and TRL ask
+def rows_to_run() -> list[tuple[str, float]]:
+    """Names and seconds of the rows that MODELS and ROWS choose."""
+    models, chosen = MODELS.replace(" ", "").split(","), {}
+    for item in re.split(r"[;\n]+", PLAN.strip()):
+        row, _, seconds = item.strip().partition(": ")
+        model, *rest = row.split()
+        if model != "smoke" and "tiny" in models:
+            row = " ".join(["tiny", rest[0], str(int(rest[1]) // 16), *rest[2:]])
+        elif model != "smoke" and model not in models:
+            continue
+        if ROWS is None or re.search(ROWS, row):
+            chosen.setdefault(row, float(seconds))
+    return list(chosen.items())
 
 
-def time_training(name: str, method: str, side: str, device: str, checkpointing: bool = False) -> dict:
-    """Train a few steps on packed random tokens; tokens/s over the median step and the peak of allocated memory."""
-    set_seed(0)
-    gc.collect()  # the model before, whose trainer holds it in a circle
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    model = build_model(name, method, device)
-    if device == "cuda":  # the peak of training, not of building
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-    rank = GALORE_RANK if method == "galore" else LORA_R
-    work = model, random_rows(method), word_tokenizer(), MAX_LENGTH, STEPS, rank, device, checkpointing
-    result = train_side(side, *work, method=method, pairs=Pairs(1) if method == "dpo" else None)
-    # 2 FLOP a weight forward, 2 for the gradient of the activations, 2 for that of weights that are not frozen (GaLore
-    # computes less, and is counted as if it did not), or for the forward pass of a reference.
-    return {**result, "flop_per_token": (6 if method in ("full", "galore", "dpo") else 4) * weights}
+def cannot_run(row: str) -> str | None:
+    """Why a row is skipped on this machine."""
+    kind, _, name = row.partition(" ")
+    method = name if kind == "smoke" else name.split()[0]
+    package = PACKAGES.get(method)
+    if package and not importlib.util.find_spec(package):
+        return f"the package {package} is missing"
+    return "needs CUDA" if DEVICE == "cpu" and method in ON_CUDA_ALONE else None
 
 
-def random_rows(method: str) -> Dataset:
-    """Random tokens for STEPS rows of MAX_LENGTH, with a quarter of it in each; for dpo two answers to one question."""
-    generator, rows = torch.Generator().manual_seed(0), []
-    for _ in range(STEPS if method == "dpo" else 4 * STEPS):
-        ids = torch.randint(3, 600, (MAX_LENGTH if method == "dpo" else MAX_LENGTH // 4,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": list(ids)})
-        if method == "dpo":
-            half = MAX_LENGTH // 2
-            ids[half] = ids[0]
-            rows[-1]["labels"][0] = rows[-1]["labels"][half] = IGNORE_INDEX
-            rows[-1] |= dict(seq_lengths=[half, half], is_good=True)
-    return Dataset.from_list(rows)
+def read_results(file: Path) -> list[dict]:
+    """Results of earlier commands on this kind of device."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [record for record in map(json.loads, lines) if record["device"] == device_name()]
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """The smallest tokenizer that a trainer accepts; the rows are tokens already."""
-    from tokenizers import Tokenizer, models
+def write_record(folder: Path, record: dict) -> None:
+    """Append a result to results.jsonl, and its tracebacks to errors.log instead."""
+    parts = [record, *record.get("sides", {}).values()]
+    with (folder / "errors.log").open("a", encoding="utf-8") as log:
+        for part in parts:
+            if trace := part.pop("traceback", None):
+                log.write(f"== {record['row']}\n{trace}\n")
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as results:
+        results.write(json.dumps(record) + "\n")
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>")),
-        eos_token="<end>",
-        pad_token="<end>",
-    )
+
+def write_predictions() -> None:
+    """Trace our side of every timed row of the plan as on CUDA, on this CPU."""
+    import gpu_timing
+
+    found = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if ROWS and PREDICTIONS.exists() else {}
+    for row, _ in rows_to_run():
+        if not row.startswith("smoke "):
+            work, begun = work_of(row), time.perf_counter()
+            found[row] = {"attention": work.attention("cuda"), "gib": round(gpu_timing.predict(work), 3)}
+            print(f"{row}: {found[row]} ({time.perf_counter() - begun:.0f} s)", flush=True)
+            PREDICTIONS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def prediction(row: str) -> dict | None:
+    """What was traced for a row; None where nothing was."""
+    return json.loads(PREDICTIONS.read_text(encoding="utf-8")).get(row) if PREDICTIONS.exists() else None
 
 
 if __name__ == "__main__":
-    started = time.perf_counter()
     run_main(main)
-    print(f"{time.perf_counter() - started:.0f} s in all")

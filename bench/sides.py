@@ -1,5 +1,6 @@
 """The two sides of a comparison: our training step and plain TRL's with its own best switches, on the same work."""
 
+import math
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from common import hardware
 from common.data.compared import IGNORE_INDEX, answers_of
-from common.files import GIB, METRICS, LineLog
+from common.files import METRICS, LineLog
 from common.hardware import now
 from common.model.attention import can_share_prompts
 from common.train import galore
@@ -23,6 +24,7 @@ from common.train.preference_trainer import PreferenceTrainer
 from common.train.trainer import ChatTrainer, GaloreTrainer
 
 SIDES = ("trl", "ours")
+TAKEN_AS_THEY_ARE = {"skip_prepare_dataset": True}
 
 
 class StepTimer(TrainerCallback):
@@ -58,15 +60,16 @@ class Pairs:
 
 
 def train_side(
-    side: str, model, train_set, tokenizer, max_length: int, steps: int, rank: int, device: str, checkpointing=False,
-    method="lora", pairs: Pairs | None = None,
+    side: str, model, train_set, tokenizer, max_length: int | None, steps: int, rank: int, device: str,
+    checkpointing=False, method="lora", pairs: Pairs | None = None, untimed: int = 2,
 ) -> dict:  # fmt: skip
-    """Train on packed rows of input_ids and labels: adapters (of a quantised base, too; "offload": with
-    activations in main memory), every weight ("full"), or every weight by GaLore, whose peer is the full side of TRL:
-    the authors' GaLore pauses for minutes at these sizes. With pairs: adapters by DPO, on rows of two sequences.
+    """Train on rows of input_ids and labels: adapters (of a quantised base, too; "offload": with activations in main
+    memory), every weight ("full"), or every weight by GaLore, whose peer is the full side of TRL: the authors' GaLore
+    pauses for minutes at these sizes. With pairs: adapters by DPO, on rows of two sequences.
 
-    Returns tokens_per_second (over the median step, the first two left out), peak_gib (allocated on the GPU, else
-    resident in this process) and losses (one a step).
+    max_length: of the rows that are packed from these; None: they are packed, with seq_lengths, and taken in order.
+    Returns tokens_per_second (over the median step, the first `untimed` left out), seconds of these steps, peak_gib
+    (allocated on the GPU, else resident in this process), reserved_gib and losses (one a step; NaN where it was).
     """
     set_seed(0)
     adapter, rate = None if method in ("full", "galore") else lora(rank), 1e-4 if pairs else 2e-4
@@ -77,8 +80,10 @@ def train_side(
             gradient_accumulation_steps=pairs.count // at_once if pairs else 1, lr_scheduler_type="constant",
             optim="adamw_torch_fused", bf16=model.dtype == torch.bfloat16, use_cpu=device == "cpu",
             gradient_checkpointing=checkpointing, logging_steps=1, save_strategy="no", report_to="none",
-            disable_tqdm=True, seed=0, activation_offloading=method == "offload",
+            disable_tqdm=True, seed=0, activation_offloading=method == "offload", logging_nan_inf_filter=False,
         )  # fmt: skip
+        if not max_length:
+            arguments["train_sampling_strategy"] = "sequential"
         common = dict(processing_class=tokenizer, callbacks=[timer])
         constant = dict(LR_SCHEDULER="constant", WARMUP_RATIO=0, MIN_LR=0, LEARNING_RATE=rate)
         constant |= dict(PACKING=True, MAX_SAMPLES=None, SEED=0)  # what a trainer of pairs reads
@@ -86,16 +91,20 @@ def train_side(
         if pairs:
             trainer = preference_trainer(side, model, adapter, train_set, arguments, pairs, common, ours)
         else:
-            common |= dict(args=SFTConfig(max_length=max_length, packing=True, **arguments), train_dataset=train_set)
+            kind = dict(packing=True) if max_length else dict(padding_free=True, dataset_kwargs=TAKEN_AS_THEY_ARE)
+            common |= dict(args=SFTConfig(max_length=max_length, **kind, **arguments), train_dataset=train_set)
             trainer = chat_trainer(side, model, adapter, method, rank, common, ours)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    rows = train_set if pairs else trainer.train_dataset
+    rows = list(train_set if pairs else trainer.train_dataset)[0 if max_length else untimed :]
     tokens = sum(len(row["input_ids"]) for row in rows) / len(rows) * (pairs.count if pairs else 1)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "tokens_per_second": tokens / statistics.median(timer.seconds[2:]),
-        "peak_gib": hardware.peak_rss_gib() if device == "cpu" else torch.cuda.max_memory_allocated() / GIB,
-        "losses": [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        "tokens_per_second": tokens / statistics.median(timer.seconds[untimed:]),
+        "seconds": timer.seconds[untimed:],
+        "peak_gib": hardware.peak_rss_gib() if device == "cpu" else hardware.peak_vram_gib(),
+        "reserved_gib": hardware.peak_vram_gib(reserved=True),
+        "losses": [math.nan if loss is None else float(loss) for loss in losses],
     }
 
 
@@ -112,8 +121,8 @@ def preference_trainer(side: str, model, adapter, train_set, arguments: dict, pa
         config = DPOConfig(precompute_ref_log_probs=pairs.reference == "kept", max_length=None, beta=0.1, **arguments)
         rows = Dataset.from_list([prompt_and_answers(row) for row in train_set])
         return TokensGiven(model=model, args=config, peft_config=adapter, train_dataset=rows, **common)
-    dataset = dict(skip_prepare_dataset=True)
-    config = SFTConfig(packing=False, padding_free=True, max_length=None, dataset_kwargs=dataset, **arguments)
+    kind = dict(padding_free=True, dataset_kwargs=TAKEN_AS_THEY_ARE)
+    config = SFTConfig(max_length=None, **kind, **arguments)
     loss = Preference("dpo", beta=0.1)
     model = get_peft_model(model, adapter)
     attention = model.config._attn_implementation

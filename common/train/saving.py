@@ -57,6 +57,8 @@ class SavingTrainer:
     Of several processes the first writes.
     """
 
+    _initial_global_step = 0  # transformers 5.17 has none
+
     def __init__(
         self, *args, log: LineLog, metadata: dict, keep_best=False, save_total_limit=2, data_digest="",
         base_fingerprint=(), **kwargs,
