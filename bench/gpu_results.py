@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import common.cuda  # noqa: F401  turns cuDNN's attention off
+
 REQUIRED = ("transformers", "trl", "peft", "accelerate", "datasets")  # by every row
 OPTIONAL = ("bitsandbytes", "hqq", "gguf", "xllamacpp", "liger_kernel", "galore_torch", "tokenizers", "huggingface_hub")
 OTHERS = ("triton", "numpy", "pyarrow", "dill", "multiprocess")  # whose version may matter
