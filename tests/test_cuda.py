@@ -98,10 +98,11 @@ def imported_files(file, seen) -> set[str]:
             }
             for name in names | {name.rpartition(".")[0] for name in names}:
                 packages.add(name.split(".")[0])
-                ours = ROOT / (name.replace(".", "/") + ".py")
-                if ours.is_file() and ours not in seen:
-                    seen.add(ours)
-                    packages |= imported_files(ours, seen)
+                for folder in {ROOT, file.parent}:  # benches import each other
+                    ours = folder / (name.replace(".", "/") + ".py")
+                    if ours.is_file() and ours not in seen:
+                        seen.add(ours)
+                        packages |= imported_files(ours, seen)
     return packages
 
 
