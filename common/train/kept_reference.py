@@ -47,7 +47,8 @@ def describe_work(trainer: PreferenceTrainer) -> None:
     """Say what is computed before the first step, and where training needs little of it."""
     taken = trainer.args.max_steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     rows, taken = trainer.rows, taken * distributed.count()
-    less = f"; training takes {taken:,} of them: REFERENCE=live is faster" if 0 < 2 * taken < rows else ""
+    is_more = trainer.has_new_adapter and 0 < 2 * taken < rows  # a live one needs the base's weights
+    less = f"; training takes {taken:,} of them: REFERENCE=live is faster" if is_more else ""
     print(f"reference: log-probabilities of {rows:,} rows and of those held out, once{less}")
 
 

@@ -274,7 +274,7 @@ def test_a_kept_reference_of_another_model_stops_the_run(base, files, run_here, 
     common += ["MAX_STEPS=1", "BATCH_SIZE=2", "SAVE_STEPS=None", "EVAL_SIZE=0"]
     code, said, error = run_here("preference_train.py", *common)
     assert code == 2 and "REFERENCE=kept: it differs by 0." in error and "step 1/1" not in said
-    code, said, error = run_here("preference_train.py", *common, "DOCTOR=warn")
+    code, said, error = run_here("preference_train.py", *common, "DOCTOR=warn", "RUN_NAME=warned")
     assert code == 0 and "check: REFERENCE=kept: it differs" in error and "step 1/1" in said
 
 
