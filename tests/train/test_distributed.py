@@ -40,7 +40,7 @@ RUNS = {
 ENGINES = {
     "ddp": ["lora", "kl", "full", "nf4", "galore", "dpo", "kto"],
     "fsdp": ["lora", "kl", "full", "nf4", "dpo"],
-    "zero2": ["lora", "full", "nf4"],
+    "zero2": ["lora", "full", "nf4", "dpo"],
 }
 
 
