@@ -9,14 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-OF_PAIRS = (
-    "reference",
-    "is_good",
-    "length",
-    "tokens",
-    "answers",
-    "mismatched",
-)  # what a batch of pairs has beside the model's inputs
+# What a batch of pairs has beside the model's inputs.
+OF_PAIRS = ("reference", "is_good", "length", "tokens", "answers", "mismatched")
 FREE = ("simpo", "orpo")  # losses without a reference
 SMOOTHED = ("dpo", "simpo")  # losses with LABEL_SMOOTHING
 # What is logged of the pairs: shares, rewards (arXiv 2305.18290), nats a token, and by how many nats a token an answer
@@ -89,7 +83,7 @@ class Preference:
         Of labelled answers, the good ones stand for the chosen; share_good: of the answers of the step.
         """
         rewards, chosen_logp = self.rewards(ours, theirs, lengths), ours[:, 0] / lengths[:, 0]  # rewards: (pairs, 2)
-        if self.loss == "kto":  # an answer alone: against none
+        if not self.is_paired:  # an answer alone: against none
             right = torch.where(is_good, rewards[:, 0], -rewards[:, 0])
             good, bad = is_good / max(share_good, 1e-6), ~is_good / max(1 - share_good, 1e-6)
             rewards, chosen_logp = torch.stack([rewards[:, 0] * good, rewards[:, 0] * bad], 1), chosen_logp * good
@@ -135,11 +129,10 @@ def compare(values: torch.Tensor) -> torch.Tensor:
     return values[:, 0] - values[:, 1]
 
 
-def sum_by_sequence(losses: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor, sequences: int):
+def sum_by_sequence(losses: torch.Tensor, numbers: torch.Tensor, sequences: int):
     """Log-probabilities and numbers of tokens in the loss of each sequence, (sequences,) both.
 
-    losses: (N,), of the tokens in the loss, row by row. labels, numbers: (B, T), of the sequence that a token is of.
+    losses, numbers: (N,), of the tokens in the loss, row by row, and of the sequence that each is of.
     """
-    number = numbers[:, 1:][labels[:, 1:] != -100]  # (N,)
-    sums = losses.new_zeros(sequences).index_add(0, number, -losses)
-    return sums, losses.new_zeros(sequences).index_add(0, number, torch.ones_like(losses))
+    sums = losses.new_zeros(sequences).index_add(0, numbers, -losses)
+    return sums, losses.new_zeros(sequences).index_add(0, numbers, torch.ones_like(losses))

@@ -10,7 +10,7 @@ import torch
 
 from common import distributed
 from common.data.compared import IGNORE_INDEX, sequences_of, share_prompts
-from common.train.collator import CountingCollator
+from common.train.collator import CountingCollator, predicts
 from common.train.preference import OF_PAIRS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
 from common.train.reliability import chats_of, highest_losses
@@ -39,18 +39,18 @@ class PairCollator:
             others = [row["mismatched"] for row in rows]
             batch["mismatched"] = self.collate_sequences([o | {"seq_lengths": [len(o["labels"])]} for o in others])
         batch["is_good"] = torch.tensor([row["is_good"] for row in rows])
-        batch["length"] = torch.tensor([count_first(row) for row in rows])
-        batch["tokens"] = torch.tensor(sum(len(row["labels"]) for row in rows if count_first(row)))
+        lengths = [count_first(row) for row in rows]
+        batch["length"] = torch.tensor(lengths)
+        batch["tokens"] = sum(len(row["labels"]) for row, length in zip(rows, lengths, strict=True) if length)
         if "reference" in rows[0]:
             batch["reference"] = torch.tensor([row["reference"] for row in rows])  # (pairs, 2)
         return batch
 
     def collate_sequences(self, rows: list[dict]) -> dict:
-        """Inputs and labels, and `answers`: of which sequence each token is, numbered through the batch."""
+        """Inputs and labels, and `answers`: of which sequence each token in the loss is, numbered through the batch."""
         if not self.is_packed:
             batch = self.collate([part for row in rows for part in sequences_of(row)])
-            numbers = torch.arange(len(batch["labels"]))[:, None]
-            return batch | {"answers": numbers.expand_as(batch["labels"])}
+            return batch | {"answers": predicts(batch["labels"]).nonzero()[:, 0]}
         lengths = [length for row in rows for length in row["seq_lengths"]]
         if self.shares:
             batch = share_prompts(rows)
@@ -59,7 +59,8 @@ class PairCollator:
             lengths = [length for shape in batch["shared_prompts"] for length in (shape[0] + shape[1], shape[2])]
         else:
             batch = self.collate(rows)
-        return batch | {"answers": torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]}
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (T,)
+        return batch | {"answers": numbers[1:][predicts(batch["labels"])[0]]}
 
 
 def count_first(row: dict) -> int:
@@ -115,7 +116,7 @@ class PreferenceTrainer(ChatTrainer):
         ours, lengths, router_loss = self.log_probs(model, inputs)
         theirs = self.reference_log_probs(model, inputs, ours)
         lengths = lengths.clamp(min=1)  # of blank pairs
-        if self.preference.loss == "kto":
+        if not self.preference.is_paired:
             losses = self.preference.labelled_losses(
                 ours[:, 0], theirs[:, 0], self.divergence, is_good, self.usual_length
             )
@@ -130,8 +131,8 @@ class PreferenceTrainer(ChatTrainer):
         labels, numbers, is_good = (inputs[name] for name in ("labels", "answers", "is_good"))
         inputs = {name: value for name, value in inputs.items() if name not in (*OF_PAIRS, "labels")}
         losses, _, router_loss = model(**inputs, learn=labels, use_cache=False)
-        side_by_side = 1 if self.preference.loss == "kto" else 2
-        sums, lengths = sum_by_sequence(losses, labels, numbers, len(is_good) * side_by_side)
+        side_by_side = 2 if self.preference.is_paired else 1
+        sums, lengths = sum_by_sequence(losses, numbers, len(is_good) * side_by_side)
         return sums.view(-1, side_by_side), lengths.view(-1, side_by_side), router_loss
 
     def reference_log_probs(self, model, inputs: dict, ours: torch.Tensor, number: int = 0) -> torch.Tensor:
@@ -175,7 +176,7 @@ class PreferenceTrainer(ChatTrainer):
         good = [length for length, is_good in lengths if is_good]
         self.pairs_in_step, self.usual_length = max(1, len(lengths)), max(1, sum(good)) / max(1, len(good))
         self.share_good = len(good) / self.pairs_in_step
-        if self.preference.loss == "kto":  # over the whole step, however it is cut into micro steps
+        if not self.preference.is_paired:  # over the whole step, however it is cut into micro steps
             self.divergence = self.mean_gain(batches)
         return batches, items
 
@@ -187,7 +188,7 @@ class PreferenceTrainer(ChatTrainer):
         good = [length for length, is_good in lengths if length and is_good]  # 0: a blank row
         self.usual_length = statistics.fmean(good or [1])
         self.share_good = len(good) / max(1, sum(length > 0 for length, _ in lengths))
-        if self.preference.loss == "kto":
+        if not self.preference.is_paired:
             self.divergence = self.mean_gain(self.get_eval_dataloader())
         return super().evaluate(*args, **kwargs)
 

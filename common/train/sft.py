@@ -205,7 +205,8 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
     settings = job.settings
     kind, options = GaloreTrainer if isinstance(optimizer, GaLore) else ChatTrainer, {}
     if job.preference:
-        kind, options = PreferenceTrainer, {"preference": job.preference, "shares_prompts": job.shares_prompts()}
+        shares = any(pair.shape[0] for pair in job.pairs)
+        kind, options = PreferenceTrainer, {"preference": job.preference, "shares_prompts": shares}
     trainer = kind(
         model=model,
         args=config.trainer_config(job.trainer_settings, plan, run.folder, job.dtype, evaluate=bool(job.eval_set)),
