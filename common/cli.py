@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import errno
+import gc
 import io
 import os
 import re
@@ -176,6 +177,8 @@ def run_main(main) -> None:
     sys.excepthook = lambda *error: print_error("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
     exit_code, script, is_training = 1, main.__globals__, False
+    gc.freeze()  # the libraries' objects stay: no collection looks at them again
+    gc.enable()
     try:
         report_errors(main)
         exit_code = 0

@@ -28,7 +28,14 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "weights"
         self.chosen: dict[tuple, int] = {}  # for the trace: positions that a mask of this shape selects, where known
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled here, and torch's guard against it costs a fifth of the time."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # two of three calls
+            return func(*args)
         if self.positions is not None and func is aten._local_scalar_dense.default:  # nothing but shapes is known
             kind = args[0].dtype
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.positions
