@@ -77,13 +77,12 @@ def choose_attention(
 def can_share_prompts(config, attention: str, longest: int) -> bool:
     """Whether two answers may follow one prompt in a row (`compared.share_prompts`).
 
-    longest: tokens of a prompt and its longer answer. `document_attention` does not look at windows, so that it must
-    fit into them.
+    longest: tokens of a prompt and its longer answer. It must fit into windows that `document_attention` disregards.
     """
     if attention not in ("sdpa_documents", "eager_documents"):
         return attention == "varlen_documents"
-    windows = [layer.sliding_window for layer in DynamicCache(config=config).layers if layer.is_sliding]
-    return longest <= min(windows, default=longest)
+    windows = [getattr(layer, "sliding_window", longest) for layer in DynamicCache(config=config).layers]
+    return longest <= min(windows)
 
 
 def describe_pairs(shapes: list[tuple[int, int, int]]) -> dict:

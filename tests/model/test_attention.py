@@ -125,6 +125,7 @@ def test_what_is_kept_from_packing_would_go_wrong(name):
 def test_chunked_attention_is_packed_where_a_chunk_holds_a_row():
     config = random_model("llama-4").config
     assert attention.can_pack(config, 24) and not attention.can_pack(config, 25)
+    assert [attention.can_share_prompts(config, "sdpa_documents", tokens) for tokens in (24, 25)] == [True, False]
 
 
 def choose(name, *arguments, **options):

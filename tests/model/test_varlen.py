@@ -123,8 +123,10 @@ def test_answers_that_share_a_prompt_are_computed_as_if_alone(name, calls):
 
 @torch.no_grad()
 def test_a_layer_is_compiled_once_for_any_number_of_pairs(monkeypatch):
-    stand_in = lambda query, key, value, *more, **options: query * (key.sum() + value.sum() + more[1].sum())  # noqa: E731
-    monkeypatch.setattr(varlen.varlen, "varlen_attn", stand_in)
+    def kernel(query, key, value, ends, key_ends, *longest, **options):
+        return query * (key.sum() + value.sum() + ends.sum() + key_ends.sum() + sum(longest))
+
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", kernel)
     model = random_model("llama-3.2")
     model.set_attn_implementation("varlen_documents")
     torch._dynamo.reset()
