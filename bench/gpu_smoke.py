@@ -187,8 +187,8 @@ def tiny_model() -> Path:
 def run_script(script: str, *arguments: str) -> str:
     """Run a script in this process as a command line would; returns the last line of its output.
 
-    Where it fails, its error is raised, or RuntimeError with its exit code, with all of its output as a note; where its
-    check found a fault of attention, RuntimeError.
+    Where it fails, its error is raised, or RuntimeError with its exit code, with all of its output as a note.
+    RuntimeError, too, where training left its attention because of other losses.
     """
     before = sys.argv, sys.excepthook, threading.excepthook
     sys.argv = [str(ROOT / script), *arguments]
@@ -205,7 +205,7 @@ def run_script(script: str, *arguments: str) -> str:
     finally:
         sys.argv, sys.excepthook, threading.excepthook = before
     for line in out.getvalue().splitlines():
-        if line.startswith("check: ") and "other losses" in line:  # and training took another way
+        if line.startswith("check: ") and "other losses" in line:
             raise RuntimeError(line)
     return last_line(out.getvalue())
 
