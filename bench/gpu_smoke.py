@@ -188,6 +188,7 @@ def run_script(script: str, *arguments: str) -> str:
     """Run a script in this process as a command line would; returns the last line of its output.
 
     Where it fails, its error is raised, or RuntimeError with its exit code, with all of its output as a note.
+    RuntimeError, too, where training left its attention because of other losses.
     """
     before = sys.argv, sys.excepthook, threading.excepthook
     sys.argv = [str(ROOT / script), *arguments]
@@ -203,6 +204,9 @@ def run_script(script: str, *arguments: str) -> str:
         raise
     finally:
         sys.argv, sys.excepthook, threading.excepthook = before
+    for line in out.getvalue().splitlines():
+        if line.startswith("check: ") and "other losses" in line:
+            raise RuntimeError(line)
     return last_line(out.getvalue())
 
 

@@ -57,6 +57,17 @@ def test_gpu_check_has_rows_of_unequal_length_that_cudnn_fails_on():
     assert [len(row["input_ids"]) for row in warm[:17]] == [64] * 16 + [1024]
 
 
+def test_a_short_row_fails_where_training_leaves_the_attention_it_began_with(tmp_path):
+    from gpu_smoke import run_script
+
+    script, line = tmp_path / "script.py", "check: no shared prompts, which give other losses, by 0.3 nats a token"
+    script.write_text(f"print({line!r})\nprint('the last line')")
+    with pytest.raises(RuntimeError, match="no shared prompts"):
+        run_script(str(script))
+    script.write_text("print('check: losses differ by 0.01 nats')\nprint('the last line')")
+    assert run_script(str(script)) == "the last line"
+
+
 def test_gpu_check_guards_each_row_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     import gpu_check
     import gpu_timing

@@ -38,20 +38,20 @@ def size_of(row: dict, shares: bool) -> RowSize:
     return RowSize((shared, *(int(length) - shared for length in row["seq_lengths"])), int(in_loss.sum()))
 
 
-def share_prompts(rows: list[dict]) -> dict[str, list]:
-    """Pairs in one row, in which what a pair's sequences share stands once: input_ids, labels, and position_ids.
+def share_prompts(rows: list[dict]) -> tuple[dict[str, list[int]], list[tuple[int, int, int]]]:
+    """Pairs in one row, in which what a pair's sequences share stands once: input_ids, labels and position_ids.
 
-    shared_prompts has the shape of each pair, for `model.attention`.
+    Returns the shape of each pair, too.
     """
-    joined = {name: [] for name in ("input_ids", "labels", "position_ids", "shared_prompts")}
+    joined, shapes = {name: [] for name in ("input_ids", "labels", "position_ids")}, []
     for row in rows:
         shared, better, worse = shape = size_of(row, True).shape
         second = shared + better
         for name in ("input_ids", "labels"):
             joined[name] += row[name][:second] + row[name][second + shared :]
         joined["position_ids"] += [*range(second), *range(shared, shared + worse)]
-        joined["shared_prompts"].append(shape)
-    return joined
+        shapes.append(shape)
+    return joined, shapes
 
 
 def with_mismatched(rows, max_length: int):

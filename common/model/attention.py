@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -75,13 +75,34 @@ def choose_attention(
 
 
 def can_share_prompts(config, attention: str, longest: int) -> bool:
-    """Whether two answers may follow one prompt in a row (`compared.share_prompts`), which `document_attention` allows.
+    """Whether two answers may follow one prompt in a row (`compared.share_prompts`).
 
-    longest: tokens of a prompt and its longer answer. Windows are not looked at, so it must fit into them.
+    longest: tokens of a prompt and its longer answer. It must fit into windows that `document_attention` disregards.
     """
-    text = config.get_text_config().to_dict()
-    windows = [text.get(name) or longest for name in ("sliding_window", "attention_chunk_size")]
-    return attention in ("sdpa_documents", "eager_documents") and longest <= min(windows)
+    if attention not in ("sdpa_documents", "eager_documents"):
+        return attention == "varlen_documents"
+    windows = [getattr(layer, "sliding_window", longest) for layer in DynamicCache(config=config).layers]
+    return longest <= min(windows)
+
+
+def describe_pairs(shapes: list[tuple[int, int, int]]) -> dict:
+    """What attention has to know of pairs in a row; made on the CPU, so that no GPU is waited for.
+
+    shared_prompts: the shapes, which are tokens of each pair's prompt and two answers. pair_sequences: each pair as
+    two, prompt and first answer, and the second one, whose keys are the prompt's, too. Of these `keys`, indices of
+    all keys in the row, (T_k,); `offsets` of queries and of keys, (sequences + 1,) both; and `longest`, most queries
+    and most keys of a sequence.
+    """
+    keys, lengths, start = [], [], 0
+    for prompt, better, worse in shapes:
+        second = start + prompt + better
+        keys += [*range(start, second), *range(start, start + prompt), *range(second, second + worse)]
+        lengths += [(prompt + better, prompt + better), (worse, prompt + worse)]
+        start = second + worse
+    columns = list(zip(*lengths, strict=True))
+    offsets = [torch.tensor([0, *column]).cumsum(0, dtype=torch.int32) for column in columns]
+    sequences = dict(keys=torch.tensor(keys), offsets=offsets, longest=[max(column) for column in columns])
+    return dict(shared_prompts=shapes, pair_sequences=sequences)
 
 
 def eager_attention(module, *args, **kwargs):
@@ -95,7 +116,7 @@ def document_attention(
     """Causal attention inside each document; `attend` itself where no document boundaries are given.
 
     query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim); cu_seq_lens_q: (documents + 1,)
-    token offsets, from TRL's padding-free collator. shared_prompts: instead, of pairs (see `pair_attention`).
+    token offsets, from TRL's padding-free collator. shared_prompts: instead, of pairs (see `describe_pairs`).
     Returns (1, T, heads, head_dim) and no weights.
     """
     if shared_prompts is not None:

@@ -53,29 +53,34 @@ def supports_varlen(config, kind, dtype: torch.dtype) -> bool:
 
 def varlen_documents(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
-    max_length_q=None, **kwargs,
+    max_length_q=None, pair_sequences=None, **kwargs,
 ):  # fmt: skip
     """Causal attention inside each document, in 16 bits; of padded rows SDPA's, by their mask.
 
     query: (B, heads, T, head_dim); key, value: (B, kv_heads, T, head_dim); cu_seq_lens_q: (documents + 1,) token
-    offsets, with which B is 1; without them each row is a document. Returns (B, T, heads, head_dim) and no weights.
+    offsets, with which B is 1; without them each row is a document. pair_sequences: instead, of pairs (see
+    `attention.describe_pairs`). Returns (B, T, heads, head_dim) and no weights.
     """
     if attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, _, length, _ = query.shape
     total = key.shape[2]
-    ends, most = cu_seq_lens_q, max_length_q
-    if ends is None:  # with a cache there are more keys than queries, which are the last ones
-        ends, most = rows_as_documents(rows, length, query), length
-    key_ends, most_keys = (ends, most) if length == total else (rows_as_documents(rows, total, query), total)
-    is_local = sliding_window is not None and sliding_window < most_keys
     device = query.device.type  # the kernel knows no autocast
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    states = (tensor.to(dtype).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * T, heads, d)
+    query, *states = (tensor.to(dtype).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if pair_sequences is not None:  # with fewer queries than keys, the last query sees the last key
+        ends, key_ends, most, most_keys = *pair_sequences["offsets"], *pair_sequences["longest"]
+        states = [tensor.index_select(0, pair_sequences["keys"]) for tensor in states]
+    else:
+        ends, most = cu_seq_lens_q, max_length_q
+        if ends is None:  # with a cache there are more keys than queries, which are the last ones
+            ends, most = rows_as_documents(rows, length, query), length
+        key_ends, most_keys = (ends, most) if length == total else (rows_as_documents(rows, total, query), total)
+    is_local = sliding_window is not None and sliding_window < most_keys
     options = dict(scale=scaling, window_size=(sliding_window - 1 if is_local else -1, 0))
     if "enable_gqa" in OPTIONS:  # torch 2.11 needs no leave
         options["enable_gqa"] = True
-    output = varlen.varlen_attn(*states, ends, key_ends, most, most_keys, **options)
+    output = varlen.varlen_attn(query, *states, ends, key_ends, most, most_keys, **options)
     return output.unflatten(0, (rows, length)), None
 
 

@@ -20,6 +20,7 @@ from transformers import masking_utils
 from trl.models import get_act_offloading_ctx_manager
 
 from common.data.compared import RowSize
+from common.model.attention import describe_pairs
 from common.train.galore import GaLore
 from common.train.loss import prepare_model
 from common.train.storage import StorageTracker
@@ -123,7 +124,7 @@ def batch(step: Step) -> dict:
         ends = torch.zeros(2, dtype=torch.int32)
         inputs |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=shape[1], max_length_k=shape[1])
         if any(pair.shape[0] for pair in step.pairs):
-            inputs = {"input_ids": inputs["input_ids"], "shared_prompts": [pair.shape for pair in step.pairs]}
+            inputs = {"input_ids": inputs["input_ids"], **describe_pairs([pair.shape for pair in step.pairs])}
         inputs["position_ids"] = torch.arange(shape[1])[None]
     elif shape[0] > 1:  # transformers look at a mask's data and leave one of ones out
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)

@@ -10,6 +10,7 @@ import torch
 
 from common import distributed
 from common.data.compared import IGNORE_INDEX, sequences_of, share_prompts
+from common.model.attention import describe_pairs
 from common.train.collator import CountingCollator, predicts
 from common.train.preference import OF_PAIRS, Preference, sum_by_sequence
 from common.train.preflight import check_reference
@@ -51,15 +52,16 @@ class PairCollator:
         if not self.is_packed:
             batch = self.collate([part for row in rows for part in sequences_of(row)])
             return batch | {"answers": predicts(batch["labels"]).nonzero()[:, 0]}
-        lengths = [length for row in rows for length in row["seq_lengths"]]
         if self.shares:
-            batch = share_prompts(rows)
-            batch |= {name: torch.tensor([batch[name]]) for name in ("input_ids", "labels", "position_ids")}
+            tokens, shapes = share_prompts(rows)
+            batch = {name: torch.tensor([values]) for name, values in tokens.items()}
             batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX  # nothing predicts them
-            lengths = [length for shape in batch["shared_prompts"] for length in (shape[0] + shape[1], shape[2])]
+            batch |= describe_pairs(shapes)
+            ends = batch["pair_sequences"]["offsets"][0]
         else:
             batch = self.collate(rows)
-        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (T,)
+            ends = batch["cu_seq_lens_q"]
+        numbers = torch.arange(len(ends) - 1).repeat_interleave(ends.diff())  # (T,)
         return batch | {"answers": numbers[1:][predicts(batch["labels"])[0]]}
 
 

@@ -102,4 +102,5 @@ def kernel_bytes(func, args) -> int:
         return 0
     query, key = args[1:3]
     # The gradient of the queries, in float32; those of keys and values that heads share, first for each head.
-    return query.numel() * 4 + (2 * query.nbytes if is_varlen and key.shape != query.shape else 0)
+    heads = query.shape[1] if is_varlen and query.shape[1] != key.shape[1] else 0
+    return query.numel() * 4 + 2 * heads * key.nbytes // key.shape[1]

@@ -71,16 +71,27 @@ def random_pairs() -> list[dict]:
     return rows
 
 
-def losses_and_gradients(model, inputs: dict) -> list[torch.Tensor]:
+def pair_batches(count: int = 3) -> tuple[list[dict], dict]:
+    """Each sequence of the pairs by itself, and all in one row, in which a pair's prompt stands once."""
+    rows = random_pairs()[:count]
+    (tokens, shapes), parts = share_prompts(rows), [part for row in rows for part in sequences_of(row)]
+    assert shapes == [(29, 13, 26), (0, 10, 5), (16, 6, 6)][:count]
+    alone = [{name: torch.tensor([part[name]]) for name in ("input_ids", "labels")} for part in parts]
+    shared = {name: torch.tensor([values]) for name, values in tokens.items()}
+    return alone, shared | attention.describe_pairs(shapes)
+
+
+def losses_and_gradients(model, *batches: dict) -> list[torch.Tensor]:
     model.zero_grad()
-    losses = model(learn=inputs.pop("labels"), use_cache=False, **inputs)[0]
+    named = [{"learn" if name == "labels" else name: value for name, value in batch.items()} for batch in batches]
+    losses = torch.cat([model(**batch, use_cache=False)[0] for batch in named])
     (losses * torch.linspace(-1, 2, len(losses))).sum().backward()
     return [losses, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "gpt-oss", "gemma2", "mixtral"])
 def test_answers_that_share_a_prompt_are_computed_as_if_alone(name):
-    model, rows = random_model(name), random_pairs()
+    model = random_model(name)
     kind = attention.choose_attention(model.config, None, packed=True, device="cpu")
     model.set_attn_implementation(kind)
     assert attention.can_share_prompts(model.config, kind, 8)
@@ -90,22 +101,16 @@ def test_answers_that_share_a_prompt_are_computed_as_if_alone(name):
         model = type(model)(model.config).eval()
         model.set_attn_implementation(kind)
     add_chunked_loss(model)
-    alone = []
-    for part in (part for row in rows for part in sequences_of(row)):
-        ids, labels = (torch.tensor([part[name]]) for name in ("input_ids", "labels"))
-        alone.append({"input_ids": ids, "labels": labels})
-    shared = {name: torch.tensor([tokens]) for name, tokens in share_prompts(rows).items() if name != "shared_prompts"}
-    shared["shared_prompts"] = share_prompts(rows)["shared_prompts"]
-    assert shared["shared_prompts"] == [(29, 13, 26), (0, 10, 5), (16, 6, 6)]
-    for (ids, labels), other in zip(chats_of(shared), alone, strict=True):
-        assert torch.equal(ids, other["input_ids"]) and torch.equal(labels, other["labels"])
-    ends = torch.tensor([0, *(length for row in rows for length in row["seq_lengths"])]).cumsum(0).int()
-    separate = {name: torch.cat([part[name] for part in alone], 1) for name in ("input_ids", "labels")}
-    separate["position_ids"] = torch.cat([torch.arange(part["labels"].shape[1]) for part in alone])[None]
-    separate |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=100, max_length_k=100)
-    expected, found = losses_and_gradients(model, separate), losses_and_gradients(model, shared)
+    alone, shared = pair_batches()
+    expected, found = losses_and_gradients(model, *alone), losses_and_gradients(model, shared)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_the_sequences_of_pairs_that_share_a_prompt_are_found_again():
+    alone, shared = pair_batches()
+    for (ids, labels), other in zip(chats_of(shared), alone, strict=True):
+        assert torch.equal(ids, other["input_ids"]) and torch.equal(labels, other["labels"])
 
 
 @pytest.mark.parametrize("name", ["falcon", "lfm2", "opt", "gpt-oss"])
@@ -120,6 +125,7 @@ def test_what_is_kept_from_packing_would_go_wrong(name):
 def test_chunked_attention_is_packed_where_a_chunk_holds_a_row():
     config = random_model("llama-4").config
     assert attention.can_pack(config, 24) and not attention.can_pack(config, 25)
+    assert [attention.can_share_prompts(config, "sdpa_documents", tokens) for tokens in (24, 25)] == [True, False]
 
 
 def choose(name, *arguments, **options):

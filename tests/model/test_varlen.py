@@ -10,11 +10,12 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, OTHERS, random_model
 from conftest import tiny_config
-from test_attention import LENGTHS, documents, losses_alone, losses_in_row
+from test_attention import LENGTHS, documents, losses_alone, losses_and_gradients, losses_in_row, pair_batches
 
 from common.cli import UserError
+from common.data.compared import RowSize
 from common.model import attention, varlen
-from common.train import memory
+from common.train import memory, storage
 from common.train.loss import add_chunked_loss
 from common.train.meta_model import empty_model
 from common.train.optimizers import make_optimizer
@@ -24,13 +25,15 @@ CHOSEN = {
     *("olmo2", "smollm3", "granite", "mixtral", "qwen3-moe", "cohere2", "olmo3", "starcoder2", "exaone4"),
     *("qwen2-window", "opt", "granite-moe", "gemma", "cohere"),
 }
+WINDOWS = {name for name in CHOSEN if "window" in name} | {"gemma3", "cohere2", "olmo3", "starcoder2", "exaone4"}
 
 
 def one_by_one(calls, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """The kernel's results: query (T, heads, d), key and value (T, kv_heads, d); the last query sees the last key."""
     calls.append(window_size)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa and window_size[1] == 0
-    assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) and max_q == cu_seq_q.diff().max()
+    assert cu_seq_q[-1] == len(query) and max_q == cu_seq_q.diff().max()
+    assert cu_seq_k[-1] == len(key) and max_k == cu_seq_k.diff().max()
     key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
     parts = []
     for (start, end), (first, last) in zip(*map(itertools.pairwise, (cu_seq_q.tolist(), cu_seq_k.tolist()))):  # noqa: B905
@@ -101,8 +104,39 @@ def test_losses_and_gradients_are_those_of_documents_alone(name, calls, monkeypa
     losses.sum().backward()
     for path, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[path], rtol=1e-3, atol=2e-4)
-    windows = {"window" in name or name in ("gemma3", "cohere2", "olmo3", "exaone4", "starcoder2"): {(23, 0)}}
-    assert set(calls) - {(-1, 0)} == windows.get(True, set())
+    assert set(calls) - {(-1, 0)} == ({(23, 0)} if name in WINDOWS else set())
+
+
+@pytest.mark.parametrize("name", sorted({"llama-3.2", "granite", "smollm3", *WINDOWS}))
+def test_answers_that_share_a_prompt_are_computed_as_if_alone(name, calls):
+    """By transformers' attention; prompts are longer than the windows."""
+    model, (alone, shared) = random_model(name).double(), pair_batches()
+    add_chunked_loss(model)
+    expected = losses_and_gradients(model, *alone)
+    model.set_attn_implementation("varlen_documents")
+    assert attention.can_share_prompts(model.config, "varlen_documents", 10**6)
+    found = losses_and_gradients(model, shared)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert len(calls) == model.config.num_hidden_layers and ((23, 0) in calls) == (name in WINDOWS)
+
+
+@torch.no_grad()
+def test_a_layer_is_compiled_once_for_any_number_of_pairs(monkeypatch):
+    def kernel(query, key, value, ends, key_ends, *longest, **options):
+        return query * (key.sum() + value.sum() + ends.sum() + key_ends.sum() + sum(longest))
+
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", kernel)
+    model = random_model("llama-3.2")
+    model.set_attn_implementation("varlen_documents")
+    torch._dynamo.reset()
+    model.model.layers[0].compile(dynamic=True, backend="eager")
+    graphs = []
+    for count in (1, 3, 2):
+        inputs = pair_batches(count)[1]
+        model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0
 
 
 @torch.no_grad()
@@ -153,3 +187,22 @@ def test_the_trace_follows_the_kernel():
     assert peak(name) < 0.95 * peak("sdpa_documents") < peak("sdpa")
     shared = 3 * 2 * 7 * 64 * 2048 * 2  # bytes of the keys and values of 7 heads in 3 layers
     assert peak(name, heads=8) - peak(name) > shared
+
+
+def test_the_trace_counts_a_prompts_keys_and_values_for_both_answers():
+    """In each layer, until its backward pass; and there for each head of the queries."""
+    sizes = dict(hidden_size=512, intermediate_size=64, num_attention_heads=8, max_position_embeddings=8192)
+
+    def peak(shape):
+        config = tiny_config("llama", num_key_value_heads=2, num_hidden_layers=3, vocab_size=64, **sizes)
+        model = empty_model(config, None, torch.bfloat16, "varlen_documents")
+        step = memory.Step(1, 2048, full=True, pairs=(RowSize(shape, 64),))
+        return sum(memory.trace(model, None, partial(make_optimizer, "sgd"), step).values())
+
+    kept = 3 * 2 * 2 * 64 * 1024 * 2  # bytes of 1,024 tokens' keys and values of 2 heads in 3 layers
+    indices = 3 * 1024 * 8
+    assert peak((1024, 512, 512)) - peak((0, 1024, 1024)) == pytest.approx(kept + indices, rel=0.01)
+    query, backward = torch.empty(2048, 8, 64, dtype=torch.bfloat16), torch.ops.torch_attn._varlen_attn_backward.default
+    for heads, expanded in ((2, 2 * 3072 * 8 * 64 * 2), (8, 0)):
+        key = torch.empty(3072, heads, 64, dtype=torch.bfloat16)
+        assert storage.kernel_bytes(backward, (None, query, key)) == 2048 * 8 * 64 * 4 + expanded

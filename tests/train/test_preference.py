@@ -11,14 +11,16 @@ import pytest
 import torch
 from conftest import ROOT, execute, save_tiny, write_jsonl
 from datasets import Dataset
+from test_varlen import one_by_one
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.data import templates
 from common.data.compared import IGNORE_INDEX, sequences_of, with_mismatched
-from common.model import adapters
+from common.model import adapters, varlen
 from common.run import report
-from common.train import kept_reference, preference_trainer
+from common.train import kept_reference, preference_trainer, sft
 from common.train.preference import PAIR_METRICS, Preference
 
 STEPS, PAIRS = 6, 8  # of a run; of a step
@@ -237,6 +239,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(loss, reference, tra
         (tmp_path / run / "final" / "adapter_model.safetensors").read_bytes() for run in ("whole", "run")
     ]
     assert adapters_written[0] == adapters_written[1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_prompts_are_shared_by_the_kernel_of_gpus_unless_it_is_wrong(train, monkeypatch, capsys):
+    """By its stand-in, which in the second run is wrong about more keys than queries; the trace is by the kernel."""
+    found, honest = [], varlen.varlen.varlen_attn
+
+    def kernel(query, key, *more, **options):
+        if isinstance(query, FakeTensor):
+            return honest(query, key, *more, **options)
+        return one_by_one([], query, key * (len(key) == len(query) or not is_wrong), *more, **options)
+
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(sft, "choose_attention", lambda *args, **options: "varlen_documents")
+    for is_wrong in (False, True):
+        metrics, _, _ = train("dpo", "MAX_STEPS=2", name=f"wrong-{is_wrong}")
+        found.append([entry[name] for entry in metrics for name in ("loss", "grad_norm", "margin")])
+        out, err = capsys.readouterr()
+        assert ("check: no shared prompts" in out) == is_wrong
+        assert "check: attention" not in out and "could not be predicted" not in err
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_certain_answers_and_blank_rows_have_finite_odds():
