@@ -22,6 +22,7 @@ from common import distributed
 from common.model.adapters import add_in_one_pass
 from common.model.attention import model_class
 from common.train.collator import predicts, predicts_outside
+from common.train.shared_layers import SharedLayers
 
 # What autocast for CUDA computes, and returns, in float32.
 FLOAT32_UNDER_AUTOCAST = (torch.nn.LayerNorm, NewGELUActivation)
@@ -108,6 +109,7 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
     own, has_router_loss = SplitForward(model), bool(router_loss_weight(model.config))
     reference = SplitForward(base) if base else own
     context = contextlib.nullcontext if base else without_adapter
+    shared = SharedLayers(model) if context and base is None else None
     model.config.get_text_config().output_router_logits = False  # TRL sets it; only training needs them
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
@@ -115,7 +117,8 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
         if learn is None:
             return own.forward(*args, **kwargs)
         routing = {"output_router_logits": True} if has_router_loss and model.training else {}
-        output = own.decode(*args, **kwargs, **routing)
+        with shared.kept() if shared and model.training else contextlib.nullcontext():
+            output = own.decode(*args, **kwargs, **routing)
         hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
         positions = tuple(predicts(learn).nonzero().T if in_loss is None else in_loss)
         losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded)
@@ -124,7 +127,7 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
             router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
         if context and model.training:
             outside = predicts_outside(learn, mask).nonzero().T if outside is None else outside
-            with torch.no_grad(), context():
+            with torch.no_grad(), context(), shared.replayed() if shared else contextlib.nullcontext():
                 reference.decoder.eval()  # no dropout, no NEFTune noise
                 expected = reference.decode(*args, **kwargs).last_hidden_state[:, :-1]
                 own.decoder.train()
