@@ -149,10 +149,9 @@ class GaLore(torch.optim.AdamW):
         directions = update_moments(first, second, low, group["betas"], group["eps"], steps)
         for parameter, state, *moments, direction in zip(parameters, states, first, second, directions, strict=True):
             put_moments(state, *moments, self.maps)
-            if group["weight_decay"]:
-                parameter.mul_(1 - lr * group["weight_decay"])
             rate = -lr * self.scale / (1 - beta1 ** state["step"])
-            add_update(parameter, state["basis"], direction, rate, state["step"])
+            decay = lr * group["weight_decay"] or None  # a test for 0 would be compiled anew for each value
+            add_update(parameter, state["basis"], direction, rate, decay, state["step"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.projected_grads.clear()
@@ -223,13 +222,15 @@ def leave_out_of_ddp(model, optimizer: GaLore) -> None:
     model._ddp_params_and_buffers_to_ignore = [name for name, p in model.named_parameters() if id(p) in ids]
 
 
-def add_update(parameter, basis: torch.Tensor, direction: torch.Tensor, rate: float, seed: int) -> None:
-    """Add rate times a direction (rank, max(m, n)), projected back, to a matrix (m, n)."""
+def add_update(parameter, basis, direction: torch.Tensor, rate: float, decay: float | None, seed: int) -> None:
+    """Shrink a matrix (m, n) by `decay` of it, and add rate times a direction (rank, max(m, n)), projected back."""
     factors = (basis, direction) if as_wide(parameter) is parameter else (direction.T, basis.T)
     if parameter.dtype == torch.bfloat16:
         # Detached: torch.compile takes the shape of a Parameter for constant, and compiles for each.
-        add_stochastically(parameter.detach(), factors[0] @ factors[1], rate, draw_noise(parameter, seed))
+        add_stochastically(parameter.detach(), factors[0] @ factors[1], rate, decay, draw_noise(parameter, seed))
     else:
+        if decay is not None:
+            parameter.mul_(1 - decay)
         parameter.addmm_(*factors, alpha=rate)
 
 

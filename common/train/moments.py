@@ -72,12 +72,15 @@ def draw_noise(weights: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @compiled_on_cuda
-def add_stochastically(weights: torch.Tensor, update: torch.Tensor, rate: float, noise: torch.Tensor) -> None:
-    """weights += rate * update (m, n), bfloat16, rounded up or down at random, in proportion to what is left over.
+def add_stochastically(weights, update: torch.Tensor, rate: float, decay: float | None, noise) -> None:
+    """weights += rate * update - decay * weights; (m, n), bfloat16; rounded up or down at random, in proportion to what
+    is left over.
 
     To the nearest, an update of less than half a step of bfloat16 (a 256th of the weight) would be lost every time
     (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). noise: (n,), from 0 to 2**16 - 1.
     """
     total = update.float().mul_(rate).add_(weights)
+    if decay is not None:
+        total.sub_(weights.float() * decay)
     total.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # the upper 16 bits of a float32 are a bfloat16
     weights.copy_(total)
