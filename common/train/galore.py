@@ -9,7 +9,6 @@ moments are carried over into it (compare LDAdam, https://arxiv.org/abs/2410.161
 """
 
 import functools
-import math
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,9 @@ from torch.nn.utils import get_total_norm
 
 from common.cli import UserError
 from common.model.targets import is_linear, match_layers
-from common.train.moments import add_stochastically, get_moments, make_maps, put_moments
+from common.train.moments import add_stochastically, draw_noise, get_moments, make_maps, put_moments, update_moments
 
+TOGETHER = 4  # matrices whose moments are updated in the same launches; more leave a CPU's caches
 FIRST_REFRESHES = 16  # steps over which the random bases of the start are replaced
 
 
@@ -132,32 +132,26 @@ class GaLore(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         self.gather()
-        group = self.param_groups[0]
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        for parameter in self.projected:
-            low = self.projected_grads.pop(parameter, None)
-            if low is None:
-                continue
-            state = self.state[parameter]
-            state["step"] += 1
-            first, second = get_moments(state, self.maps)
-            first.lerp_(low, 1 - beta1)
-            second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
-            put_moments(state, first, second, self.maps)
-            correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-            direction = first / second.sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
-            if group["weight_decay"]:
-                parameter.mul_(1 - lr * group["weight_decay"])
-            factors = (
-                (state["basis"], direction) if as_wide(parameter) is parameter else (direction.T, state["basis"].T)
-            )
-            rate = -lr * self.scale / correction1
-            if parameter.dtype == torch.bfloat16:
-                add_stochastically(parameter, (factors[0] @ factors[1]).float().mul_(rate), state["step"])
-            else:
-                parameter.addmm_(*factors, alpha=rate)
+        ready = [p for p in self.projected if p in self.projected_grads]
+        for first in range(0, len(ready), TOGETHER):
+            self.update(ready[first : first + TOGETHER])
         self.is_gathered = False
         return super().step(closure)  # the other parameters: those that have a gradient left
+
+    def update(self, parameters: list) -> None:
+        """Adam's step for these projected matrices."""
+        group, states = self.param_groups[0], [self.state[p] for p in parameters]
+        (beta1, _), lr = group["betas"], group["lr"]
+        for state in states:
+            state["step"] += 1
+        first, second = zip(*(get_moments(state, self.maps) for state in states), strict=True)
+        low, steps = [self.projected_grads.pop(p) for p in parameters], [state["step"] for state in states]
+        directions = update_moments(first, second, low, group["betas"], group["eps"], steps)
+        for parameter, state, *moments, direction in zip(parameters, states, first, second, directions, strict=True):
+            put_moments(state, *moments, self.maps)
+            rate = -lr * self.scale / (1 - beta1 ** state["step"])
+            decay = lr * group["weight_decay"] or None  # a test for 0 would be compiled anew for each value
+            add_update(parameter, state["basis"], direction, rate, decay, state["step"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.projected_grads.clear()
@@ -226,6 +220,18 @@ def leave_out_of_ddp(model, optimizer: GaLore) -> None:
     """To be called before DistributedDataParallel takes the model: the optimizer averages projected gradients."""
     ids = {id(parameter) for parameter in optimizer.projected}
     model._ddp_params_and_buffers_to_ignore = [name for name, p in model.named_parameters() if id(p) in ids]
+
+
+def add_update(parameter, basis, direction: torch.Tensor, rate: float, decay: float | None, seed: int) -> None:
+    """Shrink a matrix (m, n) by `decay` of it, and add rate times a direction (rank, max(m, n)), projected back."""
+    factors = (basis, direction) if as_wide(parameter) is parameter else (direction.T, basis.T)
+    if parameter.dtype == torch.bfloat16:
+        # Detached: torch.compile takes the shape of a Parameter for constant, and compiles for each.
+        add_stochastically(parameter.detach(), factors[0] @ factors[1], rate, decay, draw_noise(parameter, seed))
+    else:
+        if decay is not None:
+            parameter.mul_(1 - decay)
+        parameter.addmm_(*factors, alpha=rate)
 
 
 def as_wide(matrix: torch.Tensor) -> torch.Tensor:

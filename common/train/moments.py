@@ -1,6 +1,10 @@
 """Adam's moments in 16 bits or in codes of 8 bits, and stochastic rounding of updates: what GaLore's states need."""
 
+import math
+
 import torch
+
+from common.train.compiled import compiled_on_cuda
 
 BLOCK = 256  # moments that share a scale, in 8 bits
 
@@ -45,15 +49,38 @@ def dequantize(state: dict, name: str, code: torch.Tensor) -> torch.Tensor:
     return moment.to(state["basis"].dtype)
 
 
-def add_stochastically(weights: torch.Tensor, update: torch.Tensor, seed: int) -> None:
-    """Add a float32 update to bfloat16 weights, rounding up or down at random, in proportion to what is left over.
+def update_moments(first, second, gradients, betas: tuple[float, float], eps: float, steps: list[int]) -> list:
+    """Take gradients into Adam's moments, in place; the directions to go, without the first moments' correction.
+
+    Lists of tensors, which torch computes in one launch an operation; steps: how many each has taken, with this one.
+    """
+    beta1, beta2 = betas
+    torch._foreach_lerp_(first, gradients, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+    spreads = torch._foreach_sqrt(second)
+    torch._foreach_div_(spreads, [math.sqrt(1 - beta2**step) for step in steps])
+    torch._foreach_add_(spreads, eps)
+    return torch._foreach_div(first, spreads)
+
+
+def draw_noise(weights: torch.Tensor, seed: int) -> torch.Tensor:
+    """For add_stochastically: the same in all processes, and on resume. One number a column will do: what is left over
+    differs from row to row."""
+    generator = torch.Generator(weights.device).manual_seed(seed)
+    return torch.randint(2**16, weights.shape[-1:], generator=generator, dtype=torch.int32, device=weights.device)
+
+
+@compiled_on_cuda
+def add_stochastically(weights, update: torch.Tensor, rate: float, decay: float | None, noise) -> None:
+    """weights += rate * update - decay * weights; (m, n), bfloat16; rounded up or down at random, in proportion to what
+    is left over.
 
     To the nearest, an update of less than half a step of bfloat16 (a 256th of the weight) would be lost every time
-    (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). The seed makes it the same in all processes, and on resume.
+    (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). noise: (n,), from 0 to 2**16 - 1.
     """
-    generator = torch.Generator(weights.device).manual_seed(seed)
-    # One number a column will do: what is left over differs from row to row.
-    noise = torch.randint(2**16, weights.shape[-1:], generator=generator, dtype=torch.int32, device=weights.device)
-    total = update.add_(weights)
+    total = update.float().mul_(rate).add_(weights)
+    if decay is not None:
+        total.sub_(weights.float() * decay)
     total.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # the upper 16 bits of a float32 are a bfloat16
     weights.copy_(total)

@@ -3,13 +3,15 @@
 import copy
 import math
 import os
+import shutil
 import time
 
 import pytest
 import torch
+from torch._inductor.exc import TritonMissing
 from torch.nn import functional
 
-from common.train import galore
+from common.train import compiled, galore, moments
 
 RANK, GAP = 4, 20
 
@@ -234,6 +236,16 @@ def test_weight_decay_is_decoupled():
             assert torch.allclose(p, q * (1 - 1e-2 * decay), atol=1e-7)
 
 
+def test_weight_decay_of_bfloat16_weights_counts_on_average():
+    """A thousandth a step, which rounding to the nearest loses every time."""
+    matrix = torch.nn.Parameter(torch.ones(32, 1024).bfloat16())
+    optimizer = galore.GaLore([matrix], [], rank=RANK, lr=1e-2, weight_decay=0.1)
+    for _ in range(50):
+        optimizer.projected_grads[matrix] = torch.zeros(RANK, 1024).bfloat16()
+        optimizer.step()
+    assert matrix.float().mean().item() == pytest.approx(math.exp(-0.05), abs=2e-3)
+
+
 def test_gradients_that_are_not_finite_leave_no_trace():
     model, twin = small_model(), small_model()
     optimizer, other = optimizer_of(model), optimizer_of(twin)
@@ -276,16 +288,92 @@ def test_a_loaded_state_goes_on_bit_for_bit(settings, dtype, stop, tmp_path):
 def test_small_updates_of_bfloat16_weights_count_on_average():
     """A hundredth of a rounding step, a thousand times: ten steps, where rounding to the nearest makes none."""
     weights = torch.full((2, 1024), 1.0).bfloat16()
-    nearest, update = weights.clone(), torch.full((2, 1024), 2.0**-7 / 100)
+    nearest, ones, step = weights.clone(), weights.clone(), 2.0**-7 / 100
     for seed in range(1000):
-        galore.add_stochastically(weights, update.clone(), seed)
-        nearest += update
+        moments.add_stochastically(weights, ones, step, None, moments.draw_noise(weights, seed))
+        nearest += step
     moved = (weights.float() - 1).mean().item() / 2.0**-7
     # Each of 1,024 columns moves 10 +- 3.2 steps: their mean has a standard error of 0.1.
     assert 9.6 < moved < 10.4 and (nearest == 1).all()
     before = weights.clone()
-    galore.add_stochastically(weights, torch.zeros(2, 1024), 0)
+    moments.add_stochastically(weights, ones, 0.0, None, moments.draw_noise(weights, 0))
     assert torch.equal(weights, before)
+
+
+SIZES = (16, 24, 12, 12, 40, 10)  # of layers in a row: wide, tall and square matrices
+
+
+def train_stack(steps, path=None, **settings):
+    """bfloat16, each step at a rate of its own; with a path, over a checkpoint halfway."""
+    for first, last in ((0, steps // 2), (steps // 2, steps)) if path else ((0, steps),):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(a, b, bias=False) for a, b in zip(SIZES, SIZES[1:], strict=False)]
+        model = torch.nn.Sequential(*layers).bfloat16()
+        optimizer = optimizer_of(model, **settings)
+        if first:
+            weights, state = torch.load(path, weights_only=True)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        for step in range(first, last):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (step % 7) / 7
+            model(batch(step, dtype=torch.bfloat16)[0]).square().mean().backward()
+            optimizer.step()
+        if path:
+            torch.save([model.state_dict(), optimizer.state_dict()], path)
+    return model
+
+
+@pytest.fixture
+def compiles_here(monkeypatch):
+    """The CPU in the place of a GPU; nothing is compiled yet."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(compiled, "COMPILED_ON", {"cpu"})
+    plain = moments.add_stochastically.__wrapped__
+    monkeypatch.setattr(galore, "add_stochastically", compiled.compiled_on_cuda(plain))
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"eight_bit": True}])
+def test_the_compiled_update_is_the_plain_one(settings, tmp_path, request, monkeypatch):
+    """By the compiler's front: one graph for all shapes and rates, another for decay; over refreshes and a resume."""
+    honest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: honest(function, backend="aot_eager", **how))
+    plain = train_stack(30, **settings)
+    counters = request.getfixturevalue("compiles_here")
+    fast = train_stack(30, tmp_path / "state.pt", **settings)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), fast.parameters(), strict=True))
+    assert counters["stats"]["unique_graphs"] == 1 + ("weight_decay" in settings), counters
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="what it makes for a CPU is C++")
+def test_the_whole_compiler_adds_the_same(compiles_here):
+    for number, shape in enumerate([(128, 500), (64, 128), (96, 96)]):
+        weights, update = torch.randn(2, *shape).bfloat16()
+        noise, copy_of_weights = moments.draw_noise(weights, number), weights.clone()
+        galore.add_stochastically(weights, update, 1e-2 / (number + 1), 1e-3, noise)
+        moments.add_stochastically.__wrapped__(copy_of_weights, update, 1e-2 / (number + 1), 1e-3, noise)
+        assert torch.equal(weights, copy_of_weights)
+    assert compiles_here["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("error", [TritonMissing(None), RuntimeError("No C compiler for Triton")])
+def test_what_cannot_be_compiled_runs_as_it_is_written(error, compiles_here, monkeypatch, capfd):
+    """As on Windows, which has no Triton: said once."""
+
+    def fail(graph, inputs):
+        raise error
+
+    honest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: honest(function, backend=fail, **how))
+    fast = train_stack(3)
+    monkeypatch.setattr(compiled, "COMPILED_ON", set())
+    assert all(torch.equal(p, q) for p, q in zip(train_stack(3).parameters(), fast.parameters(), strict=True))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "triton" in line.lower()
 
 
 def test_eight_bit_moments_come_close(monkeypatch):
