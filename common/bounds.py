@@ -71,7 +71,8 @@ BOUNDS = {
         """MAX_LENGTH MAX_SAMPLES MAX_STEPS LOGGING_STEPS GALORE_UPDATE_GAP CONTEXT MAX_NEW_TOKENS PROOF_TOKENS
         MAX_CHATS ANSWER_TOKENS JUDGE_MAX_TOKENS""",
     ),
-    "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT"),
+    "at least 1 and at most 1000": (lambda x: 1 <= x <= 1000, "PROCESSES JUDGE_REPEATS JUDGE_IN_FLIGHT THREADS"),
+    "at least 0 and at most 65535": (lambda x: 0 <= x <= 65535, "PORT"),
     "at least 1 and at most 8192": (lambda x: 1 <= x <= 8192, "LORA_R GALORE_RANK"),
     "above 0 and at most 65536": (lambda x: 0 < x <= 65536, "LORA_ALPHA"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "LORA_DROPOUT"),
