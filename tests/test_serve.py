@@ -1,4 +1,4 @@
-"""serve_model.py, by openai's client: the answers that chat_pipe.py gives, streamed and with calls, on loopback only."""
+"""serve_model.py, by openai's client: the answers of chat_pipe.py, streamed and with calls, on loopback only."""
 
 import functools
 import gzip

@@ -1,4 +1,7 @@
-"""An OpenAI-compatible server: requests that survive its failures, and a cache of its replies."""
+"""An OpenAI-compatible server: requests that survive its failures, and a cache of its replies.
+
+openai is imported where it is used: it takes half a second, and most evaluations have no judge.
+"""
 
 import contextlib
 import hashlib
@@ -11,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-
-import openai
 
 from common.cli import UserError
 
@@ -30,6 +31,8 @@ class Server:
     """A chat server; raises UserError where the user can mend its address, the key or the model."""
 
     def __init__(self, url: str | None, model: str, key_name: str | None, timeout: float, max_tokens: int):
+        import openai
+
         key_name = key_name or (None if url else "OPENAI_API_KEY")
         if key_name and not os.environ.get(key_name):
             raise UserError(f"JUDGE_KEY={key_name}: this environment variable is not set. Put the key there.")
@@ -50,12 +53,14 @@ class Server:
         except ValueError as error:  # not a URL, or a reply that is not JSON
             raise UserError(f"JUDGE_URL={self.url}: {error}") from error
 
-    def explain(self, error: openai.APIStatusError) -> UserError:
+    def explain(self, error) -> UserError:
         problem = PROBLEMS[error.status_code].format(model=self.model, url=self.url)
         return UserError(f"{problem}: {error}")
 
     def ask(self, messages: list[dict], seed: int, tries: int = TRIES) -> str:
         """The model's reply. Raises UserError for a wrong key or model, else openai's errors."""
+        import openai
+
         wanted = self.options | {"seed": seed}
         options = {name: value for name, value in wanted.items() if name not in self.refused}
         try:
@@ -123,6 +128,8 @@ def ask_all(server: Server, cache: Cache, tasks: dict, repeats: int, in_flight: 
     Equal messages are sent once. Failures are not cached, so that the same command tries them again.
     Raises UserError where the user can mend something, or where no request was answered.
     """
+    import openai
+
     requests: dict[str, tuple] = {}  # by key: messages, repeat, names of the tasks
     for name, messages in tasks.items():
         for repeat in range(repeats):
