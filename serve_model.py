@@ -9,6 +9,9 @@ Only this machine reaches it. Ctrl-C stops it.
 import time
 from pathlib import Path
 
+import psutil
+import xllamacpp
+
 from common.cli import UserError, run_main
 from common.settings import apply_overrides
 
@@ -17,12 +20,12 @@ PORT = 8080  # of 127.0.0.1; 0: any that is free
 CONTEXT: int | None = 8192  # tokens of all open chats, which take memory from the start; None: what the model takes
 THREADS: int | None = None  # None: one for each core; fewer where other programs compute, or it crawls
 
+if __name__ == "__main__":
+    apply_overrides(globals())
+
 
 def main():
     file = find_gguf(Path(MODEL).expanduser())
-    import psutil
-    import xllamacpp
-
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(file), {file.stem}
     params.port, params.n_ctx, params.n_parallel = PORT, CONTEXT or 0, -1  # -1: four chats at once share the context
@@ -51,5 +54,4 @@ def find_gguf(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    apply_overrides(globals())
     run_main(main)
