@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from common.cli import UserError
 from common.data import readers
@@ -23,17 +24,16 @@ def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
     return facts
 
 
-def ask(model, tokenizer, facts: list[dict]) -> list[dict]:
-    """The facts, each with the model's answer and whether it is right."""
+def ask(model, tokenizer, facts: list[dict]) -> Iterator[dict]:
+    """Yield the facts, each with the model's answer and whether it is right."""
     chats = [[{"role": "user", "content": fact["question"]}] for fact in facts]
     answers = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
-    return [
-        {**fact, "answer": answer.text, "right": bool(answer.tokens and re.search(fact["pattern"], answer.text))}
-        for fact, answer in zip(facts, answers, strict=True)
-    ]
+    for fact, answer in zip(facts, answers, strict=True):
+        is_right = bool(answer.tokens and re.search(fact["pattern"], answer.text))
+        yield {**fact, "answer": answer.text, "right": is_right}
 
 
-def counts(asked: list[dict]) -> dict[str, tuple[int, int]]:
+def counts(asked: Iterable[dict]) -> dict[str, tuple[int, int]]:
     """By kind: right answers, and questions."""
     questions = Counter(row["kind"] for row in asked)
     rights = Counter(row["kind"] for row in asked if row["right"])

@@ -6,14 +6,11 @@ failure is counted as one, both orders are asked, the median of repeats counts.
 
 import re
 import statistics
-import sys
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
 
 from common.cli import UserError
 from common.data import readers
+from common.eval.progress import show_progress
 from common.eval.server import Cache, Server, ask_all, key_of
 from common.eval.statistics import mean_interval, means_by_question, put, verdict
 from common.model import generation
@@ -156,8 +153,7 @@ def score_answers(results: dict, server: Server, questions: list[dict], answers:
                     tasks[name, i, turn] = single_messages(question, given, turn, scale)
     verdicts: dict[str, dict] = {name: {} for name, *_ in tasks}
     replies = ask_all(server, cache, tasks, repeats, settings["JUDGE_IN_FLIGHT"])
-    screen = dict(console=Console(stderr=True), disable=not sys.stderr.isatty())
-    for (name, *at), _, reply in track(replies, "judgments", len(tasks) * repeats, **screen):
+    for (name, *at), _, reply in show_progress(replies, "judgments", len(tasks) * repeats):
         found = preference(reply) if pairs else grade(reply, scale)
         verdicts[name].setdefault(tuple(at), []).append(found)
     how = "each question in both orders" if pairs else f"scale {scale}"

@@ -14,6 +14,7 @@ import torch
 from common.cli import UserError
 from common.data.encoder import ChatEncoder
 from common.eval import facts
+from common.eval.progress import show_progress
 from common.eval.statistics import Losses, loss_interval, mean_loss, put, put_share
 from common.model import generation
 from common.model.adapters import prompt_cache
@@ -40,7 +41,7 @@ def answer_losses(model, tokenizer, chats: list[list[dict]], max_length: int) ->
     Each chat is computed by itself: padded rows slow a CPU down (455 tokens/s against 604).
     """
     losses = []
-    for row in ChatEncoder(tokenizer).encode(chats):
+    for row in show_progress(ChatEncoder(tokenizer).encode(chats), "loss", len(chats)):
         parts = [sequence_loss(model, ids[:max_length], mask[:max_length]) for ids, mask in row.sequences()]
         losses.append(tuple(map(sum, zip(*parts, strict=True))))
     return losses
@@ -59,7 +60,7 @@ def sequence_loss(model, ids, mask) -> tuple[float, int]:
 
 def score_facts(result: dict, model, tokenizer, questions: list[dict], show_misses: bool) -> None:
     """Shares of right answers, for each kind of question."""
-    asked = facts.ask(model, tokenizer, questions)
+    asked = list(show_progress(facts.ask(model, tokenizer, questions), "questions", len(questions)))
     result["answers"] = [row["answer"] for row in asked]
     for kind, (right, count) in facts.counts(asked).items():
         put_share(result, kind, right, count)
@@ -70,7 +71,8 @@ def score_facts(result: dict, model, tokenizer, questions: list[dict], show_miss
 
 def score_health(result: dict, model, tokenizer, prompts: list[list[dict]]) -> None:
     """How answers to chats look, whatever they say."""
-    answers = list(generation.answers(model, tokenizer, prompts, max_new_tokens=256))
+    made = generation.answers(model, tokenizer, prompts, max_new_tokens=256)
+    answers = list(show_progress(made, "answers", len(prompts)))
     result["health"] = [answer.text for answer in answers]
     for name, flags in examine([chat[-1]["content"] for chat in prompts], answers).items():
         put_share(result, name, sum(flags), len(flags))
