@@ -59,12 +59,11 @@ def apply_kernels(model) -> list[tuple]:
     forwards = [(module, vars(module).get("forward")) for module in base.modules()]
     try:
         _apply_liger_kernel_to_instance(base, fused_linear_cross_entropy=False, cross_entropy=False)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         problem = f"liger-kernel does not fit {type(base).__name__} ({error})"
-        raise UserError(f"LIGER_KERNEL=None: {problem}. Set LIGER_KERNEL=False.") from error
+        raise UserError(f"LIGER_KERNEL: {problem}. Set LIGER_KERNEL=False.") from error
     # Classes are for models built later: Liger's MLP would drop their biases.
-    classes = {name: value for name, value in own.items() if isinstance(value, type)}
-    code.update(classes)
+    code.update({name: value for name, value in own.items() if isinstance(value, type)})
     # Experts keep theirs: Liger's compute the gradient of frozen weights, and take an adapter for the experts.
     swap([(vars(module), "forward", before) for module, before in forwards if is_expert(module)])
     changes = [(vars(module), "forward", before) for module, before in forwards]

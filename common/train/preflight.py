@@ -86,7 +86,7 @@ def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], floa
     if difference <= bound:
         return inputs, losses, difference, bound
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
-    if trainer.kernels and has_wrong_kernels(trainer, inputs, expected, bound, measured):
+    if trainer.kernels and drop_wrong_kernels(trainer, inputs, expected, bound, measured):
         return check_row(trainer, rows)
     if "shared_prompts" in inputs:
         print(f"check: no shared prompts, which give other losses, {measured}")
@@ -124,8 +124,8 @@ def longest_rows(trainer) -> list[dict]:
     return [max(rows, key=lambda row: sorted(row["seq_lengths"], reverse=True)[1:2])]
 
 
-def has_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], bound: float, measured: str) -> bool:
-    """Whether the losses are within their bound without Liger's kernels, which are then taken out.
+def drop_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], bound: float, measured: str) -> bool:
+    """Take Liger's kernels out where the losses are within their bound without them, and return whether they are.
 
     measured: the words for the difference with them.
     """

@@ -83,8 +83,7 @@ def package(monkeypatch):
     sys.modules["liger_kernel.transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN = known
     sys.modules["triton"].runtime = SimpleNamespace(jit=SimpleNamespace(KernelInterface=Kernel))
     monkeypatch.setattr(Kernel, "launched", [])
-    yield package
-    assert modeling_llama.apply_rotary_pos_emb is rotate
+    return package
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_a_run_with_kernels_is_traced_checked_and_trains_alike(package, argument
     """And with kernels that are wrong, as if there were none; those asked for end the run."""
     words = ["MAX_STEPS=2", "EVAL_STEPS=None", "SAVE_STEPS=None", "LORA_DROPOUT=0", "DTYPE=float32", "KL_WEIGHT=0"]
     assert run_here("qlora_train.py", *arguments("plain", *words))[0] == 0
-    launched, honest = [], sft.batch_plan.trace
+    launched, honest, rotate = [], sft.batch_plan.trace, modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(sft, "choose_kernels", lambda *args: (True, ", Liger kernels"))
     monkeypatch.setattr(
         sft.batch_plan, "trace", lambda *args: [honest(*args), launched.append(len(Kernel.launched))][0]
@@ -185,6 +184,7 @@ def test_a_run_with_kernels_is_traced_checked_and_trains_alike(package, argument
     assert code == 0 and "could not be predicted" not in err, err
     assert ", Liger kernels\n" in out and "check: losses differ by" in out and "no Liger" not in out
     assert len(package.calls) == 2 and launched == [0] and len(Kernel.launched) > 20
+    assert modeling_llama.apply_rotary_pos_emb is rotate
     assert losses(tmp_path / "kernels") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
     package.norm = wrong_norm
     code, out, err = run_here("qlora_train.py", *arguments("wrong", *words))
@@ -192,3 +192,8 @@ def test_a_run_with_kernels_is_traced_checked_and_trains_alike(package, argument
     assert losses(tmp_path / "wrong") == losses(tmp_path / "plain")
     code, _, err = run_here("qlora_train.py", *arguments("asked", *words, "LIGER_KERNEL=True"))
     assert code == 2 and "LIGER_KERNEL=True: the loss is not the model's own" in err and "LIGER_KERNEL=None" in err
+
+
+def test_an_estimate_counts_the_kernels(package, tiny, run_here):
+    code, out, err = run_here("estimate_memory.py", f"MODEL={tiny()}", "MAX_LENGTH=64", "GRADIENT_CHECKPOINTING=False")
+    assert code == 0 and ", bfloat16, Liger kernels" in out and package.calls and not Kernel.launched, err
