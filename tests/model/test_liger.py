@@ -138,10 +138,11 @@ def test_kernels_are_put_under_an_adapter_and_taken_out_again(package):
         assert adapted(input_ids=ids).logits.equal(plain) and len(Kernel.launched) == 5
     adapted(input_ids=ids)
     assert len(Kernel.launched) == 10
-    second = liger.apply_kernels(AutoModelForCausalLM.from_config(tiny_config("llama")))  # rotary positions are there
-    liger.swap(changes)
+    second = liger.apply_kernels(AutoModelForCausalLM.from_config(tiny_config("llama")))
+    for each in (changes, second):
+        liger.swap(each)
     adapted(input_ids=ids)
-    assert len(Kernel.launched) == 10 and vars(modeling_llama) == names and len(second) == 8
+    assert len(Kernel.launched) == 10 and vars(modeling_llama) == names
 
 
 @pytest.mark.parametrize("adapted", [False, True])
