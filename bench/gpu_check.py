@@ -57,7 +57,7 @@ PACKAGES = {
     "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "export": "gguf", "liger": "liger_kernel",
 }  # fmt: skip
 ON_CUDA_ALONE = ("float16", "galore_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "loftq", "offloading", "offload")
-ON_CUDA_ALONE += ("cudnn kernels", "liger")
+ON_CUDA_ALONE += ("cudnn kernels", "liger", "compiled")  # the last would take minutes on a CPU
 # Rows by worth: a smoke row, or model, method, tokens, with checkpointing or not; and its seconds on an H100 (guessed).
 PLAN = """
 smoke lora: 8
@@ -70,7 +70,7 @@ smoke lora: 8
 smoke nf4: 5; smoke full: 4; smoke galore: 4; smoke dpo kept: 5; smoke dpo live: 5; smoke resume: 6; smoke chat: 3
 smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5; smoke liger: 8
 1.6B cudnn 4096: 20
-1.6B lora 1024: 15; 1.6B compile 1024: 90; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20
+1.6B lora 1024: 15; 1.6B compiled 1024: 90; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20
 1.6B full 1024: 10
 smoke int8: 5; smoke hqq: 5; smoke galore_8bit: 4; smoke float16: 4; smoke float32: 4; smoke adamw_bnb_8bit: 4
 smoke paged_adamw_8bit: 4; smoke loftq: 5; smoke kl: 4; smoke checkpointing: 4; smoke offloading: 4; smoke unpacked: 4

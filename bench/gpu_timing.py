@@ -41,7 +41,7 @@ SHORT = 64  # tokens of the steps before the timed ones in which GaLore replaces
 SHORT_STEPS = {"galore": 16}  # galore.FIRST_REFRESHES
 UNTIMED = 2  # steps of full length before the timed ones
 # Methods of ours alone, and what TRL's side does instead.
-PEERS = {"galore": "full", "offload": "lora", "liger": "lora", "compile": "lora"}
+PEERS = {"galore": "full", "offload": "lora", "liger": "lora", "compiled": "lora"}
 # What two sides of a row differ in; of cudnn both are ours, with SDPA.
 SIDES = {"cudnn": ("cuDNN on", "cuDNN off")}
 FULL = ("full", "galore")
@@ -52,7 +52,7 @@ class Work:
     """A timed row: what is trained, on packed rows of about `length` tokens.
 
     method: lora, nf4, full, galore (against TRL's full), dpo (LoRA on pairs), offload (LoRA, activations in main
-    memory), liger (LoRA with its kernels, which no other row has), compile (LoRA, TORCH_COMPILE) or cudnn (LoRA with
+    memory), liger (LoRA with its kernels, which no other row has), compiled (LoRA, TORCH_COMPILE) or cudnn (LoRA with
     SDPA, with cuDNN's attention and without).
     """
 
@@ -77,7 +77,7 @@ class Work:
 
     def attention(self, device: str) -> str:
         """That of our side, as training chooses it."""
-        packed = self.method != "compile" or device == "cuda"  # see sft.start
+        packed = self.method != "compiled" or device == "cuda"  # see sft.start
         return "sdpa" if self.method == "cudnn" else choose_attention(self.config(), None, packed, device)
 
     def config(self):

@@ -65,7 +65,7 @@ def train_side(
     checkpointing=False, method="lora", pairs: Pairs | None = None, untimed: int = 2, kernels=(),
 ) -> dict:  # fmt: skip
     """Train on rows of input_ids and labels: adapters (of a quantised base, too; "offload": with activations in main
-    memory; "compile": with compiled layers on our side), every weight ("full"), or every weight by GaLore, whose peer
+    memory; "compiled": with compiled layers on our side), every weight ("full"), or every weight by GaLore, whose peer
     is the full side of TRL: the authors' GaLore pauses for minutes at these sizes. With pairs: adapters by DPO, on rows
     of two sequences.
 
@@ -117,7 +117,7 @@ def chat_trainer(side: str, model, adapter, method: str, rank: int, common: dict
         return GaloreTrainer(model=model, optimizers=(make_galore(model, rank), None), **ours, **common)
     if side == "ours":
         trainer = ChatTrainer(model=get_peft_model(model, adapter) if adapter else model, **ours, **common)
-        if method == "compile":
+        if method == "compiled":
             compile_layers(trainer.model)
         return trainer
     return SFTTrainer(model=model, peft_config=adapter, **common)
