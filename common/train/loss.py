@@ -47,12 +47,13 @@ def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = Fals
     """Give a model our loss, its adapter weights in float32, and hidden states that stay in their dtype.
 
     base_model: the frozen model that KL_WEIGHT compares with; None: the model without its adapter.
-    sharded, device: see `add_chunked_loss`.
+    sharded: see `add_chunked_loss`. device: the type of the one that trains.
     """
     is_adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if is_adapted else model
     without_adapter = model.disable_adapter if kl_weight and base_model is None else None
-    add_chunked_loss(base, without_adapter, base_model, sharded, device)
+    chunk = chunk_size(base.config.get_text_config().vocab_size, device)
+    add_chunked_loss(base, without_adapter, base_model, sharded, chunk)
     if not distributed.holds_parts():  # whose weights are whole only in the forward of the module that has them
         add_in_one_pass(model)
     for module in model.modules():
@@ -102,7 +103,7 @@ class SplitForward:
         return self.finish(self.output_type(last_hidden_state=hidden[None])).logits[0].float()
 
 
-def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False, device: str = "cpu") -> None:
+def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False, chunk: int | None = None) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (losses, divergence, router loss).
 
     labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1. What
@@ -110,14 +111,13 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
     losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: see `base_divergence`; the
     base is the model inside `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss:
     of a mixture of experts in training, not yet weighted; else 0. sharded: the head's weights are gathered by all
-    processes together, so all need as many chunks. device: the type of the one that trains, for `chunk_size`.
+    processes together, so all need as many chunks. chunk: see `chunk_size`; None: CHUNK.
     All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
     """
     own, has_router_loss = SplitForward(model), bool(router_loss_weight(model.config))
     reference = SplitForward(base) if base else own
     context = contextlib.nullcontext if base else without_adapter
     shared = SharedLayers(model) if context and base is None else None
-    chunk = chunk_size(model.config.get_text_config().vocab_size, device)
     model.config.get_text_config().output_router_logits = False  # TRL sets it; only training needs them
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
@@ -129,7 +129,7 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
             output = own.decode(*args, **kwargs, **routing)
         hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
         positions = tuple(predicts(learn).nonzero().T if in_loss is None else in_loss)
-        losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded, chunk)
+        losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded, chunk or CHUNK)
         divergence = router_loss = losses.new_zeros(())
         if routing:
             router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
