@@ -44,6 +44,7 @@ from common import hardware
 from common.files import GIB
 from common.model import adapters, load, location
 from common.model.attention import choose_attention
+from common.model.liger import apply_kernels, choose_kernels
 from common.model.quantize import BITS, BITSANDBYTES, report_unquantized
 from common.train import batch_plan, galore, memory, optimizers
 from common.train.meta_model import empty_model
@@ -74,8 +75,8 @@ def main():
         report_unquantized(model, quantization)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optim = "galore" if METHOD == "galore" else OPTIM
-    dtype = str(choose_dtype()).removeprefix("torch.")
-    print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {dtype}")
+    form = str(choose_dtype()).removeprefix("torch.") + choose_kernels(None, config, choose_dtype(), device=DEVICE)[1]
+    print(f"{MODEL}: {load.count_weights(config):,} weights; {METHOD} trains {trained:,}, {optim}, {form}")
     rows = PER_DEVICE_TRAIN_BATCH_SIZE * sequences_of_row()
     step = memory.Step(rows, MAX_LENGTH, PACKING, 0.0 if LOSS else KL_WEIGHT, choose_dtype(), DEVICE,
                        METHOD in ("full", "galore"), accumulates=GRADIENT_ACCUMULATION_STEPS > 1,
@@ -107,11 +108,13 @@ def build(config, quantization: str | None):
     """(model, base or None) of METHOD on the meta device."""
     attention = choose_attention(config, None, PACKING, DEVICE, choose_dtype())
     empty = functools.partial(empty_model, config, quantization, choose_dtype(), attention)
-    if METHOD in ("full", "galore"):
-        return empty(), empty().requires_grad_(False) if KL_WEIGHT and not LOSS else None
     settings = dict(MODEL=MODEL, ADAPTER="lora", LORA_TARGET_MODULES="auto")
     settings |= dict(LORA_R=LORA_R, LORA_ALPHA=LORA_R, LORA_DROPOUT=0.0)
-    return adapters.add_adapter(empty(), settings), None
+    is_full = METHOD in ("full", "galore")
+    model = empty() if is_full else adapters.add_adapter(empty(), settings)
+    if choose_kernels(None, config, choose_dtype(), device=DEVICE)[0]:
+        apply_kernels(model)
+    return model, empty().requires_grad_(False) if is_full and KL_WEIGHT and not LOSS else None
 
 
 def optimizer(model):

@@ -58,6 +58,7 @@ NEFTUNE_NOISE_ALPHA: float | None = None  # noise on the embeddings while traini
 GRADIENT_CHECKPOINTING: bool | None = None  # True: a third slower, activations of one layer, not all; None: if needed
 ACTIVATION_OFFLOADING = False  # True: activations wait in main memory for the backward pass; CUDA, less VRAM, slower
 MEMORY_LIMIT: str | None = None  # of the device: a share "0.9" or a size "7500MiB"; None: what is free
+LIGER_KERNEL: bool | None = None  # one kernel each for norms, SwiGLU, positions; None: on CUDA, where installed
 TORCH_COMPILE = False  # True: minutes before the first step, faster steps after
 SEED = 0
 # Logging and output

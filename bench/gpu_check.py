@@ -54,22 +54,24 @@ from common.files import write_atomic
 PREDICTIONS = ROOT / "bench" / "gpu_predictions.json"
 PACKAGES = {
     "nf4": "bitsandbytes", "int8": "bitsandbytes", "hqq": "hqq", "galore_8bit": "bitsandbytes", "loftq": "bitsandbytes",
-    "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "export": "gguf",
+    "adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "export": "gguf", "liger": "liger_kernel",
 }  # fmt: skip
 ON_CUDA_ALONE = ("float16", "galore_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "loftq", "offloading", "offload")
-ON_CUDA_ALONE += ("cudnn kernels",)
+ON_CUDA_ALONE += ("cudnn kernels", "liger", "compiled")  # the last would take minutes on a CPU
 # Rows by worth: a smoke row, or model, method, tokens, with checkpointing or not; and its seconds on an H100 (guessed).
 PLAN = """
 smoke lora: 8
 8B lora 4096: 45
+8B liger 4096: 25
 8B nf4 4096: 50
 8B dpo 4096: 60
 8B galore 4096 checkpointing: 70
 8B full 4096 checkpointing: 35
 smoke nf4: 5; smoke full: 4; smoke galore: 4; smoke dpo kept: 5; smoke dpo live: 5; smoke resume: 6; smoke chat: 3
-smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5
+smoke export: 5; smoke evaluate: 4; smoke cudnn kernels: 5; smoke liger: 8
 1.6B cudnn 4096: 20
-1.6B lora 1024: 15; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20; 1.6B full 1024: 10
+1.6B lora 1024: 15; 1.6B compiled 1024: 90; 1.6B nf4 1024: 15; 1.6B dpo 1024: 15; 1.6B galore 1024: 20
+1.6B full 1024: 10
 smoke int8: 5; smoke hqq: 5; smoke galore_8bit: 4; smoke float16: 4; smoke float32: 4; smoke adamw_bnb_8bit: 4
 smoke paged_adamw_8bit: 4; smoke loftq: 5; smoke kl: 4; smoke checkpointing: 4; smoke offloading: 4; smoke unpacked: 4
 smoke chat nf4: 3
@@ -220,9 +222,13 @@ def write_predictions() -> None:
     """Trace our side of every timed row of the plan as on CUDA, on this CPU."""
     import gpu_timing
 
-    found = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if ROWS and PREDICTIONS.exists() else {}
+    found = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if PREDICTIONS.exists() else {}
     for row, _ in rows_to_run():
-        if not row.startswith("smoke "):
+        if row.startswith("smoke "):
+            continue
+        if reason := cannot_run(row):
+            print(f"{row}: {reason}")
+        else:
             work, begun = work_of(row), time.perf_counter()
             found[row] = {"attention": work.attention("cuda"), "gib": round(gpu_timing.predict(work), 3)}
             print(f"{row}: {found[row]} ({time.perf_counter() - begun:.0f} s)", flush=True)

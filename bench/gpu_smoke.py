@@ -45,6 +45,7 @@ RUNS = {
     "checkpointing": (QLORA, "GRADIENT_CHECKPOINTING=True"),
     "offloading": (QLORA, "ACTIVATION_OFFLOADING=True"),
     "compile": (QLORA, "TORCH_COMPILE=True"),
+    "liger": (QLORA, "LIGER_KERNEL=True"),
     "unpacked": (QLORA, "PACKING=False PER_DEVICE_TRAIN_BATCH_SIZE=2"),
 }
 WORK = tempfile.TemporaryDirectory(prefix="gpu_check")  # of models and run folders, until this process ends

@@ -23,6 +23,7 @@ from common.data.compared import IGNORE_INDEX, size_of
 from common.files import GIB
 from common.hardware import now
 from common.model.attention import can_share_prompts, choose_attention
+from common.model.liger import apply_kernels, swap
 from common.train import batch_plan, memory, optimizers
 from common.train.meta_model import empty_model
 
@@ -39,6 +40,8 @@ LORA_R = 16
 SHORT = 64  # tokens of the steps before the timed ones in which GaLore replaces its first bases
 SHORT_STEPS = {"galore": 16}  # galore.FIRST_REFRESHES
 UNTIMED = 2  # steps of full length before the timed ones
+# Methods of ours alone, and what TRL's side does instead.
+PEERS = {"galore": "full", "offload": "lora", "liger": "lora", "compiled": "lora"}
 # What two sides of a row differ in; of cudnn both are ours, with SDPA.
 SIDES = {"cudnn": ("cuDNN on", "cuDNN off")}
 FULL = ("full", "galore")
@@ -49,7 +52,8 @@ class Work:
     """A timed row: what is trained, on packed rows of about `length` tokens.
 
     method: lora, nf4, full, galore (against TRL's full), dpo (LoRA on pairs), offload (LoRA, activations in main
-    memory) or cudnn (LoRA with SDPA, with cuDNN's attention and without).
+    memory), liger (LoRA with its kernels, which no other row has), compiled (LoRA, TORCH_COMPILE) or cudnn (LoRA with
+    SDPA, with cuDNN's attention and without).
     """
 
     model: str
@@ -62,7 +66,7 @@ class Work:
 
     def peer(self) -> str:
         """The row of which TRL's side is the same work."""
-        return str(replace(self, method={"galore": "full", "offload": "lora"}.get(self.method, self.method)))
+        return str(replace(self, method=PEERS.get(self.method, self.method)))
 
     def rank(self) -> int:
         """Of LoRA, or of GaLore's gradients."""
@@ -73,7 +77,8 @@ class Work:
 
     def attention(self, device: str) -> str:
         """That of our side, as training chooses it."""
-        return "sdpa" if self.method == "cudnn" else choose_attention(self.config(), None, packed=True, device=device)
+        packed = self.method != "compiled" or device == "cuda"  # see sft.start
+        return "sdpa" if self.method == "cudnn" else choose_attention(self.config(), None, packed, device)
 
     def config(self):
         architecture, shape = SHAPES[self.model]
@@ -107,14 +112,16 @@ def time_side(work: Work, side: str, device: str, steps: int) -> dict:
     """Train a few steps; what `sides.train_side` returns, and the operations of a token."""
     set_seed(0)
     is_trl, method = side == "trl", {"cudnn": "lora"}.get(work.method, work.method)
-    with attention_kernels(side):
+    with attention_kernels(side), contextlib.ExitStack() as afterwards:
         model = build_model(work, "sdpa" if is_trl else work.attention(device), device)
+        kernels = apply_kernels(model) if method == "liger" and not is_trl else []
+        afterwards.callback(swap, kernels)
         weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
         free_memory()  # the peak is that of training, not of building
         rows = random_rows(replace(work, method="full") if is_trl and method == "galore" else work, steps)
         result = train_side(
             side if is_trl else "ours", model, rows, word_tokenizer(), None, len(rows), work.rank(), device,
-            work.checkpointing, method, Pairs(1) if method == "dpo" else None, len(rows) - steps,
+            work.checkpointing, method, Pairs(1) if method == "dpo" else None, len(rows) - steps, kernels,
         )  # fmt: skip
     # 2 FLOP a weight forward, 2 for the gradient of the activations, 2 for that of weights that are not frozen (GaLore
     # computes less, and is counted as if it did not), or for the forward pass of a reference.
@@ -136,6 +143,7 @@ def predict(work: Work, device: str = "cuda") -> float:
     """The traced peak of our side, in GiB, with cuBLAS's workspace."""
     attention, quantization = work.attention(device), "nf4" if work.method == "nf4" else None
     model = empty_model(work.config(), quantization, torch.bfloat16, attention)
+    kernels = apply_kernels(model) if work.method == "liger" else []
     is_full, pairs = work.method in FULL, ()
     if work.method == "dpo":
         shares = can_share_prompts(work.config(), attention, work.length)
@@ -147,6 +155,7 @@ def predict(work: Work, device: str = "cuda") -> float:
     if work.method == "galore":
         optimizer = functools.partial(make_galore, rank=work.rank())
     parts = memory.trace(model if is_full else get_peft_model(model, lora(LORA_R)), None, optimizer, step)
+    swap(kernels)
     return (sum(parts.values()) + (batch_plan.CUBLAS_WORKSPACE if device == "cuda" else 0)) / GIB
 
 

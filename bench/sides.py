@@ -18,6 +18,7 @@ from common.files import METRICS, LineLog
 from common.hardware import now
 from common.model.attention import can_share_prompts
 from common.train import galore
+from common.train.compiled import compile_layers
 from common.train.kept_reference import keep_reference
 from common.train.preference import Preference
 from common.train.preference_trainer import PreferenceTrainer
@@ -61,13 +62,15 @@ class Pairs:
 
 def train_side(
     side: str, model, train_set, tokenizer, max_length: int | None, steps: int, rank: int, device: str,
-    checkpointing=False, method="lora", pairs: Pairs | None = None, untimed: int = 2,
+    checkpointing=False, method="lora", pairs: Pairs | None = None, untimed: int = 2, kernels=(),
 ) -> dict:  # fmt: skip
     """Train on rows of input_ids and labels: adapters (of a quantised base, too; "offload": with activations in main
-    memory), every weight ("full"), or every weight by GaLore, whose peer is the full side of TRL: the authors' GaLore
-    pauses for minutes at these sizes. With pairs: adapters by DPO, on rows of two sequences.
+    memory; "compiled": with compiled layers on our side), every weight ("full"), or every weight by GaLore, whose peer
+    is the full side of TRL: the authors' GaLore pauses for minutes at these sizes. With pairs: adapters by DPO, on rows
+    of two sequences.
 
     max_length: of the rows that are packed from these; None: they are packed, with seq_lengths, and taken in order.
+    kernels: Liger's in our model.
     Returns tokens_per_second (over the median step, the first `untimed` left out), seconds of these steps, peak_gib
     (allocated on the GPU, else resident in this process), reserved_gib and losses (one a step; NaN where it was).
     """
@@ -94,6 +97,7 @@ def train_side(
             kind = dict(packing=True) if max_length else dict(padding_free=True, dataset_kwargs=TAKEN_AS_THEY_ARE)
             common |= dict(args=SFTConfig(max_length=max_length, **kind, **arguments), train_dataset=train_set)
             trainer = chat_trainer(side, model, adapter, method, rank, common, ours)
+            trainer.kernels = kernels
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     rows = list(train_set if pairs else trainer.train_dataset)[0 if max_length else untimed :]
@@ -112,7 +116,10 @@ def chat_trainer(side: str, model, adapter, method: str, rank: int, common: dict
     if side == "ours" and method == "galore":
         return GaloreTrainer(model=model, optimizers=(make_galore(model, rank), None), **ours, **common)
     if side == "ours":
-        return ChatTrainer(model=get_peft_model(model, adapter) if adapter else model, **ours, **common)
+        trainer = ChatTrainer(model=get_peft_model(model, adapter) if adapter else model, **ours, **common)
+        if method == "compiled":
+            compile_layers(trainer.model)
+        return trainer
     return SFTTrainer(model=model, peft_config=adapter, **common)
 
 

@@ -18,12 +18,19 @@ import common.run.folder
 sys.path.insert(0, str(ROOT / "bench"))
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo", "cudnn"])
-def test_gpu_check_trains_both_sides_alike(method):
+@pytest.mark.parametrize("method", ["lora", "nf4", "full", "galore", "dpo", "cudnn", "compiled", "liger"])
+def test_gpu_check_trains_both_sides_alike(method, monkeypatch):
+    import gpu_timing
     from gpu_timing import Work, time_side
 
-    work = Work("tiny", method, 128)
+    compiled, code, work = [], {}, Work("tiny", method, 128)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compiled.append(layer))
+    monkeypatch.setattr(
+        gpu_timing, "apply_kernels", lambda model: code.update(own=0, x=1) or [(code, "x", code["own"])]
+    )
     theirs, ours = (time_side(work, side, "cpu", 2) for side in work.sides())
+    assert len(compiled) == (2 if method == "compiled" else 0)
+    assert code == ({"own": 0, "x": 0} if method == "liger" else {})
     if method != "galore":  # another optimizer
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
     flop = 6 if method in ("full", "galore", "dpo") else 4

@@ -2,8 +2,9 @@
 divergence from what the frozen base predicts.
 
 TRL's fused head also computes entropy and accuracy over every position with a Triton kernel that does not exist on the
-CPU. Here only positions with a label meet the head, 256 at a time, and their logits (256 x vocabulary, in float32) are
-not kept: the gradient of the hidden states is computed at once, or with a trained head the logits are once more.
+CPU. Here only positions with a label meet the head, a chunk at a time, and their logits (chunk x vocabulary, in
+float32) are not kept: the gradient of the hidden states is computed at once, or with a trained head the logits are once
+more.
 """
 
 import contextlib
@@ -26,7 +27,13 @@ from common.train.shared_layers import SharedLayers
 
 # What autocast for CUDA computes, and returns, in float32.
 FLOAT32_UNDER_AUTOCAST = (torch.nn.LayerNorm, NewGELUActivation)
-CHUNK = 256  # positions whose logits exist at the same time
+CHUNK = 256  # positions whose logits exist at the same time, at the least
+
+
+def chunk_size(vocabulary: int, device: str) -> int:
+    """Positions whose logits exist at the same time: on CUDA up to 2,048, as long as they take 256 MiB in float32."""
+    most = 2**28 // 4 // vocabulary // 128 * 128  # whole tiles of a matrix product
+    return min(max(CHUNK, most), 2048) if device == "cuda" else CHUNK
 
 
 def router_loss_weight(config) -> float:
@@ -36,16 +43,17 @@ def router_loss_weight(config) -> float:
     return (config.get_text_config().to_dict().get("router_aux_loss_coef") or 0.0) if computes else 0.0
 
 
-def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = False) -> None:
+def prepare_model(model, kl_weight: float, base_model=None, sharded: bool = False, device: str = "cpu") -> None:
     """Give a model our loss, its adapter weights in float32, and hidden states that stay in their dtype.
 
     base_model: the frozen model that KL_WEIGHT compares with; None: the model without its adapter.
-    sharded: see `add_chunked_loss`.
+    sharded: see `add_chunked_loss`. device: the type of the one that trains.
     """
     is_adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if is_adapted else model
     without_adapter = model.disable_adapter if kl_weight and base_model is None else None
-    add_chunked_loss(base, without_adapter, base_model, sharded)
+    chunk = chunk_size(base.config.get_text_config().vocab_size, device)
+    add_chunked_loss(base, without_adapter, base_model, sharded, chunk)
     if not distributed.holds_parts():  # whose weights are whole only in the forward of the module that has them
         add_in_one_pass(model)
     for module in model.modules():
@@ -95,7 +103,7 @@ class SplitForward:
         return self.finish(self.output_type(last_hidden_state=hidden[None])).logits[0].float()
 
 
-def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False) -> None:
+def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = False, chunk: int | None = None) -> None:
     """Let a causal language model be called with `learn=labels`; it then returns (losses, divergence, router loss).
 
     labels: (B, T), -100 outside of the loss; position t is predicted from the hidden state at t - 1. What
@@ -103,7 +111,7 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
     losses: cross-entropy in nats of the N tokens in the loss, (N,), row by row. divergence: see `base_divergence`; the
     base is the model inside `with without_adapter():`, or the frozen model `base`; 0 where both are None. router loss:
     of a mixture of experts in training, not yet weighted; else 0. sharded: the head's weights are gathered by all
-    processes together, so all need as many chunks.
+    processes together, so all need as many chunks. chunk: see `chunk_size`; None: CHUNK.
     All happens inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) see it.
     """
     own, has_router_loss = SplitForward(model), bool(router_loss_weight(model.config))
@@ -121,7 +129,7 @@ def add_chunked_loss(model, without_adapter=None, base=None, sharded: bool = Fal
             output = own.decode(*args, **kwargs, **routing)
         hidden, mask = output.last_hidden_state[:, :-1], kwargs.get("attention_mask")  # (B, T - 1, hidden)
         positions = tuple(predicts(learn).nonzero().T if in_loss is None else in_loss)
-        losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded)
+        losses = chunked_losses(own.logits, hidden[positions], learn[:, 1:][positions], sharded, chunk or CHUNK)
         divergence = router_loss = losses.new_zeros(())
         if routing:
             router_loss = own.finish(output, attention_mask=mask, logits_to_keep=1, **routing).aux_loss
@@ -158,14 +166,14 @@ def base_divergence(
     return compute(divergences, hidden, expected[sample]).sum() / max(1, len(hidden))
 
 
-def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool) -> torch.Tensor:
+def chunked_losses(logits, hidden: torch.Tensor, targets: torch.Tensor, sharded: bool, chunk: int) -> torch.Tensor:
     """Cross-entropy in nats (N,) of hidden states (N, hidden) with targets (N,), a chunk of `logits(hidden)` a time."""
 
     def head_losses(hidden, targets):
         return cross_entropy(logits(hidden), targets, reduction="none")
 
     # Without a token in the loss there is one empty chunk, by which the batch takes part in the backward pass.
-    chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
+    chunks = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
     if sharded:
         chunks += [(hidden[:0], targets[:0])] * (max(distributed.gather(len(chunks))) - len(chunks))
     compute = once_more if sharded else choose_computation(logits, hidden)

@@ -1,7 +1,8 @@
 """The check before the first step: the loss that is trained is the one that the model's own forward gives.
 
 One row of the run's data goes through the trainer's collator, attention and loss; its chats also go, each by itself,
-through the model as transformers has it. And a new adapter must predict what the base predicts. Three forward passes.
+through the model as transformers has it, without Liger's kernels. And a new adapter must predict what the base
+predicts. Three forward passes.
 """
 
 import sys
@@ -11,6 +12,7 @@ import torch
 from common import cuda, distributed
 from common.cli import UserError
 from common.model.attention import choose_attention
+from common.model.liger import put_aside, swap
 from common.train.preference import OF_PAIRS
 from common.train.reliability import chats_of
 
@@ -74,20 +76,24 @@ def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], floa
     model, asked = trainer.model, trainer.settings.get("ATTN_IMPLEMENTATION")
     bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
     plain = choose_attention(model.config, None)
-    expected = own_losses(trainer, inputs, plain)
+    with put_aside(trainer.kernels):
+        expected = own_losses(trainer, inputs, plain)
     losses = row_losses(model, inputs)
     difference = worst_difference(expected, losses)
     if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
-        bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
+        with put_aside(trainer.kernels):
+            bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
         return inputs, losses, difference, bound
+    measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
+    if trainer.kernels and drop_wrong_kernels(trainer, inputs, expected, bound, measured):
+        return check_row(trainer, rows)
     if "shared_prompts" in inputs:
-        print(f"check: no shared prompts, which give other losses, by {difference:.2g} nats a token")
+        print(f"check: no shared prompts, which give other losses, {measured}")
         trainer.data_collator.collate.shares = False
         return check_row(trainer, rows)
     ours = choose_attention(model.config, None, trainer.settings["PACKING"], device="cpu")
     helps = find_attention(trainer, inputs, expected, bound, dict.fromkeys((ours, plain, "eager")))
-    measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
     if asked or not helps:
         report(trainer, explain(trainer, inputs, expected, helps, measured))
         return inputs, losses, difference, bound
@@ -116,6 +122,22 @@ def longest_rows(trainer) -> list[dict]:
     if "seq_lengths" not in rows[0]:
         return sorted(rows, key=lambda row: -len(row["input_ids"]))[:: max(1, len(rows) - 1)][:2]
     return [max(rows, key=lambda row: sorted(row["seq_lengths"], reverse=True)[1:2])]
+
+
+def drop_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], bound: float, measured: str) -> bool:
+    """Take Liger's kernels out where the losses are within their bound without them, and return whether they are.
+
+    measured: the words for the difference with them.
+    """
+    with put_aside(trainer.kernels):
+        helps = worst_difference(expected, row_losses(trainer.model, inputs)) <= bound
+    if helps:
+        if trainer.settings.get("LIGER_KERNEL"):
+            report(trainer, f"LIGER_KERNEL=True: the loss is not the model's own, {measured}. Set LIGER_KERNEL=None.")
+        print(f"check: no Liger kernels, which give other losses, {measured}")
+        swap(trainer.kernels)
+        trainer.kernels.clear()
+    return helps
 
 
 def own_losses(trainer, inputs: dict, attention: str) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from common.eval import facts
 from common.model import load
 from common.model.adapters import load_adapter
 from common.model.attention import can_pack, can_share_prompts, choose_attention
+from common.model.liger import apply_kernels, choose_kernels, swap
 from common.model.location import Source
 from common.train import batch_plan, config, optimizers
 from common.train.compiled import compile_layers
@@ -48,6 +49,7 @@ class Job:
     encoder: ChatEncoder
     kl_weight: float
     probe: object  # see facts.make_probe
+    has_kernels: bool  # Liger's
     preference: Preference | None  # None: ordinary chats
     train_set: object = None  # datasets.Dataset of input_ids and labels; load_data fills in these four
     eval_set: object = None
@@ -112,8 +114,10 @@ def start(settings: dict, source: Source, dtype, reference: Source | None, train
         # Attention one document after the other would be compiled again for every length of a document.
         attention = choose_attention(model_config, settings["ATTN_IMPLEMENTATION"])
     products = ", products in TF32" * cuda.uses_tf32(dtype)
-    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}{products}, attention {attention}")
-    job = Job(settings, trainer_settings, source, dtype, attention, tokenizer, encoder, kl_weight, probe, preference)
+    has_kernels, kernels = choose_kernels(settings["LIGER_KERNEL"], model_config, dtype, settings["TORCH_COMPILE"])
+    print(f"{hardware.device_name()}: {str(dtype).removeprefix('torch.')}{products}, attention {attention}{kernels}")
+    what = source, dtype, attention, tokenizer, encoder, kl_weight, probe, has_kernels, preference
+    job = Job(settings, trainer_settings, *what)
     if source.adapter:  # one that does not fit is found here
         with contextlib.suppress(NotImplementedError):  # of FRoD and SHiRA, which look at the weights
             load_adapter(job.empty_model(), source.adapter)
@@ -171,6 +175,8 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
     def build_meta(quantization):
         empty = functools.partial(job.empty_model, quantization, job.attention)
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
+        if job.has_kernels:
+            apply_kernels(model)
         return model, job.frozen_base(model)
 
     packing, device = settings["PACKING"], hardware.device_type()
@@ -190,9 +196,13 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=len(job.tokenizer)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
+    kernels = apply_kernels(model) if job.has_kernels else []
     base = job.frozen_base(model)
-    with cuda.float32_products("high" if cuda.uses_tf32(job.dtype) else "highest"):
+    precision = "high" if cuda.uses_tf32(job.dtype) else "highest"
+    with cuda.float32_products(precision), contextlib.ExitStack() as afterwards:
+        afterwards.callback(swap, kernels)  # for another run in this process
         trainer = make_trainer(job, run, plan, model, base, make_optimizer and make_optimizer(model))
+        trainer.kernels = kernels
 
         def save(folder, weights):
             load.save_final(folder, trainer.model, job.tokenizer, model.base_fingerprint, weights)

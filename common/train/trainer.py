@@ -30,6 +30,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
     """
 
     evaluated = ("loss",)
+    kernels: list | tuple = ()  # what Liger's changed in the model (liger.apply_kernels)
 
     def __init__(
         self, model, *args, settings: dict, kl_weight=0.0, base_model=None, probe=None, has_new_adapter=False, **kwargs
@@ -40,8 +41,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         self.settings, self.probe, self.kl_weight = settings, probe, kl_weight
         penalties = {"kl": kl_weight, "router_loss": router_loss_weight(self.model.config)}
         self.penalties = {name: weight for name, weight in penalties.items() if weight}
-        self.dtype = self.model.dtype
-        self.rows = len(self.train_dataset)
+        self.dtype, self.rows = self.model.dtype, len(self.train_dataset)
         if distributed.count() > 1:
             parallel.exchange_in_float32(self.accelerator.state)
             share = distributed.count() * self.args.per_device_train_batch_size
@@ -52,7 +52,7 @@ class ChatTrainer(ReliableTrainer, SFTTrainer):
         self.data_collator = CountingCollator(self.data_collator, bool(kl_weight))
         if base_model is not None:
             base_model.to(distributed.device())  # it is not sharded where the model is
-        prepare_model(self.model, kl_weight, base_model, distributed.holds_parts())
+        prepare_model(self.model, kl_weight, base_model, distributed.holds_parts(), distributed.device().type)
 
     def blank_row(self) -> dict:
         return {"input_ids": [self.processing_class.eos_token_id or 0], "labels": [-100], "seq_lengths": [1]}

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_config
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from common import distributed
 from common.bounds import CHANGEABLE, CHOICES, TRAINERS_OPTIMIZERS
-from common.train.loss import add_chunked_loss
+from common.cli import UserError
+from common.train import memory
+from common.train.loss import add_chunked_loss, chunk_size
+from common.train.meta_model import empty_model
 from common.train.optimizers import learning_rate_factor, make_optimizer, make_schedule, optimizer_class
 from common.train.trainer import ChatTrainer
 
@@ -56,6 +63,38 @@ def test_chunked_loss_is_the_models_own_loss(architecture, head_is_trained, monk
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
     assert model(input_ids=ids).logits.shape == (1, ids.shape[1], 640)  # without `learn`, everything is as before
+
+
+@pytest.mark.parametrize(
+    "vocabulary, on_cuda",
+    [(2000, 2048), (32_000, 2048), (49_152, 1280), (100_352, 640), (128_256, 512), (131_072, 512), (262_144, 256),
+     (10**6, 256)],
+)  # fmt: skip
+def test_a_chunk_of_logits_takes_at_most_256_mib_on_cuda(vocabulary, on_cuda):
+    assert chunk_size(vocabulary, "cuda") == on_cuda and chunk_size(vocabulary, "cpu") == 256
+    assert on_cuda == 256 or on_cuda * vocabulary * 4 <= 2**28
+
+
+@pytest.mark.parametrize("device, chunks", [("cuda", [2048, 951]), ("cpu", [256] * 11 + [183])])
+def test_chunks_are_those_of_the_device_that_trains(device, chunks, arguments, run_here, monkeypatch):
+    """In the trace, whose tensors are on the CPU, and in a run."""
+    traced, honest = [], cross_entropy
+    model = empty_model(tiny_config("llama"), None, torch.bfloat16, "sdpa")
+    model.lm_head.requires_grad_(False)
+
+    def recorded(logits, *args, **kwargs):
+        traced.append(len(logits))
+        return honest(logits, *args, **kwargs)
+
+    monkeypatch.setattr("common.train.loss.cross_entropy", recorded)
+    memory.trace(model, None, partial(make_optimizer, "adamw_torch_fused"), memory.Step(1, 3000, device=device))
+    assert traced == chunks
+    here = SimpleNamespace(**vars(distributed) | {"device": lambda: torch.device(device)})
+    prepared = MagicMock(side_effect=UserError("enough"))
+    monkeypatch.setattr("common.train.trainer.distributed", here)
+    monkeypatch.setattr("common.train.trainer.prepare_model", prepared)
+    assert run_here("qlora_train.py", *arguments("run"))[0] == 2
+    assert prepared.call_args.args[-1] == device
 
 
 def test_a_row_without_a_label_gives_zero_gradients():
