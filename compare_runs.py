@@ -1,59 +1,56 @@
-"""Put runs side by side: the settings that differ, what came out, and one picture of their losses.
+"""Put runs side by side: the settings that differ, what came out, one picture of their losses, and one page.
 
     python compare_runs.py RUNS="out/first, out/second"
     python compare_runs.py RUNS="out/*" PICTURE=out/compare.png
 
-Reads the run folders of the training scripts, finished or not; prints a table and writes the picture.
+Reads the run folders of the training scripts, finished or not; prints a table, writes the picture and the page.
 """
 
 import glob
-import json
 from pathlib import Path
 
 from common.cli import UserError, run_main
+from common.files import write_atomic
+from common.run.html import read_run, render
 from common.settings import apply_overrides
 
 RUNS = "out/*"  # run folders, comma-separated; * stands for any name
 PICTURE = "compare.png"  # losses by tokens and by time
+PAGE: str | None = None  # the same in a browser, with all curves, answers and scores; None: PICTURE's name with .html
 
 
 def main():
-    if not Path(PICTURE).parent.is_dir():
-        raise UserError(f"PICTURE={PICTURE}: the folder {Path(PICTURE).parent} does not exist.")
+    page = Path(PAGE or Path(PICTURE).with_suffix(".html"))
+    for name, file in (("PICTURE", Path(PICTURE)), ("PAGE", page)):
+        if not file.parent.is_dir():
+            raise UserError(f"{name}={file}: the folder {file.parent} does not exist.")
     runs = find_runs()
-    print_table(runs)
+    table = compare(runs)
+    print_table(table)
     draw(runs, Path(PICTURE))
-    print(f"\n{PICTURE}")
+    write_atomic(page, render(runs, title=", ".join(runs), state="compared", table=table))
+    print(f"\n{PICTURE}\n{page}")
 
 
 def find_runs() -> dict[str, dict]:
-    """By name: settings, lines of metrics.jsonl, and the figures of summary.json and scores.json."""
+    """The runs by name, as html.read_run has them, with the figures of summary.json and scores.json."""
     runs = {}
     for pattern in map(str.strip, RUNS.split(",")):
-        files = sorted(glob.glob(f"{pattern}/metrics.jsonl"))
-        if not files:
+        folders = [Path(file).parent for file in sorted(glob.glob(f"{pattern}/metrics.jsonl"))]
+        if not folders:
             raise UserError(f"RUNS={RUNS}: {pattern} is not the folder of a training run (metrics.jsonl not found).")
-        for file in map(Path, files):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # the last is being written
-            summary = read(file.with_name("summary.json")) or {"verdict": f"not finished, {len(metrics)} lines"}
-            name = str(file.parent) if file.parent.name in runs else file.parent.name
-            runs[name] = {
-                "settings": read(file.with_name("settings.json")).get("settings", {}),
-                "metrics": metrics,
-                "figures": summary | read(file.with_name("scores.json")).get("scores", {}),
-            }
+        for folder in folders:
+            try:
+                run = read_run(folder)
+            except ValueError as error:
+                raise UserError(f"RUNS={RUNS}: {folder} is damaged ({error}). Take it away.") from error
+            summary = run["summary"] or {"verdict": f"not finished, {len(run['metrics'])} lines"}
+            figures = summary | run["results"].get("scores", {})
+            runs[str(folder) if folder.name in runs else folder.name] = run | {"figures": figures}
     return runs
 
 
-def read(file: Path) -> dict:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"RUNS={RUNS}: {file} is not what a run wrote. Take it away, or leave this run out.")
-    return content
-
-
-def print_table(runs: dict[str, dict]) -> None:
+def compare(runs: dict[str, dict]) -> list[list[str]]:
     """A column for each run: settings that differ, and figures that some run has."""
     rows = [["", *runs]]
     for part, form in (("settings", str), ("figures", show)):
@@ -62,6 +59,10 @@ def print_table(runs: dict[str, dict]) -> None:
             worth_it = any(cells) if part == "figures" else len(set(cells)) > 1
             if worth_it and name not in ("RUN_NAME", "OUT_DIR", "command", "events"):
                 rows.append([name, *cells])
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
         columns = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

@@ -3,8 +3,9 @@
     python evaluate_model.py MODEL=out/first CHATS=chats.jsonl BASE=smollm2-135m-instruct
     python evaluate_model.py MODELS="out/first, out/second" SUITES=judge JUDGE_MODEL=gpt-5-mini
 
-Prints tables, each score with a 95 % interval; writes scores.json into the run folder (compare_runs.py reads it, and
-run_row.md is written anew), answers.jsonl and judgments.jsonl into OUT_DIR, where the same command continues.
+Prints tables, each score with a 95 % interval; writes scores.json into the run folder (compare_runs.py reads it;
+run_row.md and report.html are written anew), answers.jsonl and judgments.jsonl into OUT_DIR, where the same command
+continues.
 """
 
 from common.bounds import split_list
@@ -73,6 +74,7 @@ from common.eval.server import Cache, Server
 from common.files import write_atomic
 from common.model import generation, load, location
 from common.run import report
+from common.run.html import LivePage
 
 
 def main():
@@ -180,6 +182,7 @@ def save(name: str, result: dict) -> None:
             (folder / "run_row.md").write_text(row + "\n", encoding="utf-8")
         except (ValueError, LookupError, TypeError) as error:
             print(f"run_row.md stays as it is: {folder / 'summary.json'} is damaged ({error!r})", file=sys.stderr)
+        LivePage(folder).update("done", at_once=True)
 
 
 if __name__ == "__main__":

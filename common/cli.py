@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Settings that libraries are given, and in the modules of data these, too.
-LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE")
+LOADED = ("MODEL", "MODELS", "BASE", "COMPARE", "ADAPTER", "CHAT_TEMPLATE", "HUB_ID", "RUNS", "PICTURE", "PAGE")
 READ = ("DATA", "EVAL_DATA", "CHATS", "PAIRS")
 SIZED = ("MODEL", "BASE", "QUANTIZATION", "PROOF_DTYPE", "GENERATION_BATCH_SIZE", "CONTEXT", "MAX_LENGTH")
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -21,7 +21,7 @@ WORDS = {bool: "True or False", type(None): "None"}
 
 
 def declared(script: str | Path) -> list[dict]:
-    """A script's settings in order: name, types (annotated, or the default's), comment, group."""
+    """A script's settings in order: name, default, types (annotated, or the default's), comment, group."""
     source = Path(script).read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -36,14 +36,14 @@ def declared(script: str | Path) -> list[dict]:
         target = node.target if annotated else node.targets[0] if isinstance(node, ast.Assign) else None
         if not isinstance(target, ast.Name) or not target.id.isupper():
             continue
+        name, default, types = target.id, ast.literal_eval(node.value), None
         if annotated:
             types = [TYPES[part] for part in ast.unparse(node.annotation).split(" | ")]
-        else:
-            types = [type(ast.literal_eval(node.value))]
         if node.lineno - 1 != line_before:
             group = comments.get(node.lineno - 1, group)
         line_before = node.end_lineno
-        settings.append(dict(name=target.id, types=types, comment=comments.get(line_before, ""), group=group))
+        about = dict(comment=comments.get(line_before, ""), group=group)
+        settings.append(dict(name=name, default=default, types=types or [type(default)]) | about)
     return settings
 
 

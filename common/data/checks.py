@@ -21,15 +21,17 @@ WIDTH = 1200  # characters of a printed row, the rest is left out
 CONTEXT = 200  # characters at both ends of a passage that is not learned, such as a list of tools
 
 
-def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_rows: list[int]) -> None:
+def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_rows: list[int]) -> list:
     """Print the first rows and check a thousand; UserError with all problems, unless DOCTOR=warn.
 
-    held: whether rows without a token in the loss are of use. trained_rows: token ids.
+    held: whether rows without a token in the loss are of use. trained_rows: token ids. Returns `passages` of the rows
+    printed.
     """
     rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // ROWS))]
     with_loss = [row for row in rows if set(row["labels"]) != {IGNORE_INDEX}]
-    for row in with_loss[:SHOWN]:
-        show(row, tokenizer)
+    shown = [passages(row, tokenizer) for row in with_loss[:SHOWN]]
+    for row in shown:
+        show(row)
     if "seq_lengths" in rows[0]:
         among = f"of {len(rows):,} rows checked: " if len(rows) < len(dataset) else ""
         for note in pair_notes(rows):
@@ -42,23 +44,32 @@ def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_row
     problems += [*padding_problems(rows, tokenizer), *prompt_problems(tokenizer, encoder)]
     if not problems:
         print(f"doctor: {len(rows)} rows checked, no problems")
-        return
+        return shown
     text = "\n".join(f"doctor: {problem}" for problem in problems)
     if settings["DOCTOR"] == "stop":
         problem = "the data would teach something wrong (DOCTOR=warn trains on it anyway)"
         raise UserError(f"{problem}.\n{text}")
     print(text, file=sys.stderr)
+    return shown
 
 
-def show(row: dict, tokenizer) -> None:
-    """Print a row, tokens in the loss green or, in a log, between [[ and ]]."""
-    console = Console(highlight=False, soft_wrap=True)
-    colour = console.is_terminal and "NO_COLOR" not in os.environ
-    shown = Text()
+def passages(row: dict, tokenizer) -> list[tuple[bool, str]]:
+    """A row's text in passages of (in the loss, text), long ones that are not learned shortened."""
+    found = []
     for in_loss, ids in runs_of(row):
         text = decode(ids, tokenizer)
         if not in_loss and len(text) > 3 * CONTEXT:
             text = f"{text[:CONTEXT]} ... {text[-CONTEXT:]}"
+        found.append((in_loss, text))
+    return found
+
+
+def show(row: list[tuple[bool, str]]) -> None:
+    """Print the passages of a row, those in the loss green or, in a log, between [[ and ]]."""
+    console = Console(highlight=False, soft_wrap=True)
+    colour = console.is_terminal and "NO_COLOR" not in os.environ
+    shown = Text()
+    for in_loss, text in row:
         text = text if colour or not in_loss else f"[[{text}]]"
         shown.append(text, style="bold green" if in_loss else "dim")
     console.print("--- an example; the model learns what is", "green" if colour else "in [[ ]]")

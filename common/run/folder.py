@@ -18,6 +18,7 @@ from common import distributed
 from common.bounds import CHANGEABLE, split_list
 from common.cli import UserError
 from common.files import METRICS, hash_file, write_atomic
+from common.settings import declared
 from common.train import checkpoints
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -61,7 +62,10 @@ def open_folder(settings: dict, script: str) -> tuple[Path, dict]:
             print(f"{folder} is finished: nothing to do. Another RUN_NAME starts another run.")
             raise SystemExit(0)
         refuse_changes(folder, changes, allowed_changes(settings))
-    return folder, {"script": stem, "settings": settings} | provenance()
+    # Beside settings that differ from the script as it stands now, what they are there.
+    defaults = {s["name"]: s["default"] for s in declared(script)}
+    changed = {name: defaults.get(name) for name in settings if settings[name] != defaults.get(name)}
+    return folder, {"script": stem, "settings": settings, "changed": changed} | provenance()
 
 
 def find_changes(folder: Path, settings: dict) -> dict[str, str]:

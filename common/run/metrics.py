@@ -20,11 +20,12 @@ LOGGED += [f"{kind}{name}" for kind in ("", "eval_") for name in PAIR_METRICS]
 class MetricsLog(TrainerCallback):
     """Writes metrics.jsonl, shows progress, and tells of events that cost time; changes no trainer.
 
-    bar: to be entered for the time of training.
+    bar: to be entered for the time of training. page: is written anew as lines come.
     """
 
-    def __init__(self, trainer):
-        self.trainer, self.watch = trainer, StepWatch()
+    def __init__(self, trainer, page):
+        self.trainer, self.page, self.watch = trainer, page, StepWatch()
+        self.events: list[tuple[int, str]] = []  # since the last line: step and what cost time
         self.bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"),
             TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
@@ -33,12 +34,15 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.page.update(at_once=True)
+        print(f"watch it in a browser: {self.page.folder / 'report.html'}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         cli.is_training = True
         seconds, monitor = self.trainer.step_seconds[-1], self.trainer.monitor
         for event in self.watch.step(seconds, monitor.gpu(), monitor.hot_readings):
             print(f"step {state.global_step}: {event}", file=sys.stderr)
+            self.events.append((state.global_step, event))
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -60,12 +64,15 @@ class MetricsLog(TrainerCallback):
             vram_gib=hardware.vram_gib(),
             power_w=monitor.power_w(),
         )
+        if self.events:
+            entry["events"], self.events = self.events, []
         line = describe(entry)
         self.bar.update(self.task, line=line)
         if "eval_loss" in entry or self.bar.disable:
             print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
         if state.is_world_process_zero:
             self.trainer.metrics_log.append(json.dumps(finite(entry)) + "\n")
+            self.page.update(at_once="eval_loss" in entry)
 
 
 def describe(entry: dict) -> str:

@@ -33,7 +33,8 @@ def finish(folder: Path, trainer, results: dict, events: dict) -> None:
     (folder / "run_row.md").write_text(line + "\n", encoding="utf-8")
     plot(folder)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
-    print(f"\nrun folder: {folder}\ntalk to it: python chat_pipe.py MODEL={folder}")
+    print(f"\nrun folder: {folder}\nlook at it: {folder / 'report.html'} in a browser")
+    print(f"talk to it: python chat_pipe.py MODEL={folder}")
     print(f"row for runs.md ({' | '.join(COLUMNS)}):\n{line}")
 
 

@@ -11,6 +11,7 @@ from common.files import METRICS, LineLog
 from common.monitor import HardwareMonitor
 from common.run import report
 from common.run.folder import DATA_SETTINGS, StopRequest, allowed_changes, open_folder
+from common.run.html import LivePage
 from common.run.metrics import MetricsLog
 from common.train import checkpoints
 from common.train.parallel import gather_weights
@@ -37,11 +38,18 @@ class TrainingRun:
         if self.checkpoint:
             self.check_steps(trainer, self.checkpoint[1]["step"])
         trainer.monitor = HardwareMonitor(self.folder / "hardware.csv")
-        log = MetricsLog(trainer)
-        trainer.add_callback(log)
-        trainer.remove_callback(PrinterCallback)
+        with LivePage(self.folder) as page:
+            log = MetricsLog(trainer, page)
+            trainer.add_callback(log)
+            trainer.remove_callback(PrinterCallback)
+            results = self.train(trainer, save, log.bar)
+            results["predicted_peak_gib"] = plan.predicted_peak_gib
+            report.finish(self.folder, trainer, results, dict(log.watch.counts))
+
+    def train(self, trainer, save, bar) -> dict:
+        """Train, save and evaluate; what came out, for summary.json."""
         started = hardware.now()
-        with trainer.monitor, StopRequest(self.folder) as trainer.stop, log.bar:
+        with trainer.monitor, StopRequest(self.folder) as trainer.stop, bar:
             results = {"train_loss": trainer.train(self.checkpoint).metrics["train_loss"]}
             results["train_seconds"] = hardware.now() - started
             weights = gather_weights(trainer)
@@ -51,8 +59,7 @@ class TrainingRun:
             results["last_eval_loss"] = last[1]
             kept = self.keep_best(trainer, save, *last) if trainer.keep_best else last
             results["final_step"], results["eval_loss"] = kept
-        results["predicted_peak_gib"] = plan.predicted_peak_gib
-        report.finish(self.folder, trainer, results, dict(log.watch.counts))
+        return results
 
     def check_steps(self, trainer, done: int) -> None:
         """UserError where the run would have fewer steps than are done, or a finished run no more."""

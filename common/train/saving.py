@@ -189,7 +189,8 @@ class SavingTrainer:
     def begin_log(self) -> None:
         self.check_space()
         (self.run / "summary.json").unlink(missing_ok=True)  # of a finished run that goes on
-        write_atomic(self.run / "settings.json", json.dumps(self.metadata, indent=1))
+        metadata = self.metadata | {"max_steps": self.state.max_steps}
+        write_atomic(self.run / "settings.json", json.dumps(metadata, indent=1))
         file = self.metrics_log.file
         if self.restored:
             shutil.copyfile(self.restored[0] / file.name, file)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import torch
 from transformers import set_seed
 
 from common import cuda, hardware
-from common.cli import UserError
+from common.cli import RANK, UserError
 from common.data import checks, prepare, templates
 from common.data.account import describe
 from common.data.compared import RowSize, size_of
 from common.data.encoder import ChatEncoder
 from common.eval import facts
+from common.files import write_atomic
 from common.model import load
 from common.model.adapters import load_adapter
 from common.model.attention import can_pack, can_share_prompts, choose_attention
@@ -153,7 +155,10 @@ def load_data(job: Job, run, trained_rows: list[int]) -> None:
     job.train_set, job.eval_set, account = datasets
     print(describe(account))
     config.check_evaluations(settings, bool(job.eval_set))
-    checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
+    shown = checks.examine(job.train_set, job.tokenizer, job.encoder, settings, keep_unlearned, trained_rows)
+    if not RANK:
+        (run.folder / "data").mkdir(exist_ok=True)
+        write_atomic(run.folder / "data" / "examples.json", json.dumps({"examples": shown}))  # for report.html
     longest = account["length_percentiles"]["100"]
     if job.preference:
         shares = job.shares_prompts()
@@ -229,7 +234,7 @@ def make_trainer(job: Job, run, plan, model, base, optimizer):
         base_model=base,
         probe=job.probe,
         log=run.log,
-        metadata=run.metadata | {"plan": plan.settings()},
+        metadata=run.metadata | {"plan": plan.settings(), "predicted_peak_gib": plan.predicted_peak_gib},
         keep_best=job.trainer_settings["KEEP"] != "last",
         patience=settings["EARLY_STOPPING_PATIENCE"],
         save_total_limit=settings["SAVE_TOTAL_LIMIT"],
