@@ -3,8 +3,8 @@
     python galore_train.py
     python galore_train.py MODEL=stabilityai/stablelm-2-1_6b DATA=chats.jsonl GALORE_RANK=256 RUN_NAME=full
 
-Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (model, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/full
+Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, report.html, summary.json,
+run_row.md, checkpoint-N/ and final/ (model, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/full
 """
 
 from common.cli import UserError, run_main

@@ -3,8 +3,8 @@
     python preference_train.py MODEL=out/first
     python preference_train.py MODEL=org/name DATA=pairs.jsonl LOSS=dpo SFT_WEIGHT=1 RUN_NAME=preferred
 
-Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/preferred
+Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, report.html, summary.json,
+run_row.md, checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/preferred
 """
 
 from common.bounds import ADAPTERS

@@ -3,8 +3,8 @@
     python qlora_train.py
     python qlora_train.py MODEL=stabilityai/stablelm-2-1_6b QUANTIZATION=nf4 DATA=chats.jsonl RUN_NAME=first
 
-Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, summary.json, run_row.md,
-checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
+Writes OUT_DIR/RUN_NAME/: settings.json, metrics.jsonl, hardware.csv, plot.png, report.html, summary.json,
+run_row.md, checkpoint-N/ and final/ (adapter, tokenizer, template). Talk to it: python chat_pipe.py MODEL=out/first
 """
 
 from common.bounds import ADAPTERS

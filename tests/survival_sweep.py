@@ -119,7 +119,7 @@ def outcome(run: Path):
     weights = load_file(run / "final" / "adapter_model.safetensors")
     if (run / "metrics.jsonl").exists():
         entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        clock = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
+        clock = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w", "events")
         metrics = [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
         summary = json.loads((run / "summary.json").read_text())
         metrics += [summary[name] for name in ("final_step", "best_step", "eval_loss", "last_eval_loss", "verdict")]

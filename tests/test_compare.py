@@ -2,6 +2,8 @@
 
 import json
 
+from test_html import Page
+
 
 def save_run(folder, learning_rate, finished=True, **scores):
     folder.mkdir(parents=True)
@@ -30,6 +32,9 @@ def test_table_and_picture(tmp_path, run_here):
     assert rows["eval_loss"] == ["1.5000", "1.2500"] and rows["name"] == ["0.9750"] and rows["facts"] == ["23"]
     assert "LORA_R" not in out and "energy_wh" not in out and "not finished, 9 lines" in out
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+    page = Page(tmp_path / "compare.html")
+    assert page.charts() == ["Loss"] and "a 0.875 0.875 to 3.5 a, held out 1.5" in page.text, page.text
+    assert "LEARNING_RATE 0.5 0.25 0.125" in page.text and "name a 98%" in page.text and "refresh" not in page.source
 
 
 def test_what_is_no_run_is_refused(tmp_path, run_here):
@@ -38,6 +43,9 @@ def test_what_is_no_run_is_refused(tmp_path, run_here):
     assert code == 2 and f"{tmp_path}/b is not the folder of a training run" in err
     code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a", "PICTURE=/no/such/folder/x.png")
     assert code == 2 and "PICTURE=/no/such/folder/x.png" in err
+    (tmp_path / "a" / "summary.json").write_text("{")
+    code, _, err = run_here("compare_runs.py", f"RUNS={tmp_path}/a", f"PAGE={tmp_path}/x.html")
+    assert code == 2 and f"{tmp_path}/a is damaged" in err
 
 
 def test_a_torn_line_of_a_run_that_goes_on_is_left_out(tmp_path, run_here):

@@ -220,6 +220,8 @@ def test_energy_and_events_reach_the_summary(arguments, run_here, tmp_path, monk
     assert summary["tokens_per_joule"] == pytest.approx(summary["tokens"] / summary["energy_wh"] / 3600)
     assert err.count("step 14: pause: 3.") == 1 and "100 W" in out and summary["verdict"] == "done, 1 pause"
     assert "| 100 |" in (tmp_path / "run" / "run_row.md").read_text()
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "run: done" in page and "<dt>step 14</dt><dd>pause: 3." in page and " W on average" in page
 
 
 ON_A_MAC = """

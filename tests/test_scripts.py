@@ -33,8 +33,11 @@ def trained(tmp_path_factory, tiny, chats_file):
 
 def test_run_folder_holds_what_the_contract_says(trained):
     folder, result = trained
-    names = "settings.json metrics.jsonl hardware.csv plot.png summary.json run_row.md final checkpoint-1 checkpoint-2"
-    assert set(names.split()) <= {p.name for p in folder.iterdir()}
+    names = "settings.json metrics.jsonl hardware.csv plot.png report.html summary.json run_row.md final"
+    assert {*names.split(), "checkpoint-1", "checkpoint-2"} <= {p.name for p in folder.iterdir()}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    shown = ("first: done", "predicted ", "<mark>", "24 rows", "Step 2 of 2", '<th scope="row">LORA_R</th><td>4</td>')
+    assert all(words in page for words in shown) and str(folder / "report.html") in result.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary) == SUMMARY_KEYS
     assert 0.2 < summary["predicted_peak_gib"] / summary["peak_rss_gib"] < 1.5 and summary["events"] == {}

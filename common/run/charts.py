@@ -60,17 +60,18 @@ class Frame:
         return "".join(form.format(self.across(x), self.down(y)) for x, y in points)
 
 
-def chart(title: str, unit: str, curves: list[Curve], span: tuple, axis: str, marks=(), from_zero=False, limit=None):
+def chart(title: str, unit: str, curves: list[Curve], span: tuple, axis: str, marks=(), reach=(), limit=None):
     """What the template draws of some curves, as a dict; None where there is no point.
 
-    span: of x. axis: its name. marks: (x, kind, text) of events. limit: (y, label) of a horizontal line.
+    span: of x. axis: its name. marks: (x, kind, text) of events. reach: what the y axis reaches in any case.
+    limit: (y, label) of a horizontal line.
     """
     if not (curves := [curve for curve in curves if curve.points]):
         return None
     values = [y for curve in curves for _, y in curve.line + curve.dots] + ([limit[0]] if limit else [])
-    low, high = min(values + [0] * from_zero), max(values)
+    low, high = min([*values, *reach]), max([*values, *reach])
     margin = (high - low or abs(high) or 1) * 0.06
-    frame = Frame(*span, low if from_zero and low == 0 else low - margin, high + margin)
+    frame = Frame(*span, low if low in reach else low - margin, high + margin)
     return dict(
         title=title,
         unit=unit,

@@ -17,20 +17,20 @@ from common.train import checkpoints
 EVERY_SECONDS = 10  # from one page of a run that goes on to the next
 MAX_PROMPTS, MAX_ANSWERS, MAX_CHARACTERS = 12, 6, 600  # of the sample answers
 COLOURS = 6
-# Title, unit, whether from zero, kinds of events, and the curves: field in metrics.jsonl, label, style (charts.Curve).
+# Title, unit, what the y axis reaches, kinds of events, curves: field in metrics.jsonl, label, style (charts.Curve).
 CHARTS = (
-    ("Loss", "nats a token", False, ("spike", "bad", "checkpoint"),
+    ("Loss", "nats a token", (), ("spike", "bad", "checkpoint"),
      [("loss", "training", "noisy"), ("eval_loss", "held out", "dots")]),
-    ("Pairs in order", "%", True, (), [("accuracy", "training", "noisy"), ("eval_accuracy", "held out", "dots")]),
-    ("Rewards", "nats x BETA", False, (),
+    ("Pairs in order", "%", (0, 100), (), [("accuracy", "training", "noisy"), ("eval_accuracy", "held out", "dots")]),
+    ("Rewards", "nats x BETA", (), (),
      [("chosen_reward", "better answers", "noisy"), ("rejected_reward", "worse answers", "noisy"),
       ("eval_chosen_reward", "better, held out", "dots"), ("eval_rejected_reward", "worse, held out", "dots")]),
-    ("Learning rate", "", True, (), [("learning_rate", "learning rate", "line")]),
-    ("Distance from the base", "KL, nats a token", True, (), [("kl", "KL", "noisy")]),
-    ("Gradient norm", "before clipping", True, ("spike", "bad"), [("grad_norm", "norm", "noisy")]),
-    ("Time of a step", "seconds", True, ("pause", "spill", "throttle"), [("step_seconds", "step", "line")]),
-    ("Memory", "GiB", True, ("spill",), [("memory_gib", "in use", "line")]),
-    ("Power", "W", True, ("throttle",), [("power_w", "power", "line")]),
+    ("Learning rate", "", (0,), (), [("learning_rate", "learning rate", "line")]),
+    ("Distance from the base", "KL, nats a token", (0,), (), [("kl", "KL", "noisy")]),
+    ("Gradient norm", "before clipping", (0,), ("spike", "bad"), [("grad_norm", "norm", "noisy")]),
+    ("Time of a step", "seconds", (0,), ("pause", "spill", "throttle"), [("step_seconds", "step", "line")]),
+    ("Memory", "GiB", (0,), ("spill",), [("memory_gib", "in use", "line")]),
+    ("Power", "W", (0,), ("throttle",), [("power_w", "power", "line")]),
 )  # fmt: skip
 
 
@@ -190,9 +190,9 @@ def charts_of(runs: dict[str, dict]) -> list[dict]:
     lines = [m for run in runs.values() for m in run["metrics"]]
     span = [m[x] for m in lines if x in m] or [0]
     kinds = dict.fromkeys(name for m in lines for name in m if name.startswith("facts: "))
-    facts = ("Facts", "% of the questions", True, (), [(kind, kind[7:], "dots") for kind in kinds])
+    facts = ("Facts", "% of the questions", (0, 100), (), [(kind, kind[7:], "dots") for kind in kinds])
     found = []
-    for title, unit, from_zero, kinds, fields in (*CHARTS[:3], facts, *CHARTS[3:]):
+    for title, unit, reach, kinds, fields in (*CHARTS[:3], facts, *CHARTS[3:]):
         curves, marks, limit = [], [], None
         for i, (name, run) in enumerate(runs.items()):
             for j, (field, label, style) in enumerate(fields):
@@ -205,7 +205,7 @@ def charts_of(runs: dict[str, dict]) -> list[dict]:
             marks = [event[:3] for event in run["events"] if event[1] in kinds]
             if title == "Memory" and (peak := run["metadata"].get("predicted_peak_gib")):
                 limit = peak, f"predicted {number(peak)}"
-        found.append(chart(title, unit, curves, (min(span), max(span)), x, marks, from_zero, limit))
+        found.append(chart(title, unit, curves, (min(span), max(span)), x, marks, reach, limit))
     return [drawn for drawn in found if drawn]
 
 

@@ -72,7 +72,7 @@ class MetricsLog(TrainerCallback):
             print(f"step {state.global_step}/{state.max_steps}  {line}", flush=True)
         if state.is_world_process_zero:
             self.trainer.metrics_log.append(json.dumps(finite(entry)) + "\n")
-            self.page.update(at_once="eval_loss" in entry)
+            self.page.update()
 
 
 def describe(entry: dict) -> str:

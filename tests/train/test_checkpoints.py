@@ -17,7 +17,7 @@ from common.train import checkpoints
 from common.train.trainer import ChatTrainer
 
 pytestmark = pytest.mark.usefixtures("lean")
-CLOCK = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w")
+CLOCK = ("step_seconds", "seconds", "tokens_per_second", "rss_gib", "vram_gib", "power_w", "events")
 
 
 def result_of(folder):
@@ -232,6 +232,7 @@ def test_many_steps_that_are_not_finite_end_the_run_with_4(arguments, tmp_path, 
     poison({3, 4, 5, 6})
     code, _, error = run_here("qlora_train.py", *arguments("run"))
     assert code == 4 and "3 steps with a loss" in error and "LEARNING_RATE" in error
+    assert "failed" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").partition("</title>")[0]
     assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "summary.json").exists()
     newest = checkpoints.latest_valid(tmp_path / "run")[0]
     good, last = (load_file(c / "adapter_model.safetensors") for c in (tmp_path / "run" / "checkpoint-2", newest))

@@ -179,6 +179,7 @@ def test_a_signal_at_any_moment_costs_no_step(moment, arguments, run_here, tmp_p
     assert code == 143, error
     step = {"saving": 2, "publishing": 2, "evaluation": 3, "final evaluation": 6}[moment]
     assert f"stopped at step {step}" in error and steps_of(tmp_path / "run")[0] == step
+    assert "run: stopped" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     code, _, error = run_here("qlora_train.py", *arguments("run", *allowed))
     assert code == 0, error
     assert_same_run(tmp_path / "whole", tmp_path / "run")
