@@ -21,7 +21,7 @@ class Curve:
     label: str
     points: list[tuple[float, float]]
     style: str = "line"
-    colour: int = 0
+    colour: str = "c0"
 
     @functools.cached_property
     def kept(self) -> list:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -16,7 +17,6 @@ from common.train import checkpoints
 
 EVERY_SECONDS = 10  # from one page of a run that goes on to the next
 MAX_PROMPTS, MAX_ANSWERS, MAX_CHARACTERS = 12, 6, 600  # of the sample answers
-COLOURS = 6
 # Title, unit, what the y axis reaches, kinds of events, curves: field in metrics.jsonl, label, style (charts.Curve).
 CHARTS = (
     ("Loss", "nats a token", (), ("spike", "bad", "checkpoint"),
@@ -60,7 +60,7 @@ class LivePage:
     def __exit__(self, kind, error, _):
         stopped = isinstance(error, SystemExit | KeyboardInterrupt)
         state = "stopped" if stopped else "failed" if error else "done"
-        self.update(state, f"{kind.__name__}: {error}" if state == "failed" else "", at_once=True)
+        self.update(state, redact(f"{kind.__name__}: {error}") if state == "failed" else "", at_once=True)
 
 
 def write_page(folder: Path, state: str = "not finished", note: str = "") -> None:
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> dict:
     """What the files of a run folder hold; those that are not there are empty. ValueError for damaged ones."""
     metadata, file = read(folder / "settings.json"), folder / METRICS
     settings = metadata.get("settings", {})
-    prepared = Path(str(settings.get("DATA"))).expanduser()  # by prepare_data.py
+    prepared = Path(os.path.expanduser(str(settings.get("DATA"))))  # by prepare_data.py
     lines = redact(file.read_text(encoding="utf-8")).splitlines(keepends=True) if file.is_file() else []
     metrics = [flat(json.loads(line)) for line in lines if line.endswith("\n")]  # the last is being written
     return dict(
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> dict:
 
 
 def read(file: Path) -> dict:
-    content = json.loads(redact(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    content = json.loads(redact(file.read_text(encoding="utf-8"))) if os.path.isfile(file) else {}
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not what a run wrote")
     return content
@@ -188,25 +188,32 @@ def charts_of(runs: dict[str, dict]) -> list[dict]:
     """The charts of one run, over its steps, or of several, over tokens."""
     x = "step" if "" in runs else "tokens"
     lines = [m for run in runs.values() for m in run["metrics"]]
-    span = [m[x] for m in lines if x in m] or [0]
+    span = [m[x] for m in lines if x in m] + [step for step, *_ in runs.get("", {"events": ()})["events"]] or [0]
     kinds = dict.fromkeys(name for m in lines for name in m if name.startswith("facts: "))
     facts = ("Facts", "% of the questions", (0, 100), (), [(kind, kind[7:], "dots") for kind in kinds])
     found = []
     for title, unit, reach, kinds, fields in (*CHARTS[:3], facts, *CHARTS[3:]):
         curves, marks, limit = [], [], None
+        if title == "Loss" and any("LOSS" in run["settings"] for run in runs.values()):
+            unit = "of preferences"
         for i, (name, run) in enumerate(runs.items()):
             for j, (field, label, style) in enumerate(fields):
                 if name:
                     label = f"{name}, {label}" if j or style == "dots" else name
                     style = "smooth" if style == "noisy" else style
                 values = points(run["metrics"], field, x, 100 if unit[:1] == "%" else 1)
-                curves.append(Curve(label, values, style, (i if name else j) % COLOURS))
+                curves.append(Curve(label, values, style, colour(i if name else j)))
         if run := runs.get(""):
             marks = [event[:3] for event in run["events"] if event[1] in kinds]
             if title == "Memory" and (peak := run["metadata"].get("predicted_peak_gib")):
                 limit = peak, f"predicted {number(peak)}"
         found.append(chart(title, unit, curves, (min(span), max(span)), x, marks, reach, limit))
     return [drawn for drawn in found if drawn]
+
+
+def colour(number: int) -> str:
+    """The CSS classes of a curve or run: six colours, then the same with dashes."""
+    return f"c{number % 6}" + " again" * (number > 5)
 
 
 def samples_of(runs: dict[str, dict]) -> dict[str, list[tuple[str, str]]]:
@@ -224,15 +231,15 @@ def samples_of(runs: dict[str, dict]) -> dict[str, list[tuple[str, str]]]:
 
 def scores_of(runs: dict[str, dict]) -> list[tuple]:
     """Of each score in each run: name, run, value, interval, its ends and the value in percent of a scale, colour."""
-    found, results = [], [(i % COLOURS, name, run["results"]) for i, (name, run) in enumerate(runs.items())]
+    found, results = [], [(colour(i), name, run["results"]) for i, (name, run) in enumerate(runs.items())]
     results = [(*run, of["scores"], of.get("intervals", {})) for *run, of in results if of]
     for name in dict.fromkeys(name for *_, scores, _ in results for name in scores):
         rows = [(*run, scores[name], intervals.get(name)) for *run, scores, intervals in results if name in scores]
         ends = [end for *_, value, interval in rows for end in (value, *(interval or ()))]
         is_share = min(ends) >= 0 and max(ends) <= 1 and not name.startswith(("loss", "change", "judge"))
         low, high, show = (0, 1, "{:.0%}".format) if is_share else (min(ends), max(ends), number)
-        for colour, run, value, interval in rows:
+        for shade, run, value, interval in rows:
             around = f"{show(interval[0])} to {show(interval[1])}" if interval else ""
             scale = [100 * (end - low) / (high - low or 1) for end in (*(interval or (value, value)), value)]
-            found.append((name, run, show(value), around, scale if is_share or len(rows) > 1 else None, colour))
+            found.append((name, run, show(value), around, scale if is_share or len(rows) > 1 else None, shade))
     return found

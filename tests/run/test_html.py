@@ -31,6 +31,7 @@ class Page(HTMLParser):
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
+        assert float(dict(attributes).get("width", 0)) >= 0
         self.tags.append(tag)
         self.values += attributes
         if tag not in ("meta", "link", "br"):
@@ -127,6 +128,7 @@ def test_a_run_that_goes_on_reloads_itself_and_tells_the_time_left(run):
     page = Page(run)
     assert ("http-equiv", "refresh") in page.values and ("content", "10") in page.values
     assert "Step 30 of 40, 0:20 min left" in page.text and f"touch {run}/STOP" in page.text
+    (run / "checkpoint-20").rename(run / "checkpoint-33")  # logged is not every step
     html.write_page(run, "stopped")
     assert "resumes it" in Page(run).text and "refresh" not in Page(run).source
 
@@ -138,6 +140,14 @@ def test_a_run_that_has_hardly_begun(tmp_path, files):
     (tmp_path / "empty").mkdir()
     html.write_page(tmp_path / "empty")
     assert "not finished" in Page(tmp_path / "empty").text and "No step is logged yet" in Page(tmp_path / "empty").text
+
+
+def test_the_account_of_data_prepared_elsewhere(run):
+    (run / "data").rename(run.parent / "prepared")
+    settings = json.loads((run / "settings.json").read_text()) | {"settings": {"DATA": str(run.parent / "prepared")}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    html.write_page(run)
+    assert "1,500 rows = 1,400 trained" in Page(run).text and "marked" not in Page(run).text
 
 
 def test_hostile_text_stays_text(run, monkeypatch):
@@ -170,10 +180,12 @@ def test_preferences_without_a_gpu(tmp_path):
     both = dict(accuracy=0.5, chosen_reward=0.1, rejected_reward=-0.4)
     held = {f"eval_{name}": value for name, value in both.items()}
     metrics = [line(i, loss=0.7, margin=0.5, **both) for i in range(1, 4)] + [line(3, eval_loss=0.6, **held)]
-    html.write_page(save(tmp_path / "pairs", metrics), "running")
+    settings = {"LOSS": "dpo", "DATA": "pairs.jsonl, " * 30}  # longer than a file's name may be
+    html.write_page(save(tmp_path / "pairs", metrics, settings=settings), "running")
     page = Page(tmp_path / "pairs")
     assert page.charts() == ["Loss", "Pairs in order", "Rewards", "Memory"]
     assert "held-out pairs 50% in order" in page.text and "worse answers -0.4" in page.text and "power" not in page.text
+    assert "of preferences" in page.text and '<span class="y" style="top: 100.0%">0</span>' in page.source
 
 
 def test_pauses_are_marked_where_time_is_drawn(tmp_path):
@@ -239,14 +251,15 @@ def test_a_page_that_cannot_be_written_ends_nothing(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, state", [
-    (SystemExit(143), "stopped"), (KeyboardInterrupt(), "stopped"), (UserError("3 steps not finite"), "failed"),
+    (SystemExit(143), "stopped"), (KeyboardInterrupt(), "stopped"), (UserError("canary: 3 steps not finite"), "failed"),
 ])  # fmt: skip
-def test_how_a_run_ended_is_shown(run, error, state):
+def test_how_a_run_ended_is_shown(run, error, state, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "canary: 3")
     (run / "summary.json").unlink()
     with pytest.raises(type(error)), html.LivePage(run):
         raise error
     page = Page(run)
-    assert f"first {state}" in page.text and ("UserError: 3 steps not finite" in page.text) == (state == "failed")
+    assert f"first {state}" in page.text and ("UserError: *** steps not finite" in page.text) == (state == "failed")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
