@@ -43,7 +43,7 @@ def main():
     prompts, facts = (some_rows(out, name, count) for name, count in (("prompts", 4), ("facts", 16)))
     asked = [f"EVAL_PROMPTS={prompts}", f"EVAL_FACTS={facts}", f"EVAL_STEPS={STEPS // 4}", f"MAX_STEPS={STEPS}"]
     asked += ["DATA=data/brief.jsonl[:60]", "EVAL_SIZE=8", "MAX_LENGTH=256", "BATCH_SIZE=2", "KL_WEIGHT=0"]  # quick
-    for name, rate in (("first", 2e-4), ("second", 5e-5)):
+    for name, rate in (("first", 1e-3), ("second", 2e-4)):
         training = start("qlora_train.py", f"OUT_DIR={out}", f"RUN_NAME={name}", f"LEARNING_RATE={rate}", *asked)
         if name == "first":
             wait_for_step(out / "first", STEPS * 5 // 8, training)
@@ -54,7 +54,7 @@ def main():
     comparing = start("compare_runs.py", f"RUNS={out}/first, {out}/second", f"PICTURE={out}/compared.png")
     assert comparing.wait() == 0
     take(out / "running.html", "report-running", 1000, 1150)
-    take(out / "first" / "report.html", "report-done", 1000, 2300)
+    take(out / "first" / "report.html", "report-done", 1000, 1900)
     take(out / "compared.html", "report-compared", 1000, 1800)
     take(out / "running.html", "report-phone", 390, 1100, dark=True)
 

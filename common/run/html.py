@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli import RANK, redact
 from common.files import METRICS, write_atomic
-from common.run.charts import Curve, chart, moving_median, number
+from common.run.charts import Curve, chart, number
 from common.train import checkpoints
 
 EVERY_SECONDS = 10  # from one page of a run that goes on to the next
@@ -152,7 +152,7 @@ def points(metrics: list[dict], name: str, x: str = "step", factor: int = 1) -> 
 def tiles(run: dict) -> list[tuple[str, str, str]]:
     """(label, figure, note) of what one looks for first."""
     metrics, summary, predicted = run["metrics"], run["summary"], run["metadata"].get("predicted_peak_gib")
-    loss = [y for _, y in moving_median(points(metrics, "loss"))]
+    loss = [y for _, y in Curve("", points(metrics, "loss"), "noisy").line]
     names = "eval_loss eval_accuracy tokens_per_second memory_gib power_w seconds step_seconds".split()
     held, ordered, speed, memory, watts, seconds, pace = ([y for _, y in points(metrics, name)] for name in names)
     peak = summary.get("peak_vram_gib") or summary.get("peak_rss_gib") or max(memory, default=None)
