@@ -54,13 +54,16 @@ def examine(dataset, tokenizer, encoder, settings: dict, held: bool, trained_row
 
 
 def passages(row: dict, tokenizer) -> list[tuple[bool, str]]:
-    """A row's text in passages of (in the loss, text), long ones that are not learned shortened."""
-    found = []
+    """A row's beginning in passages of (in the loss, text), long ones that are not learned shortened."""
+    found, room = [], WIDTH
     for in_loss, ids in runs_of(row):
         text = decode(ids, tokenizer)
         if not in_loss and len(text) > 3 * CONTEXT:
             text = f"{text[:CONTEXT]} ... {text[-CONTEXT:]}"
-        found.append((in_loss, text))
+        found.append((in_loss, text[:room]))
+        room -= len(text)
+        if room <= 0:
+            break
     return found
 
 
@@ -73,7 +76,7 @@ def show(row: list[tuple[bool, str]]) -> None:
         text = text if colour or not in_loss else f"[[{text}]]"
         shown.append(text, style="bold green" if in_loss else "dim")
     console.print("--- an example; the model learns what is", "green" if colour else "in [[ ]]")
-    console.print(shown[:WIDTH] if len(shown) > WIDTH else shown)
+    console.print(shown)
     console.print("---")
 
 
