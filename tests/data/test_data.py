@@ -380,6 +380,9 @@ def test_the_doctor_shows_what_is_learned(tokenizer, encoder, capsys):
         [row_of(encoder, [CHAT[0] | {"content": "Be kind. " * 500}, *CHAT[1:]])], tokenizer, encoder, MAX_LENGTH=9999
     )
     assert "assistant\n[[Hello!<|im_end|>]]" in capsys.readouterr().out  # after a long list of tools, too
+    long = row_of(encoder, [*CHAT[:2], CHAT[2] | {"content": "Hello! " * 900}, *CHAT[3:]])
+    shown = checks.passages(long, tokenizer)
+    assert sum(len(text) for _, text in shown) == checks.WIDTH and shown[-1][0]  # it ends in the long answer
 
 
 def test_the_doctor_finds_each_problem(tokenizer, encoder, monkeypatch, capsys):
