@@ -1,16 +1,18 @@
 # On Windows, or without make: the README has the plain commands beside every target.
 PYTHON ?= python3
 BIN = .venv/bin
+# Short rows make many steps of few chats, and half of the layers are enough: docs/benchmarks.md has the trials.
+DEMO = MAX_LENGTH=256 NUM_TRAIN_EPOCHS=1 LORA_LAYERS=-15: LEARNING_RATE=1.5e-3
 # SETTINGS="QUANTIZATION=nf4" changes the demo's run; its form is used to evaluate and chat, too.
-FORM = $(filter QUANTIZATION=%,$(SETTINGS))
+FORM = $(filter QUANTIZATION=% DTYPE=%,$(SETTINGS))
 # CPU=1 installs a torch without CUDA.
 CHATS ?= $(wildcard ../shared/data/chat-700.jsonl)
 
 .PHONY: demo test lint bench
 demo: .venv/installed
 	rm -rf out/demo
-	$(BIN)/python qlora_train.py RUN_NAME=demo $(SETTINGS)
-	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct SUITES=loss,facts $(if $(CHATS),CHATS=$(CHATS)) $(FORM)
+	$(BIN)/python qlora_train.py RUN_NAME=demo $(DEMO) $(SETTINGS)
+	$(BIN)/python evaluate_model.py MODEL=out/demo BASE=smollm2-135m-instruct SUITES=loss,facts $(if $(CHATS),CHATS=$(CHATS) MAX_CHATS=10) $(FORM)
 	printf "Hello! Who are you?\nHow far away is the Moon?\nAre you ChatGPT?\n" | \
 		$(BIN)/python chat_pipe.py MODEL=out/demo TEMPERATURE=0 $(FORM)
 

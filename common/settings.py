@@ -113,6 +113,8 @@ def apply_overrides(namespace: dict, argv: list[str] | None = None) -> None:
             check_setting(name, value, Path(namespace["__file__"]).stem)
     except UserError as error:
         exit_with(error)
+    if sys.stderr.isatty():
+        print("importing libraries", file=sys.stderr)  # seconds without a word otherwise
     gc.disable()  # it would take a fifth of the imports' time; run_main enables it
 
 

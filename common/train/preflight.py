@@ -33,6 +33,7 @@ def check_losses(trainer) -> None:
 
     Where ATTN_IMPLEMENTATION is left to us, another attention is taken if that helps.
     """
+    print("check: the loss of a row, against the model's own")
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         inputs, losses, difference, bound = check_row(trainer, longest_rows(trainer))

@@ -53,6 +53,8 @@ def layers_below(model) -> list[nn.Module]:
         layers = model.get_submodule(decoder_layers(model)[0])
     except UserError:  # several lists
         return []
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):  # Gemma 3n: layers above read keys of these
+        return []
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = trained.index(True) if True in trained else 0
     above = {module for layer in layers[first:] for module in layer.modules()}
