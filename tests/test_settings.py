@@ -1,5 +1,6 @@
 """Settings: types, nearest names, help, and the contract that names mean the same in every script."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -151,3 +152,13 @@ def test_a_mistake_is_answered_without_the_slow_imports(argument):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and argument.partition("=")[0] in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_imports_are_not_searched_for_garbage_and_runs_are(tmp_path):
+    script, lines = tmp_path / "script.py", "import gc\nfrom common.cli import run_main\n"
+    lines += "from common.settings import apply_overrides\nSEED = 0  # of a run\napply_overrides(globals())\n"
+    lines += "print(gc.isenabled())\nrun_main(lambda: print(gc.isenabled(), gc.get_freeze_count() > 0))\n"
+    script.write_text(lines)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr

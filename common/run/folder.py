@@ -21,7 +21,7 @@ from common.files import METRICS, hash_file, write_atomic
 from common.settings import declared
 from common.train import checkpoints
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "liger-kernel")
 LOCKS: dict[Path, FileLock] = {}  # of run folders, held until this process ends
 # Settings that decide what rows become, and those that change nothing of a run.
 DATA_SETTINGS = {"DATA", "EVAL_DATA", "EVAL_SIZE", "MAX_SAMPLES", "TOO_LONG", "DROP_PATTERN"}

@@ -2,18 +2,18 @@
 
 import functools
 import itertools
-import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from common.cli import RANK, redact
-from common.files import METRICS, write_atomic
+from common.files import write_atomic
 from common.run.charts import Curve, chart, number
-from common.train import checkpoints
+from common.run.records import read_run
 
 EVERY_SECONDS = 10  # from one page of a run that goes on to the next
 MAX_PROMPTS, MAX_ANSWERS, MAX_CHARACTERS = 12, 6, 600  # of the sample answers
@@ -73,13 +73,18 @@ def write_page(folder: Path, state: str = "not finished", note: str = "") -> Non
         state=state,
         note=run["summary"].get("verdict", note),
         reload=EVERY_SECONDS * (state == "running"),
-        path=shlex.quote(str(folder)),
+        path=quote(str(folder)),
         step=metrics[-1]["step"] if metrics else 0,
         steps=steps,
         left=time_left(metrics, steps),
         tiles=tiles(run),
     )
     write_atomic(folder / "report.html", render({"": run}, **run, **page))
+
+
+def quote(path: str) -> str:
+    """A path as the system's shell reads it."""
+    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
 
 
 def render(runs: dict[str, dict], **page) -> str:
@@ -96,52 +101,6 @@ def template():
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     return environment.get_template("report.html.jinja")
-
-
-def read_run(folder: Path) -> dict:
-    """What the files of a run folder hold; those that are not there are empty. ValueError for damaged ones."""
-    metadata, file = read(folder / "settings.json"), folder / METRICS
-    settings = metadata.get("settings", {})
-    prepared = Path(os.path.expanduser(str(settings.get("DATA"))))  # by prepare_data.py
-    lines = redact(file.read_text(encoding="utf-8")).splitlines(keepends=True) if file.is_file() else []
-    metrics = [flat(json.loads(line)) for line in lines if line.endswith("\n")]  # the last is being written
-    return dict(
-        metadata=metadata,
-        settings=settings,
-        metrics=metrics,
-        events=events_of(metrics, checkpoints.published(folder)),
-        summary=read(folder / "summary.json"),
-        results=read(folder / "scores.json"),
-        account=read(folder / "data" / "report.json") or read(prepared / "report.json"),
-        examples=read(folder / "data" / "examples.json").get("examples", []),
-    )
-
-
-def read(file: Path) -> dict:
-    content = json.loads(redact(file.read_text(encoding="utf-8"))) if os.path.isfile(file) else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not what a run wrote")
-    return content
-
-
-def flat(entry: dict) -> dict:
-    """A line of metrics.jsonl with the memory that counts, and the shares of facts as fields of their own."""
-    memory = entry.get("rss_gib") if entry.get("vram_gib") is None else entry["vram_gib"]
-    return entry | {"memory_gib": memory} | {f"facts: {kind}": share for kind, share in entry.get("facts", {}).items()}
-
-
-def events_of(metrics: list[dict], kept: list[Path]) -> list[tuple]:
-    """(step, kind, text, chats of a loss spike) of what happened, in order. kept: checkpoints."""
-    found = [(checkpoints.step_of(folder), "checkpoint", f"{folder.name} is kept", ()) for folder in kept]
-    for m in metrics:
-        if spike := m.get("spike"):
-            text = f"spike: loss {spike['loss']:.2f}, usually {spike['usual']:.2f}"
-            found.append((spike["step"], "spike", text, spike["chats"]))
-        if bad := m.get("bad_steps"):
-            found.append((m["step"], "bad", f"not finite, no update: {bad} step{'s' * (bad > 1)}", ()))
-        for step, text in m.get("events", ()):
-            found.append((step, text.partition(":")[0], text.partition(". ")[0], ()))  # without the remedy
-    return sorted(found, key=lambda event: event[0])
 
 
 def points(metrics: list[dict], name: str, x: str = "step", factor: int = 1) -> list[tuple]:
@@ -163,7 +122,7 @@ def tiles(run: dict) -> list[tuple[str, str, str]]:
         ordered and ("held-out pairs", f"{ordered[-1]:.0%}", "in order"),
         speed and ("tokens/s", number(speed[-1]), f"{metrics[-1]['tokens']:,} tokens"),
         peak and ("peak memory", f"{peak:.2f} GiB", f"predicted {predicted:.2f}" if predicted else ""),
-        energy and ("energy", f"{number(energy)} Wh", f"{summary['mean_power_w']:.0f} W on average"),
+        energy and ("energy", f"{number(energy)} Wh", f"{summary.get('mean_power_w') or 0:.0f} W on average"),
         watts and not energy and ("power", f"{watts[-1]:.0f} W", "now"),
         spent and ("time", duration(spent), f"{number(statistics.median(pace))} s a step" if pace else ""),
     )

@@ -94,8 +94,6 @@ def plan_batch(settings: dict, build, make_optimizer, step: Step, checkpoint=Non
     outside = round(hardware.rss_gib() * GIB) if step.device == "cpu" else CUBLAS_WORKSPACE
     outside = max(distributed.gather(outside))  # all have to choose the same
 
-    print("memory: tracing a training step")
-
     @functools.cache
     def parts(rows: int, checkpointing: bool, quantization=quantization) -> dict[str, int]:
         pairs, accumulates = largest_micro_step(step.pairs, rows, batch * number // rows, settings), batch > rows

@@ -135,7 +135,7 @@ def drop_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], boun
     if helps:
         if trainer.settings.get("LIGER_KERNEL"):
             report(trainer, f"LIGER_KERNEL=True: the loss is not the model's own, {measured}. Set LIGER_KERNEL=None.")
-        print(f"check: no Liger kernels, which give other losses, {measured}")
+        print(f"check: no Liger kernels, which give other losses, {measured}; more memory than predicted")
         swap(trainer.kernels)
         trainer.kernels.clear()
     return helps

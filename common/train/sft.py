@@ -180,15 +180,17 @@ def train(job: Job, run, build, make_optimizer=None) -> None:
     def build_meta(quantization):
         empty = functools.partial(job.empty_model, quantization, job.attention)
         model = build(lambda: empty_adapter(empty(), adapter) if adapter else empty())
+        base = job.frozen_base(model)  # with transformers' own code
         if job.has_kernels:
             apply_kernels(model)
-        return model, job.frozen_base(model)
+        return model, base
 
     packing, device = settings["PACKING"], hardware.device_type()
     kind = dict(full=job.is_full, offloads=settings["ACTIVATION_OFFLOADING"], has_reference=job.has_reference("live"))
     step = Step(1, job.row_length, packing, job.kl_weight, job.dtype, device, pairs=job.pairs, **kind)
     optim, ratio = job.trainer_settings["OPTIM"], settings.get("LORA_PLUS_RATIO")
     optimizer = make_optimizer or functools.partial(optimizers.make_optimizer, optim, lora_plus_ratio=ratio)
+    print("memory: tracing a training step")
     plan = batch_plan.plan_batch(settings, build_meta, optimizer, step, run.checkpoint)
     batch_plan.restart_smaller(lambda plan: train_as_planned(job, run, build, make_optimizer, plan), plan, settings)
 
@@ -201,8 +203,8 @@ def train_as_planned(job: Job, run, build, make_optimizer, plan) -> None:
     model = build(lambda: load.load_model(*arguments, trainable=True, vocabulary=len(job.tokenizer)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{job.source.name}: {trainable:,} trainable parameters")
-    kernels = apply_kernels(model) if job.has_kernels else []
     base = job.frozen_base(model)
+    kernels = apply_kernels(model) if job.has_kernels else []
     precision = "high" if cuda.uses_tf32(job.dtype) else "highest"
     with cuda.float32_products(precision), contextlib.ExitStack() as afterwards:
         afterwards.callback(swap, kernels)  # for another run in this process

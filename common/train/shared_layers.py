@@ -1,12 +1,19 @@
 """The layers below the first one that is trained: what they compute for the model is what they compute for the base."""
 
 import contextlib
+import re
 from unittest import mock
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from common.cli import UserError
 from common.model.targets import decoder_layers
+
+# Settings of configs with which layers read keys and values of layers below (Gemma 3n and 4, Mistral Large).
+READ_FROM_ABOVE = ("num_kv_shared_layers", "kv_sharing_modes")
+NOISE = re.compile("dropout|layerdrop|jitter")
 
 
 class SharedLayers:
@@ -26,12 +33,13 @@ class SharedLayers:
             yield
             return
         handle = self.layers[-1].register_forward_hook(self.keep)
-        yield
-        handle.remove()
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def keep(self, module, inputs, output) -> None:
-        is_tensor = hasattr(output, "detach")  # as all of transformers 5
-        self.output = output.detach() if is_tensor else tuple(part.detach() for part in output)
+        self.output = tree_map_only(torch.Tensor, torch.Tensor.detach, output)  # Falcon's: (hidden, None)
 
     @contextlib.contextmanager
     def replayed(self):
@@ -48,22 +56,23 @@ class SharedLayers:
 
 
 def layers_below(model) -> list[nn.Module]:
-    """The decoder layers below the first trained one; none where what is below is trained or drops out."""
+    """The decoder layers below the first trained one; none where these are trained, random or read from above."""
     try:
         layers = model.get_submodule(decoder_layers(model)[0])
     except UserError:  # several lists
         return []
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):  # Gemma 3n: layers above read keys of these
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in READ_FROM_ABOVE):
         return []
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = trained.index(True) if True in trained else 0
     above = {module for layer in layers[first:] for module in layer.modules()}
     below = [module for module in model.get_decoder().modules() if module not in above]
     is_trained = any(p.requires_grad for module in below for p in module.parameters(recurse=False))
-    return [] if is_trained or any(map(drops_out, below)) else list(layers[:first])
+    return [] if is_trained or any(map(is_random, below)) else list(layers[:first])
 
 
-def drops_out(module: nn.Module) -> bool:
-    """Whether a module by itself drops values in training."""
-    rates = [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+def is_random(module: nn.Module) -> bool:
+    """Whether a module by itself drops values or adds noise in training."""
+    rates = [value for name, value in vars(module).items() if NOISE.search(name) and isinstance(value, float)]
     return isinstance(module, nn.Dropout) and module.p > 0 or any(rates)

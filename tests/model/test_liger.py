@@ -166,9 +166,9 @@ def test_a_package_that_does_not_fit_is_the_users_to_switch_off(package, monkeyp
         liger.apply_kernels(AutoModelForCausalLM.from_config(tiny_config("llama")))
 
 
-def losses(folder):
+def logged(folder, name: str):
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [entry["loss"] for entry in entries if "grad_norm" in entry]
+    return [entry[name] for entry in entries if "grad_norm" in entry]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -186,11 +186,22 @@ def test_a_run_with_kernels_is_traced_checked_and_trains_alike(package, argument
     assert ", Liger kernels\n" in out and "check: losses differ by" in out and "no Liger" not in out
     assert len(package.calls) == 2 and launched == [0] and len(Kernel.launched) > 20
     assert modeling_llama.apply_rotary_pos_emb is rotate
-    assert losses(tmp_path / "kernels") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    assert logged(tmp_path / "kernels", "loss") == pytest.approx(logged(tmp_path / "plain", "loss"), rel=1e-6)
     package.norm = wrong_norm
     code, out, err = run_here("qlora_train.py", *arguments("wrong", *words))
     assert code == 0 and "check: no Liger kernels, which give other losses" in out, err
-    assert losses(tmp_path / "wrong") == losses(tmp_path / "plain")
+    assert logged(tmp_path / "wrong", "loss") == logged(tmp_path / "plain", "loss")
+    # KL_WEIGHT of full fine-tuning: the base beside the model has transformers' own code, too.
+    full, plain = (
+        [word for word in arguments(name, *words, "KL_WEIGHT=1", "OPTIM=adamw") if not word.startswith("LORA")]
+        for name in ("full", "plain-full")
+    )
+    code, out, err = run_here("galore_train.py", *full)
+    assert code == 0 and "check: no Liger kernels" in out, err
+    monkeypatch.setattr(sft, "choose_kernels", lambda *args: (False, ""))
+    assert run_here("galore_train.py", *plain)[0] == 0
+    assert logged(tmp_path / "full", "kl") == logged(tmp_path / "plain-full", "kl")
+    monkeypatch.setattr(sft, "choose_kernels", lambda *args: (True, ", Liger kernels"))
     code, _, err = run_here("qlora_train.py", *arguments("asked", *words, "LIGER_KERNEL=True"))
     assert code == 2 and "LIGER_KERNEL=True: the loss is not the model's own" in err and "LIGER_KERNEL=None" in err
 

@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_reloads_itself_and_tells_the_time_left(run):
     html.write_page(run, "running")
     page = Page(run)
     assert ("http-equiv", "refresh") in page.values and ("content", "10") in page.values
-    assert "Step 30 of 40, 0:20 min left" in page.text and f"touch {run}/STOP" in page.text
+    assert "Step 30 of 40, 0:20 min left" in page.text and "an empty file STOP" in page.text
     (run / "checkpoint-20").rename(run / "checkpoint-33")  # logged is not every step
     html.write_page(run, "stopped")
     assert "resumes it" in Page(run).text and "refresh" not in Page(run).source
@@ -166,6 +166,25 @@ def test_hostile_text_stays_text(run, monkeypatch):
     page = Page(run)
     assert not {"script", "img"} & set(page.tags) and page.text.count("<script>alert(1)</script>") > 10
     assert "{{ 7 * 7 }}" in page.text and "canary" not in page.source and "***" in page.text
+
+
+def test_secrets_that_json_escapes_go_and_numbers_stay(run, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", 'pa"ss\\wordé')
+    monkeypatch.setenv("TEAM_KEY", "12345678")
+    samples = [{"prompt": "pa", "answer": 'so pa"ss\\wordé'}]
+    write_jsonl(run / "metrics.jsonl", [line(5, loss=1.0, tokens=12345678, tokens_per_second=9, samples=samples)])
+    html.write_page(run)
+    assert "so ***" in Page(run).text and "12,345,678" in Page(run).text
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "not JSON", "[1]"])
+def test_a_report_in_the_users_folder_is_not_taken_for_ours(run, content):
+    (run / "data").rename(run.parent / "chats")
+    (run.parent / "chats" / "report.json").write_text(content)
+    settings = json.loads((run / "settings.json").read_text()) | {"settings": {"DATA": str(run.parent / "chats")}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    html.write_page(run)
+    assert "done" in Page(run).text and "1,500 rows" not in Page(run).text
 
 
 def test_nothing_outside_of_the_file_is_asked_for(run):

@@ -17,11 +17,11 @@ GIVEN = ("layer_types", "no_rope_layers", "num_hidden_layers")  # for another nu
 NAMES = [name for name, (_, changes) in ARCHITECTURES.items() if not set(GIVEN) & set(changes)]
 
 
-def adapted(kind: str, first: int = LAYERS - 1, **changes):
+def adapted(kind: str, first: int = LAYERS - 1, attention: str = "eager", **changes):
     """A model of LAYERS layers, with an adapter that changes it from layer `first` on, and its decoder layers."""
     torch.manual_seed(0)
     config = tiny_config(kind, **{"num_hidden_layers": LAYERS, **changes})
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
     (layers,) = (m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
     paths = [name for name, m in base.named_modules() if isinstance(m, LINEAR) and not name.endswith("head")]
     numbers = [name for name in paths if any(f".{n}." in name for n in range(first, LAYERS))]
@@ -32,7 +32,8 @@ def adapted(kind: str, first: int = LAYERS - 1, **changes):
 def step(model, monkeypatch, shares: bool):
     """Loss, divergence and gradients of a step, and how often each layer was computed."""
     calls, layers = [], layers_below(model.get_base_model())
-    hooks = [layer.self_attn.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, layer in enumerate(layers)]
+    inside = enumerate(next(layer.children()) for layer in layers)
+    hooks = [module.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, module in inside]
     with monkeypatch.context() as patch:
         if not shares:
             patch.setattr("common.train.shared_layers.layers_below", lambda model: [])
@@ -48,9 +49,9 @@ def step(model, monkeypatch, shares: bool):
     return [losses, divergence, *(p.grad.clone() for p in model.parameters() if p.requires_grad)], sorted(calls)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "falcon-sdpa"])
 def test_numbers_are_those_of_a_pass_of_its_own(name, monkeypatch):
-    kind, changes = ARCHITECTURES[name]
+    kind, changes = ARCHITECTURES.get(name) or ("falcon", {"attention": "sdpa"})  # whose layers return (hidden, None)
     model, _ = adapted(kind, **changes)
     ours, once = step(model, monkeypatch, shares=True)
     expected, twice = step(model, monkeypatch, shares=False)
@@ -74,6 +75,10 @@ def test_nothing_is_shared_where_the_layers_below_are_trained_or_noisy(monkeypat
     below = [len(layers_below(adapted("llama", first)[0].get_base_model())) for first in range(LAYERS)]
     assert below == [0, 1, 2]
     assert layers_below(adapted("llama", attention_dropout=0.1)[0].get_base_model()) == []
+    assert layers_below(adapted("mixtral", router_jitter_noise=0.1)[0].get_base_model()) == []
+    assert layers_below(adapted("opt", layerdrop=0.1)[0].get_base_model()) == []
+    sharing = dict(num_kv_shared_layers=1, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    assert layers_below(adapted("gemma4_text", **sharing)[0].get_base_model()) == []
     assert layers_below(adapted("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.1)[0].get_base_model()) == []
     model = adapted("llama")[0].get_base_model()
     model.get_input_embeddings().weight.requires_grad_()
