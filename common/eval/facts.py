@@ -27,7 +27,8 @@ def read_facts(file: str, setting: str = "FACTS") -> list[dict]:
 def ask(model, tokenizer, facts: list[dict]) -> Iterator[dict]:
     """Yield the facts, each with the model's answer and whether it is right."""
     chats = [[{"role": "user", "content": fact["question"]}] for fact in facts]
-    answers = generation.answers(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
+    at_once = 128 if model.device.type == "cpu" else 32  # a CPU is faster with more, and has the memory
+    answers = generation.answers(model, tokenizer, chats, at_once, max_new_tokens=ANSWER_TOKENS)
     for fact, answer in zip(facts, answers, strict=True):
         is_right = bool(answer.tokens and re.search(fact["pattern"], answer.text))
         yield {**fact, "answer": answer.text, "right": is_right}
