@@ -325,3 +325,19 @@ def test_runs_are_reported_where_asked(train, tmp_path, run_here, monkeypatch):
     assert code == 2 and "REPORT_TO=wandb: the package is missing: pip install wandb" in error
     code, _, error = run_here("qlora_train.py", "REPORT_TO=tensorbord")
     assert code == 2 and "Did you mean tensorboard" in error
+
+
+def test_a_step_without_a_token_in_the_loss_has_none(train, tmp_path):
+    """And not 0, as a loss that is not finite is logged elsewhere."""
+    silent = {"role": "assistant", "content": "Held to the base, not learned.", "weight": 0}
+    chats = [{"messages": [{"role": "user", "content": f"Question {n}?"}, silent]} for n in range(6)]
+    chats += [
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"I, {n}."}]}
+        for n in range(6)
+    ]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    words = [f"DATA={tmp_path / 'mixed.jsonl'}", "PACKING=False", "MAX_STEPS=12", "EVAL_SIZE=0", "KL_WEIGHT=1"]
+    run = train("run", *words, "DOCTOR=warn", "LEARNING_RATE=1e-2")
+    logged = [entry for entry in map(json.loads, open(run / "metrics.jsonl")) if "kl" in entry]
+    assert [entry["loss"] is None for entry in logged].count(True) == 6 and all(e["loss"] != 0 for e in logged)
+    assert describe(next(entry for entry in logged if entry["loss"] is None)).startswith("loss none, KL ")
