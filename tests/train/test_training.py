@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from common import distributed
 from common.bounds import CHANGEABLE, CHOICES, TRAINERS_OPTIMIZERS
 from common.cli import UserError
+from common.run.metrics import describe
 from common.train import memory
 from common.train.loss import add_chunked_loss, chunk_size
 from common.train.meta_model import empty_model
