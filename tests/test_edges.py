@@ -109,8 +109,8 @@ def test_questions_of_any_length_are_asked_beside_each_other(talking, capsys):
     assert [answer.stop for answer in answers] == ["length", "length", "too long", "length"]
     assert answers[0].tokens == answers[3].tokens == 30 and 0 < answers[1].tokens < 30
     assert "not answered: a prompt of" in capsys.readouterr().err
-    asked = facts.ask(model, tokenizer, [{"kind": "a", "question": LONG, "pattern": ""}])
-    assert not asked[0]["right"]
+    (asked,) = facts.ask(model, tokenizer, [{"kind": "a", "question": LONG, "pattern": ""}])
+    assert not asked["right"]
 
 
 def test_one_chat_has_no_interval(talking, chats_file, tmp_path, run_here):

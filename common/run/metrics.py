@@ -64,8 +64,6 @@ class MetricsLog(TrainerCallback):
             vram_gib=hardware.vram_gib(),
             power_w=monitor.power_w(),
         )
-        if entry.get("loss") == 0 and "kl" in entry:
-            entry["loss"] = None  # rows without a token in the loss, which hold the model to the base
         if self.events:
             entry["events"], self.events = self.events, []
         line = describe(entry)
@@ -86,8 +84,9 @@ def describe(entry: dict) -> str:
         else:
             line += f"  perplexity {entry['eval_perplexity'] or math.nan:.2f}"
         return line + "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
-    missing = "not finite" if "bad_steps" in entry else f"none, KL {entry.get('kl', math.nan):.4f}"
-    loss = missing if entry["loss"] is None else f"{entry['loss']:.4f}"
+    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+    if entry["loss"] == 0 and "kl" in entry:  # rows without a token in the loss, which hold the model to the base
+        loss = f"none, KL {entry['kl']:.4f}"
     memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"
     watts = "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"
     if "margin" in entry:

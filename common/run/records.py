@@ -59,6 +59,8 @@ def read_account(file: Path) -> dict:
 
 def flat(entry: dict) -> dict:
     """A line of metrics.jsonl with the memory that counts, and the shares of facts as fields of their own."""
+    if entry.get("loss") == 0 and "kl" in entry:  # see metrics.describe
+        entry = entry | {"loss": None}
     memory = entry.get("rss_gib") if entry.get("vram_gib") is None else entry["vram_gib"]
     return entry | {"memory_gib": memory} | {f"facts: {kind}": share for kind, share in entry.get("facts", {}).items()}
 

@@ -318,7 +318,8 @@ def test_prepared_data_trains(prepare_folder, run_here, tiny, tmp_path):
         "MAX_LENGTH=256", "LORA_R=4",
     )  # fmt: skip
     assert code == 0 and "24 rows = 20 trained" in out, err
-    assert not (tmp_path / "run" / "data").exists()  # it is trained on where it is
+    # It is trained on where it is; the run keeps what its page shows.
+    assert [file.name for file in (tmp_path / "run" / "data").iterdir()] == ["examples.json"]
 
 
 def test_prepared_data_without_held_out_chats_or_without_unlearned_ones(prepare_folder, tiny, tmp_path):
