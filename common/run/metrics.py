@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from common import cli, hardware
 from common.monitor import StepWatch
+from common.run.records import is_for_kl_only
 from common.train.preference import PAIR_METRICS
 
 # What metrics.jsonl takes from Trainer's logs.
@@ -85,7 +86,7 @@ def describe(entry: dict) -> str:
             line += f"  perplexity {entry['eval_perplexity'] or math.nan:.2f}"
         return line + "".join(f"  {kind} {share:.0%}" for kind, share in entry.get("facts", {}).items())
     loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-    if entry["loss"] == 0 and "kl" in entry:  # rows without a token in the loss, which hold the model to the base
+    if is_for_kl_only(entry):
         loss = f"none, KL {entry['kl']:.4f}"
     memory = f"{entry['rss_gib']:.1f} GiB" if entry["vram_gib"] is None else f"{entry['vram_gib']:.1f} GiB VRAM"
     watts = "" if entry["power_w"] is None else f"  {entry['power_w']:.0f} W"

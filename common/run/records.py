@@ -57,9 +57,14 @@ def read_account(file: Path) -> dict:
     return content if "length_percentiles" in content else {}
 
 
+def is_for_kl_only(entry: dict) -> bool:
+    """Whether no token of a step was in the loss: its rows hold the model to the base."""
+    return entry.get("loss") == 0 and "kl" in entry
+
+
 def flat(entry: dict) -> dict:
     """A line of metrics.jsonl with the memory that counts, and the shares of facts as fields of their own."""
-    if entry.get("loss") == 0 and "kl" in entry:  # see metrics.describe
+    if is_for_kl_only(entry):
         entry = entry | {"loss": None}
     memory = entry.get("rss_gib") if entry.get("vram_gib") is None else entry["vram_gib"]
     return entry | {"memory_gib": memory} | {f"facts: {kind}": share for kind, share in entry.get("facts", {}).items()}

@@ -77,13 +77,11 @@ def check_row(trainer, rows: list[dict]) -> tuple[dict, list[torch.Tensor], floa
     model, asked = trainer.model, trainer.settings.get("ATTN_IMPLEMENTATION")
     bound = INT8_BOUND if getattr(model, "is_loaded_in_8bit", False) else BOUNDS[trainer.dtype]
     plain = choose_attention(model.config, None)
-    with put_aside(trainer.kernels):
-        expected = own_losses(trainer, inputs, plain)
+    expected = own_losses(trainer, inputs, plain)
     losses = row_losses(model, inputs)
     difference = worst_difference(expected, losses)
     if not difference <= bound:  # some models are more easily upset by rounding than SmolLM2
-        with put_aside(trainer.kernels):
-            bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
+        bound = max(bound, 2 * worst_difference(expected, own_losses(trainer, inputs, "eager")))
     if difference <= bound:
         return inputs, losses, difference, bound
     measured = f"by {difference:.2g} nats a token (bound {bound:.2g})"
@@ -142,7 +140,7 @@ def drop_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], boun
 
 
 def own_losses(trainer, inputs: dict, attention: str) -> list[torch.Tensor]:
-    """Per chat, the losses of its last tokens in the loss, each by itself through the model's own forward and head."""
+    """Per chat, the losses of its last tokens in the loss, each alone through the model's own forward, without kernels."""
     model, losses = trainer.model, []
     trained = model.config._attn_implementation
     model.set_attn_implementation(attention)
@@ -151,7 +149,8 @@ def own_losses(trainer, inputs: dict, attention: str) -> list[torch.Tensor]:
         if not len(positions):
             losses.append(positions.float())
             continue
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0].float()
+        with put_aside(trainer.kernels):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0].float()
         losses.append(torch.nn.functional.cross_entropy(logits, labels[0, positions + 1], reduction="none"))
     model.set_attn_implementation(trained)
     return losses
