@@ -140,7 +140,7 @@ def drop_wrong_kernels(trainer, inputs: dict, expected: list[torch.Tensor], boun
 
 
 def own_losses(trainer, inputs: dict, attention: str) -> list[torch.Tensor]:
-    """Per chat, the losses of its last tokens, each by itself through the model's own forward, without Liger's kernels."""
+    """Per chat, the losses of its last tokens, each alone through the model's own forward, without Liger's kernels."""
     model, losses = trainer.model, []
     trained = model.config._attn_implementation
     model.set_attn_implementation(attention)
